@@ -1,0 +1,151 @@
+"""The result: a caption, its words, and where the model looked. Knows no model; plain numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+_ROWS = ("upper", "middle", "lower")
+_COLUMNS = ("left", "centre", "right")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Word:
+    """One word of a caption.
+
+    Attributes:
+        text: the word; "<eos>" for the end.
+        probability: the model's, 0 to 1, before any ban.
+        alternatives: the likeliest words at this place with their probabilities, best first.
+        attention: float32 (7, 7), sums to 1; row 0 is the top of the photo.
+    """
+
+    text: str
+    probability: float
+    alternatives: tuple[tuple[str, float], ...]
+    attention: np.ndarray
+
+    @property
+    def entropy(self) -> float:
+        """Of the attention, in nats: 0 is one cell, log 49 = 3.89 all alike."""
+        weights = self.attention[self.attention > 0].astype(np.float64)
+        return float(-(weights * np.log(weights)).sum())
+
+    @property
+    def cells(self) -> float:
+        """About how many cells it looks at: exp(entropy), 1 to 49."""
+        return math.exp(self.entropy)
+
+    @property
+    def strongest(self) -> tuple[int, int]:
+        """Row and column of the cell it looks at most."""
+        row, column = np.unravel_index(int(self.attention.argmax()), self.attention.shape)
+        return int(row), int(column)
+
+    @property
+    def place(self) -> str:
+        """The strongest cell in words, such as "upper left" or "centre"."""
+        rows, columns = self.attention.shape
+        row, column = self.strongest
+        # The middle third is the three cells 2, 3, 4 of seven.
+        vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
+        horizontal = _COLUMNS[int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)]
+        if (vertical, horizontal) == ("middle", "centre"):
+            return "centre"
+        return f"{vertical} {horizontal}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "text": self.text,
+            "probability": self.probability,
+            "alternatives": [
+                {"text": text, "probability": probability}
+                for text, probability in self.alternatives
+            ],
+            "attention": [[round(float(cell), 6) for cell in row] for row in self.attention],
+            "entropy": self.entropy,
+            "cells": self.cells,
+            "place": self.place,
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beam:
+    """One caption that the search came to.
+
+    Attributes:
+        words: in order, without ``<bos>`` and ``<eos>``.
+        end: the ``<eos>``, with the model's probability that the caption ends here.
+        log_probability: of the words and the end, in nats.
+        score: what the beams are ranked by.
+    """
+
+    words: tuple[Word, ...]
+    end: Word
+    log_probability: float
+    score: float
+
+    @property
+    def text(self) -> str:
+        """The words with spaces between them."""
+        return " ".join(word.text for word in self.words)
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Float32 (T, 7, 7), a map a word."""
+        return np.stack([word.attention for word in self.words]) if self.words else np.zeros((0, 7, 7))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "text": self.text,
+            "log_probability": self.log_probability,
+            "score": self.score,
+            "words": [word.to_dict() for word in self.words],
+            "end": self.end.to_dict(),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Caption:
+    """What ``Captioner.caption`` returns: the best beam, and all of them.
+
+    Attributes:
+        beams: best first, at least one.
+        size: (width, height) of the upright photo in pixels.
+    """
+
+    beams: tuple[Beam, ...]
+    size: tuple[int, int]
+
+    @property
+    def text(self) -> str:
+        """The best caption."""
+        return self.beams[0].text
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The best caption's words."""
+        return self.beams[0].words
+
+    @property
+    def log_probability(self) -> float:
+        """The best caption's, in nats."""
+        return self.beams[0].log_probability
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Float32 (T, 7, 7), a map for each of the best caption's words."""
+        return self.beams[0].attention
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: text, size and beams with every number."""
+        return {
+            "text": self.text,
+            "size": list(self.size),
+            "beams": [beam.to_dict() for beam in self.beams],
+        }

@@ -1,0 +1,294 @@
+"""All settings, as frozen dataclasses that are checked once, when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from captioner.errors import ConfigError
+
+DEFAULT_SOURCE = "AnyModal/flickr30k"
+# The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
+PAD, BOS, EOS, UNK = range(4)
+BAD_ENDINGS = ("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with")
+
+
+def _check(config: object, **rules: tuple[float, float]) -> None:
+    """Refuse any named field that is not a finite number in its closed range."""
+    for name, (low, high) in rules.items():
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
+            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def _choose(config: object, **choices: tuple[str, ...]) -> None:
+    """Refuse any named field that is not one of its allowed words."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(allowed)}"
+            )
+
+
+class _Config:
+    """Plain dictionaries in and out, for JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from named fields; a missing or unknown one raises ``ConfigError``."""
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{cls.__name__} does not know: {', '.join(unknown)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Config):
+    """The decoder's shape. With every option off it is the report's model.
+
+    Attributes:
+        vocabulary_size: V, specials included.
+        encoder_channels: C, the length of one grid cell's vector.
+        embedding_size: E.
+        hidden_size: H, of the LSTM.
+        attention_size: width of the additive attention.
+        mean_start: h0 and c0 from the mean of the cells (Xu et al. 2015, section 3.1.2), else zeros.
+        context_gate: a scalar gate on the context (Xu et al. 2015, section 4.2.1).
+        deep_output: logits from hidden state, previous word and context (Xu et al. 2015, eq. 7).
+        tied_embedding: the output layer shares the embedding's matrix; needs ``deep_output``.
+        dropout: share of zeroed units before the LSTM's word input and before the output layer.
+        feature_dropout: share of zeroed channels of the encoder's features.
+    """
+
+    vocabulary_size: int
+    encoder_channels: int
+    embedding_size: int = 256
+    hidden_size: int = 512
+    attention_size: int = 256
+    mean_start: bool = False
+    context_gate: bool = False
+    deep_output: bool = False
+    tied_embedding: bool = False
+    dropout: float = 0.0
+    feature_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            vocabulary_size=(5, 10**7),
+            encoder_channels=(1, 10**5),
+            embedding_size=(1, 10**5),
+            hidden_size=(1, 10**5),
+            attention_size=(1, 10**5),
+            dropout=(0, 0.95),
+            feature_dropout=(0, 0.95),
+        )
+        if self.tied_embedding and not self.deep_output:
+            raise ConfigError(
+                "tied_embedding needs deep_output, which brings the hidden state to the embedding's "
+                "size: set both or neither"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions(_Config):
+    """How a caption is searched for. The defaults are what the app uses.
+
+    Attributes:
+        beam_size: hypotheses kept at each step; 1 is greedy. Not used when ``temperature`` draws.
+        length_penalty: hypotheses are ranked by log-probability / length ** length_penalty;
+            0 ranks by the bare sum, 1 by the mean.
+        max_length: ids a caption may have, ``<bos>`` and ``<eos>`` included.
+        temperature: 0 searches; above 0 each word is drawn from the distribution at this temperature.
+        top_p: when drawing, only the likeliest words that together reach this probability.
+        samples: captions drawn when ``temperature`` is above 0.
+        seed: of the drawing.
+        prefix: words the caption has to begin with.
+        ban_repeats: never the same word twice running.
+        ban_trigrams: never the same three words twice.
+        ban_unknown: never ``<unk>``.
+        ban_bad_endings: never end on "a", "the", "of" and their like.
+    """
+
+    beam_size: int = 3
+    length_penalty: float = 0.7
+    max_length: int = 20
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+    prefix: str = ""
+    ban_repeats: bool = True
+    ban_trigrams: bool = True
+    ban_unknown: bool = True
+    ban_bad_endings: bool = True
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            beam_size=(1, 100),
+            length_penalty=(0, 5),
+            max_length=(3, 200),
+            temperature=(0, 10),
+            top_p=(1e-6, 1),
+            samples=(1, 100),
+            seed=(0, 2**63 - 1),
+        )
+
+    @classmethod
+    def report(cls) -> Self:
+        """Return what the original report does: greedy, no bans."""
+        return cls(
+            beam_size=1,
+            ban_repeats=False,
+            ban_trigrams=False,
+            ban_unknown=False,
+            ban_bad_endings=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """What a training run does; ``TrainConfig.from_recipe`` gives the two that are meant to be used.
+
+    Attributes:
+        data: Hub id, folder of Parquet, or folder of photos with a captions file.
+        encoder: name of the frozen backbone, see ``captioner.encoders``.
+        encoder_weights: file with its weights, or None for the encoder's own source.
+        recipe: the name under which the other settings go.
+        captions: "first" trains on each photo's first caption, "all" on all of them.
+        validation: "random" holds 10 % of the training photos back, "split" takes the data's own
+            validation split (and falls back to "random" where there is none).
+        select_by: what chooses the best epoch: "loss" or "cider" of freely decoded captions.
+        limit: at most so many photos of each split; 0 takes all.
+        max_length: ids of a caption, ``<bos>`` and ``<eos>`` included.
+        min_count: a word seen less often becomes ``<unk>``.
+        word2vec: start the embedding from gensim's Word2Vec of the training captions.
+        flips: also show each photo mirrored, with "left" and "right" swapped in its captions.
+        batch_size: photos a step.
+        epochs: at most so many.
+        patience: epochs without a better score before training stops.
+        learning_rate: the highest that the schedule reaches.
+        schedule: "plateau" divides it by 10 after 2 epochs without a lower validation loss;
+            "cosine" warms up over ``warmup`` of the steps and then falls to zero.
+        warmup: share of all steps.
+        weight_decay: decoupled (AdamW); 0 is Adam.
+        gradient_clip: largest gradient norm; 0 is none.
+        label_smoothing: of the training loss; validation loss is never smoothed.
+        ema_decay: of the averaged weights that are scored and saved; 0 is none.
+        bfloat16: matrix products of training in bfloat16 (the weights stay float32).
+        seed: of everything random.
+        device: "auto", "cpu", "cuda" or "mps".
+        model: the fields of ``ModelConfig`` that the recipe sets.
+    """
+
+    data: str = DEFAULT_SOURCE
+    encoder: str = "resnet50"
+    encoder_weights: str | None = None
+    recipe: str = "seed"
+    captions: str = "first"
+    validation: str = "random"
+    select_by: str = "loss"
+    limit: int = 0
+    max_length: int = 20
+    min_count: int = 5
+    word2vec: bool = True
+    flips: bool = False
+    batch_size: int = 32
+    epochs: int = 30
+    patience: int = 3
+    learning_rate: float = 1e-3
+    schedule: str = "plateau"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    gradient_clip: float = 0.0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    bfloat16: bool = False
+    seed: int = 0
+    device: str = "auto"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            limit=(0, math.inf),
+            max_length=(3, 200),
+            min_count=(1, math.inf),
+            batch_size=(1, 10**6),
+            epochs=(1, 10**6),
+            patience=(1, 10**6),
+            learning_rate=(1e-12, 10),
+            warmup=(0, 1),
+            weight_decay=(0, 10),
+            gradient_clip=(0, math.inf),
+            label_smoothing=(0, 0.9),
+            ema_decay=(0, 0.999999),
+            seed=(0, 2**32 - 1),
+        )
+        _choose(
+            self,
+            captions=("first", "all"),
+            validation=("random", "split"),
+            select_by=("loss", "cider"),
+            schedule=("plateau", "cosine"),
+            device=("auto", "cpu", "cuda", "mps"),
+        )
+        self.model_config(vocabulary_size=5, encoder_channels=1)
+
+    def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:
+        """Return the decoder's shape for a vocabulary and an encoder."""
+        return ModelConfig.from_dict(
+            {
+                "vocabulary_size": vocabulary_size,
+                "encoder_channels": encoder_channels,
+                **self.model,
+            }
+        )
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Self:
+        """Return the recipe ``name`` ("seed" or "best") with some fields changed."""
+        if name not in RECIPES:
+            raise ConfigError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
+        return cls.from_dict({"recipe": name, **RECIPES[name], **changes})
+
+
+# "seed" is the report's own recipe: every field's default. "best" is what paid here.
+RECIPES: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "best": {
+        "captions": "all",
+        "validation": "split",
+        "select_by": "cider",
+        "flips": True,
+        "batch_size": 32,
+        "epochs": 12,
+        "patience": 3,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": 0.05,
+        "weight_decay": 0.01,
+        "gradient_clip": 5.0,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.997,
+        "bfloat16": True,
+        "model": {
+            "mean_start": True,
+            "context_gate": True,
+            "deep_output": True,
+            "tied_embedding": True,
+            "dropout": 0.4,
+            "feature_dropout": 0.2,
+        },
+    },
+}

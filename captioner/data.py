@@ -1,0 +1,303 @@
+"""Photos with captions: from the Hub, a folder of Parquet, or a folder of photos.
+
+Photos stay lazy: a row is decoded when it is asked for, and nothing keeps it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captioner.config import DEFAULT_SOURCE, PAD
+from captioner.encoders import Transform
+from captioner.errors import DataError, ImageError
+from captioner.images import open_photo
+from captioner.vocab import Vocabulary, clean
+
+log = logging.getLogger(__name__)
+
+CAPTION_FILES = ("captions.csv", "captions.txt")
+_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
+_LOCAL_WAY = (
+    "give a local folder with --data: Parquet files with the columns image and alt_text, or "
+    "photos beside a captions.csv (image,caption)"
+)
+_SIDES = {"left": "right", "right": "left"}
+
+
+class CaptionedPhotos:
+    """The photos of one split, each with its captions; a thin view of a ``datasets.Dataset``.
+
+    Attributes:
+        source: what ``load_captions`` was given.
+        split: "train", "validation" or "test".
+        skipped: rows left out because they had no caption, or whose file was missing.
+    """
+
+    def __init__(self, source: str, split: str, table: datasets.Dataset, skipped: int = 0) -> None:
+        """Wrap ``table``, whose column ``image`` must not decode."""
+        self.source = source
+        self.split = split
+        self.skipped = skipped
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def select(self, rows: Sequence[int]) -> CaptionedPhotos:
+        """Return a view of some rows."""
+        return CaptionedPhotos(self.source, self.split, self._table.select(rows), self.skipped)
+
+    def data(self, row: int) -> bytes | Path:
+        """Return one photo's file as it is stored: its bytes, or its path."""
+        image = self._table[row]["image"]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise ImageError(f"row {row} holds no photo")
+        return Path(image["path"]) if image["bytes"] is None else image["bytes"]
+
+    def photo(self, row: int) -> Image.Image:
+        """Decode one photo; ``ImageError`` where that fails."""
+        return open_photo(self.data(row))
+
+    def captions(self) -> Iterator[list[str]]:
+        """Yield each photo's captions, in order, without touching the photos."""
+        for batch in self._table.select_columns("alt_text").iter(batch_size=1000):
+            yield from (_texts(value) for value in batch["alt_text"])
+
+    def names(self) -> list[str]:
+        """Return each photo's file name, or its row number where the data has none."""
+        for column in ("filename", "img_id"):
+            if column in self._table.column_names:
+                return [str(name) for name in self._table[column]]
+        return [str(row) for row in range(len(self))]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the photos' files in order: another photo or order gives another one."""
+        digest = hashlib.sha256()
+        for row in range(len(self)):
+            try:
+                data = self.data(row)
+                data = data.read_bytes() if isinstance(data, Path) else data
+            except (ImageError, OSError):
+                data = b""
+            digest.update(hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+
+def _texts(value: str | Sequence[str] | None) -> list[str]:
+    """Return the captions of a cell that hold at least one word; a bare string is one caption."""
+    texts = [value] if isinstance(value, str) else value or []
+    return [text for text in texts if text and clean(text)]
+
+
+def _read_captions_file(path: Path) -> datasets.Dataset:
+    """Read ``image,caption[,split]`` lines, several a photo, with a header."""
+    images = next(
+        (path.parent / name for name in ("Images", "images") if (path.parent / name).is_dir()),
+        path.parent,
+    )
+    captions: dict[str, list[str]] = {}
+    splits: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            fields = [(name or "").strip() for name in reader.fieldnames or []]
+            reader.fieldnames = fields
+            for column in ("image", "caption"):
+                if column not in fields:
+                    raise DataError(
+                        f"{path} has no column {column!r} in its first line, only: "
+                        f"{', '.join(fields) or 'nothing'}; start it with image,caption"
+                    )
+            for row in reader:
+                name = (row["image"] or "").strip()
+                # An unquoted comma in the last column cuts a caption; put it together again.
+                text = ",".join([row["caption"] or "", *(row.get(None) or [])])  # type: ignore[call-overload]
+                captions.setdefault(name, []).append(text)
+                splits[name] = (row.get("split") or "train").strip()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}; save it as UTF-8 CSV") from error
+    found = [name for name in captions if name and (images / name).is_file()]
+    if not found:
+        raise DataError(
+            f"{path} names {len(captions)} photos and none of them lies in {images}"
+            + (f" (the first is {next(iter(captions))!r})" if captions else "")
+        )
+    if missing := len(captions) - len(found):
+        log.warning("%s: %d photos of %d are missing in %s", path, missing, len(captions), images)
+    return datasets.Dataset.from_dict(
+        {
+            "image": [str(images / name) for name in found],
+            "alt_text": [captions[name] for name in found],
+            "filename": found,
+            "split": [splits[name] for name in found],
+        }
+    )
+
+
+def _load_splits(source: str) -> dict[str, datasets.Dataset]:
+    """Return the splits of a source by name, nothing decoded."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.name in CAPTION_FILES:
+        path = path.parent
+    if path.is_dir():
+        for name in CAPTION_FILES:
+            if (path / name).is_file():
+                return {"train": _read_captions_file(path / name)}
+        if next(path.rglob("*.parquet"), None) is None:
+            raise DataError(
+                f"{path} holds neither Parquet files nor {' or '.join(CAPTION_FILES)}; {_LOCAL_WAY}"
+            )
+        try:
+            return dict(datasets.load_dataset(str(path)))
+        except Exception as error:
+            reason = error.__cause__ or error
+            raise DataError(f"cannot read the Parquet files in {path}: {reason}") from error
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise DataError(f"there is no folder {source}, and it is no Hub id (owner/name)")
+    try:
+        return dict(datasets.load_dataset(source))
+    except Exception as error:
+        raise DataError(
+            f"cannot load {source} from the Hugging Face Hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:160]}). Check the name and your internet connection, "
+            f"or {_LOCAL_WAY}"
+        ) from error
+
+
+def load_captions(
+    source: str = DEFAULT_SOURCE, split: str = "train", *, limit: int = 0
+) -> CaptionedPhotos:
+    """Load one split of photos with captions.
+
+    Args:
+        source: a Hub id; a folder of Parquet with the columns ``image`` and ``alt_text`` (others
+            are optional); or a folder of photos with ``captions.csv`` or ``captions.txt``
+            (``image,caption``, several lines a photo, ``split`` optional).
+        split: "train", "validation" or "test".
+        limit: at most so many photos, from the start; 0 takes all.
+
+    Raises:
+        DataError: the source, the split or a column is missing, or no row has a caption.
+    """
+    splits = _load_splits(source)
+    split = _SPLIT_NAMES.get(split, split)
+    for table in splits.values():
+        for column in ("image", "alt_text"):
+            if column not in table.column_names:
+                raise DataError(
+                    f"{source} has no column {column!r}, only: {', '.join(table.column_names)}; "
+                    "image and alt_text are needed"
+                )
+    named = {_SPLIT_NAMES.get(name, name): table for name, table in splits.items()}
+    if len(splits) == 1 and "split" in (only := next(iter(splits.values()))).column_names:
+        # One table for all, told apart by its column, as the captions files do.
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(only["split"]):
+            rows.setdefault(_SPLIT_NAMES.get(str(name), str(name)), []).append(row)
+        if len(rows) > 1:
+            named = {name: only.select(some) for name, some in rows.items()}
+    if split not in named:
+        raise DataError(
+            f"{source} has no split {split!r}, only: {', '.join(named)}; name one with --split"
+        )
+    try:
+        table = named[split].cast_column("image", datasets.Image(decode=False))
+        photos = CaptionedPhotos(source, split, table)
+        captioned = [row for row, texts in enumerate(photos.captions()) if texts]
+    except (TypeError, ValueError, AttributeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source}: the columns must hold photos (image) and lists of text (alt_text): {error}"
+        ) from error
+    if not captioned:
+        raise DataError(f"the split {split!r} of {source} has no photo with a caption")
+    photos.skipped = len(table) - len(captioned)
+    if photos.skipped:
+        log.warning("%s %s: skipped %d rows without a caption", source, split, photos.skipped)
+    if photos.skipped or (limit and limit < len(captioned)):
+        photos = photos.select(captioned[: limit or None])
+    return photos
+
+
+def split_names(source: str) -> list[str]:
+    """Return the splits that ``load_captions`` can load from ``source``."""
+    found = []
+    for name in ("train", "validation", "test"):
+        try:
+            load_captions(source, name, limit=1)
+        except DataError:
+            continue
+        found.append(name)
+    return found
+
+
+def mirror_text(text: str) -> str:
+    """Swap "left" and "right", as in the caption of a mirrored photo."""
+    return " ".join(_SIDES.get(word, word) for word in clean(text).split())
+
+
+class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
+    """Photos as an encoder's input; an unreadable one is (row, None)."""
+
+    def __init__(
+        self, photos: CaptionedPhotos, transform: Transform, *, flip: bool = False, start: int = 0
+    ) -> None:
+        """Serve the rows from ``start`` on, mirrored if ``flip``."""
+        self.photos = photos
+        self.transform = transform
+        self.flip = flip
+        self.start = start
+
+    def __len__(self) -> int:
+        return len(self.photos) - self.start
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
+        row = self.start + index
+        try:
+            pixels = torch.from_numpy(self.transform(self.photos.photo(row)))
+        except ImageError:
+            return row, None
+        return row, pixels.flip(-1) if self.flip else pixels
+
+
+class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Features (P, C) of a photo with K tokenized captions (K, T), for training.
+
+    A photo with fewer than K captions is filled up with rows of ``<pad>``, which no loss counts.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        rows: Sequence[int],
+        captions: Sequence[Sequence[str]],
+        vocabulary: Vocabulary,
+        *,
+        max_length: int,
+    ) -> None:
+        """Join ``features[rows[i]]`` with ``captions[i]``."""
+        self.features = features
+        self.rows = np.asarray(rows)
+        per_photo = max((len(texts) for texts in captions), default=1)
+        # One small array for all captions: a list of lists would grow by kilobytes a photo.
+        self.tokens = np.full((len(captions), per_photo, max_length), PAD, dtype=np.int32)
+        for photo, texts in enumerate(captions):
+            for number, text in enumerate(texts):
+                self.tokens[photo, number] = vocabulary.tokenize(text, max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        features = torch.from_numpy(np.array(self.features[self.rows[index]]))
+        return features, torch.from_numpy(self.tokens[index]).long()

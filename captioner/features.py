@@ -1,0 +1,135 @@
+"""Photos to grids, once a data set, kept on disk and memory-mapped.
+
+The backbone is frozen, so every photo passes it once. Knows nothing of captions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from captioner.data import CaptionedPhotos, PhotoDataset
+from captioner.encoders import GRID, Encoder
+from captioner.errors import DataError
+
+DEFAULT_FOLDER = Path("runs/features")
+_SAVE_EVERY = 512
+_SPARE_BYTES = 200_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A data set's cached features.
+
+    Attributes:
+        array: float16 (N, P, C), memory-mapped and read-only.
+        readable: the rows whose photo could be opened, in order.
+        folder: where they lie.
+    """
+
+    array: np.ndarray
+    readable: list[int]
+    folder: Path
+
+
+def _write_state(path: Path, state: dict[str, object]) -> None:
+    """Replace a small JSON file in one step."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(state))
+    partial.replace(path)
+
+
+def cache_features(
+    encoder: Encoder,
+    photos: CaptionedPhotos,
+    folder: Path = DEFAULT_FOLDER,
+    *,
+    flip: bool = False,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> Features:
+    """Return the features of ``photos``, extracting only what is not on disk yet.
+
+    The cache is keyed by the photos' contents and order, the encoder with its weights and
+    transform, and ``flip``; a change of any makes a new one. A killed run goes on where it last
+    saved, and a second process waits for the first.
+
+    Raises:
+        DataError: the disk is too small, or no photo can be opened.
+    """
+    key = {"photos": photos.fingerprint(), "encoder": encoder.spec(), "flip": flip}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    name = encoder.name.replace(":", "-").replace("/", "-")
+    home = folder / f"{name}-{photos.split}{'-flip' if flip else ''}-{digest}"
+    home.mkdir(parents=True, exist_ok=True)
+    shape = (len(photos), GRID * GRID, encoder.channels)
+    with filelock.FileLock(home / ".lock"):
+        unreadable = _extract(encoder, photos, home, shape, flip, device, batch_size)
+    if len(unreadable) == len(photos):
+        raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
+    if unreadable:
+        tqdm.write(f"skipped {len(unreadable)} photos that cannot be opened")
+    array = np.load(home / "features.npy", mmap_mode="r")
+    readable = np.setdiff1d(np.arange(len(photos)), unreadable).tolist()
+    return Features(array, readable, home)
+
+
+def _extract(
+    encoder: Encoder,
+    photos: CaptionedPhotos,
+    home: Path,
+    shape: tuple[int, int, int],
+    flip: bool,
+    device: str,
+    batch_size: int,
+) -> list[int]:
+    """Fill ``features.npy`` from the last saved row on; return the unreadable rows."""
+    array_path, state_path = home / "features.npy", home / "state.json"
+    done, unreadable = 0, []
+    if state_path.is_file() and array_path.is_file():
+        state = json.loads(state_path.read_text())
+        done, unreadable = state["done"], state["unreadable"]
+    if done == shape[0]:
+        return unreadable
+    if done == 0:
+        needed = int(np.prod(shape)) * 2
+        free = shutil.disk_usage(home).free
+        if free < needed + _SPARE_BYTES:
+            raise DataError(
+                f"the features of {shape[0]} photos need {needed / 1e9:.1f} GB in {home} and only "
+                f"{free / 1e9:.1f} GB are free: make room, or choose another --cache or a --limit"
+            )
+        np.lib.format.open_memmap(array_path, mode="w+", dtype=np.float16, shape=shape).flush()
+    array = np.lib.format.open_memmap(array_path, mode="r+")
+    loader = torch.utils.data.DataLoader(
+        PhotoDataset(photos, encoder.transform, flip=flip, start=done),
+        batch_size=batch_size,
+        collate_fn=list,
+    )
+    encoder = encoder.to(device)
+    label = f"features, {encoder.name}, {photos.split}{', mirrored' if flip else ''}"
+    saved = done
+    with tqdm(total=shape[0], initial=done, desc=label, unit="photo", smoothing=0.05) as bar:
+        for batch in loader:
+            readable = [(row, pixels) for row, pixels in batch if pixels is not None]
+            unreadable += [row for row, pixels in batch if pixels is None]
+            if readable:
+                grid = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
+                cells = grid.flatten(2).transpose(1, 2)  # (B, P, C)
+                array[[row for row, _ in readable]] = cells.cpu().numpy()
+            done += len(batch)
+            bar.update(len(batch))
+            if done - saved >= _SAVE_EVERY or done == shape[0]:
+                # The rows must be on disk before the count says so.
+                array.flush()
+                _write_state(state_path, {"done": done, "unreadable": unreadable})
+                saved = done
+    return unreadable

@@ -1,0 +1,164 @@
+"""Opening any photo safely, and the one preprocessing that training and serving share.
+
+Knows nothing of models: an encoder hands in its own size, mean and deviation.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from captioner.errors import ImageError
+
+MAX_PIXELS = 60_000_000
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .ppm .pgm .avif".split()
+)
+
+Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def _to_eight_bit(values: np.ndarray, full_scale: float) -> Image.Image:
+    """Map 0..full_scale to 0..255; where that would lose the picture, its own range."""
+    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > full_scale:
+        values, full_scale = values - low, max(high - low, 1e-12)
+    return Image.fromarray((values * (255.0 / full_scale)).round().astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the upright picture in eight-bit RGB: first frame, EXIF rotation, alpha on white."""
+    if image.mode in _SIXTEEN_BIT or image.mode == "I":
+        values = np.asarray(image)
+        exif = image.getexif()
+        image = _to_eight_bit(values, 65535 if values.size and values.max() > 255 else 255)
+        image.getexif().update(exif)
+    elif image.mode == "F":
+        values = np.asarray(image)
+        image = _to_eight_bit(values, 1 if values.size and np.nanmax(values) <= 1 else 255)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - a broken EXIF block must not hide a good picture
+        image = image.copy()
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """Take (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); bytes 0..255, floats 0..1, 16-bit 0..65535."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ImageError(
+            f"an array of shape {array.shape} is no photo; give (H, W), (H, W, 3) or (H, W, 4)"
+        )
+    if array.dtype == np.uint16:
+        array = array / 65535.0
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise ImageError("a photo of floats must lie between 0 and 1; scale it or use uint8")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"an array of {array.dtype} is no photo; use uint8, uint16 or floats 0..1")
+    return Image.fromarray(array)
+
+
+def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a path, bytes, PIL image or array as an upright eight-bit RGB picture.
+
+    Handles EXIF rotation, alpha (on white), CMYK, 16-bit, palette and the first frame of an
+    animation. The size is read from the header before anything is decoded.
+
+    Raises:
+        ImageError: the file is missing, no picture, broken, empty or larger than ``max_pixels``.
+    """
+    if isinstance(photo, Image.Image):
+        name, source = "the photo", photo
+    elif isinstance(photo, np.ndarray):
+        if photo.size == 0:
+            raise ImageError(f"an array of shape {photo.shape} is empty")
+        name, source = "the photo", _from_array(photo)
+    elif isinstance(photo, bytes | str | os.PathLike):
+        is_bytes = isinstance(photo, bytes)
+        name = "the photo" if is_bytes else str(Path(os.fspath(photo)))  # type: ignore[arg-type]
+        try:
+            data = photo if is_bytes else _read_file(Path(os.fspath(photo)))  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                # Pillow only warns up to twice its own limit; ours is checked below.
+                warnings.simplefilter("ignore")
+                source = Image.open(io.BytesIO(data))
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{name} has too many pixels: scale it down") from error
+        except Exception as error:
+            raise ImageError(
+                f"{name} is not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
+            ) from error
+    else:
+        raise ImageError(
+            f"a {type(photo).__name__} is no photo; give a path, bytes, a PIL image or an array"
+        )
+    width, height = source.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, more than {max_pixels / 1e6:.0f} million: "
+            "scale it down"
+        )
+    if width == 0 or height == 0:
+        raise ImageError(f"{name} is empty: {width} x {height} pixels")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            source.load()
+            return to_rgb(source)
+    except Exception as error:
+        raise ImageError(
+            f"{name} is broken: it starts like a {source.format or 'picture'} but cannot be decoded"
+        ) from error
+
+
+def _read_file(path: Path) -> bytes:
+    """Read a regular file whole, so that no handle stays open and no FIFO blocks."""
+    if not path.exists():
+        raise ImageError(f"there is no file {path}")
+    if not path.is_file():
+        raise ImageError(f"{path} is not a file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def preprocess(
+    image: Image.Image,
+    *,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    interpolation: str,
+) -> np.ndarray:
+    """Resize the whole picture to (size, size), nothing cropped, and normalise.
+
+    Returns:
+        float32 array (3, size, size): (value / 255 - mean) / std, channels first.
+    """
+    resampling = Image.Resampling[interpolation.upper()]
+    resized = image.resize((size, size), resampling, reducing_gap=3.0)
+    pixels = np.asarray(resized, dtype=np.float32) / 255.0
+    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

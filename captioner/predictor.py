@@ -1,0 +1,174 @@
+"""Captioner: a photo in, a Caption out. Translates between words and ids for the search."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from captioner import checkpoint as checkpoints
+from captioner.caption import Beam, Caption, Word
+from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
+from captioner.decoding import Hypothesis, beam_search, decode
+from captioner.encoders import Encoder, load_encoder
+from captioner.errors import ConfigError
+from captioner.images import Photo, open_photo
+from captioner.vocab import clean
+
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
+_ALTERNATIVES = 5
+
+
+class Captioner:
+    """An encoder and a decoder that were trained together.
+
+    Attributes:
+        checkpoint: model, vocabulary, recipe and metrics.
+        encoder: the frozen backbone.
+    """
+
+    def __init__(self, checkpoint: checkpoints.Checkpoint, encoder: Encoder) -> None:
+        """Join the two; ``CheckpointError`` where the encoder is another than in training."""
+        checkpoint.check_encoder(encoder.spec())
+        self.checkpoint = checkpoint
+        self.encoder = encoder
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path | None = None,
+        encoder_weights: str | Path | None = None,
+    ) -> Captioner:
+        """Load a checkpoint and its encoder.
+
+        Args:
+            path_or_hub_id: a checkpoint's folder or Hub id; None is the one that is shipped.
+            encoder_weights: file with the encoder's weights, where they cannot be downloaded.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged, or of other encoder weights.
+            EncoderError: the encoder's weights cannot be had.
+        """
+        checkpoint = checkpoints.load(path_or_hub_id or SHIPPED_CHECKPOINT)
+        return cls(checkpoint, load_encoder(str(checkpoint.encoder["name"]), encoder_weights))
+
+    def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
+        """Caption one photo: a path, bytes, PIL image or array.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: ``options.prefix`` holds a word that the model does not know, or too many.
+        """
+        return self.caption_batch([photo], options)[0]
+
+    def caption_batch(
+        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+    ) -> list[Caption]:
+        """Caption several photos at once; the captions are those that each would get alone."""
+        options = options or DecodingOptions()
+        prefix = self._ids(options.prefix, options.max_length, "the beginning")
+        if UNK in prefix:
+            word = clean(options.prefix).split()[prefix.index(UNK)]
+            near = difflib.get_close_matches(word, self.checkpoint.vocabulary.idx2word[4:])
+            raise ConfigError(
+                f"the model does not know the word {word!r}"
+                + (f"; it knows {', '.join(near)}" if near else ": use another one")
+            )
+        bad_endings = self.checkpoint.vocabulary.ids(BAD_ENDINGS)
+
+        def search(features: Tensor) -> list[list[Hypothesis]]:
+            state, memory = self.checkpoint.model.start(features)
+            return decode(
+                self.checkpoint.model.step,
+                state,
+                memory,
+                options,
+                prefix=prefix,
+                bad_endings=bad_endings,
+            )
+
+        return self._run(photos, search)
+
+    def score(self, photo: Photo, text: str) -> Caption:
+        """Read a caption that somebody else wrote: its maps, and how likely each word was.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: the text is empty or too long.
+        """
+        # As long as it needs to be, <bos> and <eos> included.
+        ids = self._ids(text, 200, "the caption")
+        if not ids:
+            raise ConfigError("the caption holds no word: write at least one")
+
+        def search(features: Tensor) -> list[list[Hypothesis]]:
+            model = self.checkpoint.model
+            state, memory = model.start(features)
+            return beam_search(
+                model.step, state, memory, beam_size=1, max_steps=len(ids) + 1, prefix=[*ids, EOS]
+            )
+
+        caption = self._run([photo], search)[0]
+        words = clean(text).split()
+        # Words that the model lacks went through it as <unk>; show them as they were written.
+        (beam,) = caption.beams
+        shown = tuple(
+            dataclasses.replace(word, text=written)
+            for word, written in zip(beam.words, words, strict=True)
+        )
+        return dataclasses.replace(caption, beams=(dataclasses.replace(beam, words=shown),))
+
+    def _ids(self, text: str, max_length: int, what: str) -> list[int]:
+        """Translate ``text``, which has to leave room for ``<bos>`` and ``<eos>``."""
+        ids = self.checkpoint.vocabulary.encode(text)
+        if len(ids) > max_length - 2:
+            raise ConfigError(
+                f"{what} has {len(ids)} words and may have {max_length - 2}: shorten it"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _run(
+        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
+    ) -> list[Caption]:
+        """Open, encode, search, translate."""
+        images = [open_photo(photo) for photo in photos]
+        if not images:
+            return []
+        pixels = [torch.from_numpy(self.encoder.transform(image)) for image in images]
+        grid = self.encoder(torch.stack(pixels))
+        features = grid.flatten(2).transpose(1, 2)  # (B, P, C)
+        shape = grid.shape[2:]
+        return [
+            Caption(tuple(self._beam(hypothesis, shape) for hypothesis in found), image.size)
+            for found, image in zip(search(features), images, strict=True)
+        ]
+
+    def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:
+        """Translate one hypothesis; it ends in ``<eos>``."""
+        idx2word = self.checkpoint.vocabulary.idx2word
+        words = [
+            Word(
+                idx2word[index],
+                float(log_probability.exp()),
+                tuple(
+                    (idx2word[other], float(probability))
+                    for other, probability in zip(others.tolist(), probabilities, strict=True)
+                ),
+                attention.view(*shape).numpy(),
+            )
+            for index, log_probability, others, probabilities, attention in zip(
+                hypothesis.ids,
+                hypothesis.log_probabilities,
+                hypothesis.alternatives,
+                hypothesis.alternative_log_probabilities.exp(),
+                hypothesis.attention,
+                strict=True,
+            )
+        ]
+        *words, end = words
+        return Beam(tuple(words), end, hypothesis.log_probability, hypothesis.score)

@@ -1,0 +1,565 @@
+"""Training the decoder on cached features: ``train_one_epoch``, ``evaluate``, ``fit``.
+
+Knows nothing of the app. A run can be killed at any moment: it goes on from its last save, and
+comes to what it would have come to without the stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from tqdm import tqdm
+
+from captioner import checkpoint as checkpoints
+from captioner.config import BAD_ENDINGS, PAD, DecodingOptions, TrainConfig
+from captioner.data import CaptionDataset, CaptionedPhotos, load_captions, mirror_text
+from captioner.decoding import decode
+from captioner.encoders import load_encoder
+from captioner.errors import DataError, TrainingError
+from captioner.features import DEFAULT_FOLDER, Features, cache_features
+from captioner.logbook import Logbook
+from captioner.metrics import score_captions
+from captioner.model import CaptionModel
+from captioner.vocab import Vocabulary
+
+_SAVE_SECONDS = 120
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Stopped(TrainingError):
+    """The run was asked to stop, and has saved; ``signum`` is the signal that asked."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        """Keep ``signum`` for the exit code."""
+        super().__init__(message)
+        self.signum = signum
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run trains and scores on.
+
+    Attributes:
+        vocabulary: of the training captions.
+        train: the training photos as they are and, with ``flips``, mirrored.
+        photos: how many photos an epoch goes through.
+        validation: the validation photos with the captions that the loss is taken on.
+        references: all captions of each validation photo.
+        matrix: start of the embedding, or None.
+        encoder: the encoder's ``spec()``.
+        words: captions of the training photos, those that it trains on.
+    """
+
+    vocabulary: Vocabulary
+    train: Dataset[Batch]
+    photos: int
+    validation: CaptionDataset
+    references: list[list[str]]
+    matrix: Tensor | None
+    encoder: dict[str, Any]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; "auto" is CUDA, else MPS, else the CPU."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise TrainingError(f"this machine has no {name} device: use --device auto")
+    return torch.device(name)
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero."""
+    warmup = config.warmup * total
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def _load_parts(config: TrainConfig) -> tuple[CaptionedPhotos, list[int], CaptionedPhotos, list[int]]:
+    """Return the training and validation photos, each with the rows that count."""
+    photos = load_captions(config.data, "train", limit=config.limit)
+    if config.validation == "split":
+        try:
+            validation = load_captions(config.data, "validation", limit=config.limit)
+        except DataError as error:
+            print(f"{error}; holding 10 % of the training photos back instead")
+        else:
+            return photos, list(range(len(photos))), validation, list(range(len(validation)))
+    if len(photos) < 10:
+        raise DataError(f"{len(photos)} photos are too few to hold 10 % back: use at least 10")
+    order = np.random.default_rng(config.seed).permutation(len(photos)).tolist()
+    held_back = max(2, round(0.1 * len(photos)))
+    return photos, sorted(order[held_back:]), photos, sorted(order[:held_back])
+
+
+def _print_facts(
+    prepared: Prepared, captions: Sequence[Sequence[str]], pixels: tuple[int, ...], batch: int
+) -> None:
+    """Print what the report checks before it trains."""
+    features, tokens = next(iter(DataLoader(prepared.train, batch_size=batch)))
+    print(f"photos       train {prepared.photos:,}, validation {len(prepared.validation):,}")
+    print(f"vocabulary   {len(prepared.vocabulary):,} entries, 4 specials included")
+    print(f"a batch      photos {pixels} -> features {tuple(features.shape)}")
+    print(f"             captions {tuple(tokens.shape)}")
+    print(f"a caption    {captions[0][0]!r}")
+    print(f"its ids      {tokens[0, 0].tolist()}")
+    print(f"decoded      {prepared.vocabulary.untokenize(tokens[0, 0].tolist())!r}")
+
+
+def prepare(config: TrainConfig, cache: Path = DEFAULT_FOLDER) -> Prepared:
+    """Load the photos, build the vocabulary, and extract what features are not cached yet."""
+    photos, train_rows, validation_photos, validation_rows = _load_parts(config)
+    encoder = load_encoder(config.encoder, config.encoder_weights)
+    device = str(choose_device(config.device))
+
+    def features_of(photos: CaptionedPhotos, flip: bool = False) -> Features:
+        return cache_features(encoder, photos, cache, flip=flip, device=device)
+
+    features = features_of(photos)
+    same = validation_photos is photos
+    validation_features = features if same else features_of(validation_photos)
+    all_captions = list(photos.captions())
+    validation_captions = all_captions if same else list(validation_photos.captions())
+    readable, validation_readable = set(features.readable), set(validation_features.readable)
+    train_rows = [row for row in train_rows if row in readable]
+    validation_rows = [row for row in validation_rows if row in validation_readable]
+    count = 1 if config.captions == "first" else None
+    captions = [all_captions[row][:count] for row in train_rows]
+    references = [validation_captions[row] for row in validation_rows]
+    texts = [text for some in captions for text in some]
+    vocabulary = Vocabulary.build(texts, config.min_count)
+    matrix = None
+    if config.word2vec:
+        from captioner.embeddings import word2vec_matrix
+
+        size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
+        matrix = word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
+
+    def join(
+        features: Features, rows: Sequence[int], captions: Sequence[Sequence[str]]
+    ) -> CaptionDataset:
+        return CaptionDataset(
+            features.array, rows, captions, vocabulary, max_length=config.max_length
+        )
+
+    train: Dataset[Batch] = join(features, train_rows, captions)
+    if config.flips:
+        mirrored = [[mirror_text(text) for text in some] for some in captions]
+        train = ConcatDataset([train, join(features_of(photos, True), train_rows, mirrored)])
+    validation = join(validation_features, validation_rows, [some[:count] for some in references])
+    prepared = Prepared(
+        vocabulary, train, len(train_rows), validation, references, matrix, encoder.spec()
+    )
+    size = encoder.transform.size
+    _print_facts(prepared, captions, (config.batch_size, 3, size, size), config.batch_size)
+    return prepared
+
+
+def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
+    """Return the order in which an epoch goes through the training set.
+
+    Each photo once; with ``flips`` either as it is or mirrored (``photos`` places further on).
+    """
+    random = np.random.default_rng((config.seed, epoch))
+    order = random.permutation(photos)
+    if config.flips:
+        order = order + photos * random.integers(0, 2, photos)
+    return order.tolist()
+
+
+class Run:
+    """All that changes while training, and its way to disk and back."""
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path) -> None:
+        """Start with seeded random weights."""
+        self.config, self.prepared, self.folder = config, prepared, folder
+        self.device = choose_device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = CaptionModel(
+            config.model_config(
+                vocabulary_size=len(prepared.vocabulary),
+                encoder_channels=prepared.encoder["channels"],
+            )
+        )
+        if prepared.matrix is not None:
+            with torch.no_grad():
+                self.model.embedding.weight.copy_(prepared.matrix)
+        self.model.to(self.device)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            if config.ema_decay
+            else None
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=2)
+        self.steps_an_epoch = math.ceil(prepared.photos / config.batch_size)
+        # Where the run stands: epochs done, steps done in this one, its summed loss and words.
+        self.epoch, self.step, self.loss_sum, self.words = 0, 0, 0.0, 0
+        self.best, self.bad_epochs = math.inf, 0
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def scored(self) -> CaptionModel:
+        """The weights that are scored and shipped: the averaged ones, if there are any."""
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            state = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in state.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        return tensors
+
+    def save(self) -> None:
+        """Write everything that going on needs; the files are replaced in one step."""
+        partial = self.folder / "state.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        # clone: tied weights would share memory, which safetensors refuses.
+        tensors = {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+        save_file(tensors, partial / "state.safetensors")
+        numbers = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "words": self.words,
+            "best": self.best,
+            "bad_epochs": self.bad_epochs,
+            "rows": self.rows,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "plateau": {
+                name: getattr(self.plateau, name)
+                for name in ("best", "num_bad_epochs", "last_epoch", "cooldown_counter")
+            },
+            "config": self.config.to_dict(),
+            "vocabulary": self.prepared.vocabulary.idx2word,
+            "encoder": self.prepared.encoder["sha256"],
+        }
+        (partial / "state.json").write_text(json.dumps(numbers))
+        state, old = self.folder / "state", self.folder / "state.old"
+        if state.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            state.replace(old)
+        partial.replace(state)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self) -> None:
+        """Go back to the last save; without one, stay at the start."""
+        state = self.folder / "state"
+        if not state.exists():
+            state = self.folder / "state.old"  # killed between the two renames of a save
+        if not state.exists():
+            return
+        try:
+            numbers = json.loads((state / "state.json").read_text())
+            tensors = load_file(state / "state.safetensors", device=str(self.device))
+        except Exception as error:
+            raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
+        kept, ours = numbers["config"], self.config.to_dict()
+        # More epochs of a run are the same run, and so is another device.
+        changed = [name for name in ours if kept.get(name) != ours[name] and name != "device"]
+        if changed == ["epochs"] and self.config.schedule == "plateau":
+            changed = []
+        if changed:
+            raise TrainingError(
+                f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
+                "with the same ones, or choose another --out"
+            )
+        same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
+        if not same_words or numbers["encoder"] != self.prepared.encoder["sha256"]:
+            raise TrainingError(
+                f"{self.folder} was started on other captions or encoder weights: give the same "
+                "ones, or choose another --out"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.model.load_state_dict(part("model."))
+        if self.average is not None:
+            self.average.load_state_dict(part("average."))
+        optimizer = self.optimizer.state_dict()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            number, field = name.split(".", 1)
+            moments.setdefault(int(number), {})[field] = value
+        optimizer["state"] = moments
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
+        for name, value in numbers["plateau"].items():
+            setattr(self.plateau, name, value)
+        self.epoch, self.step = numbers["epoch"], numbers["step"]
+        self.loss_sum, self.words = numbers["loss_sum"], numbers["words"]
+        self.best, self.bad_epochs = numbers["best"], numbers["bad_epochs"]
+        self.rows = numbers["rows"]
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    """Yield what is left of the epoch."""
+    order = epoch_order(run.config, run.prepared.photos, run.epoch)
+    left = order[run.step * run.config.batch_size :]
+    yield from DataLoader(run.prepared.train, batch_size=run.config.batch_size, sampler=left)
+
+
+def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> float:
+    """Train from ``run.step`` to the end of the epoch.
+
+    Args:
+        run: is changed.
+        after_step: called after each step; may save, and may raise to stop.
+
+    Returns:
+        the epoch's mean cross-entropy a word, in nats, label smoothing included.
+    """
+    config, device = run.config, run.device
+    run.model.train()
+    total = config.epochs * run.steps_an_epoch
+    bar = tqdm(
+        _batches(run),
+        total=run.steps_an_epoch,
+        initial=run.step,
+        desc=f"epoch {run.epoch + 1:02}",
+        unit="step",
+        leave=False,
+    )
+    for features, captions in bar:
+        done = run.epoch * run.steps_an_epoch + run.step
+        # Seeded a step, so that a resumed run draws the dropout that it would have drawn.
+        torch.manual_seed(config.seed * 1_000_003 + done)
+        if config.schedule == "cosine":
+            run.optimizer.param_groups[0]["lr"] = learning_rate_at(done, total, config)
+        captions = captions.to(device)
+        targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+            logits, _ = run.model(features.to(device).float(), captions)
+        loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss.item()} in epoch {run.epoch + 1}: lower --learning-rate; "
+                f"the best checkpoint so far is in {run.folder}"
+            )
+        run.optimizer.zero_grad()
+        loss.backward()
+        if config.gradient_clip:
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
+        run.optimizer.step()
+        if run.average is not None:
+            run.average.update_parameters(run.model)
+        run.step += 1
+        run.loss_sum += loss.item() * len(targets)
+        run.words += len(targets)
+        bar.set_postfix(loss=f"{run.loss_sum / run.words:.3f}")
+        after_step()
+    return run.loss_sum / run.words
+
+
+@torch.inference_mode()
+def evaluate(
+    model: CaptionModel,
+    dataset: CaptionDataset,
+    references: Sequence[Sequence[str]],
+    vocabulary: Vocabulary,
+    options: DecodingOptions,
+    *,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Score a model on photos that it was not trained on.
+
+    Returns:
+        ``val_loss``, the unsmoothed cross-entropy a word in nats of the dataset's captions, and
+        the scores of freely decoded captions against all ``references``.
+    """
+    model.eval()
+    device = model.embedding.weight.device
+    loss_sum, words = 0.0, 0
+    candidates = []
+    bad_endings = vocabulary.ids(BAD_ENDINGS)
+    for features, captions in tqdm(
+        DataLoader(dataset, batch_size=batch_size), desc="validation", unit="batch", leave=False
+    ):
+        features, captions = features.to(device).float(), captions.to(device)
+        targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
+        logits, _ = model(features, captions)
+        loss_sum += cross_entropy(logits, targets, reduction="sum").item()
+        words += len(targets)
+        state, memory = model.start(features)
+        found = decode(model.step, state, memory, options, bad_endings=bad_endings)
+        candidates += [vocabulary.untokenize(best[0].ids) for best in found]
+    return {"val_loss": loss_sum / words, **score_captions(candidates, references)}
+
+
+def _git_commit() -> str | None:
+    """Return the commit that the code stands at, if it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    """Write the settings, versions and commit beside what comes of them."""
+    packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
+    record = {
+        "config": config.to_dict(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "git_commit": _git_commit(),
+    }
+    (folder / "run.json").write_text(json.dumps(record, indent=1))
+
+
+class _Watch:
+    """Saves every two minutes and, when asked to stop by SIGINT or SIGTERM, saves and stops."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._saved = time.monotonic()
+        self._signum = 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> _Watch:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[signum] = signal.signal(signum, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def _ask(self, signum: int, _: object) -> None:
+        self._signum = signum
+
+    def after_step(self) -> None:
+        """Save if it is time; stop if asked to."""
+        if self._signum or time.monotonic() - self._saved > _SAVE_SECONDS:
+            self._run.save()
+            self._saved = time.monotonic()
+        if self._signum:
+            raise Stopped(
+                f"stopped in epoch {self._run.epoch + 1}, all saved: go on with --resume",
+                self._signum,
+            )
+
+
+def fit(
+    config: TrainConfig, folder: Path, *, resume: bool = False, cache: Path = DEFAULT_FOLDER
+) -> dict[str, float]:
+    """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
+
+    Beside it: run.json (settings, versions, commit), metrics.csv, curves.png, tensorboard/, and
+    state/, from which ``resume`` goes on.
+
+    Returns:
+        the figures of the best epoch.
+
+    Raises:
+        TrainingError: the folder is taken, the loss became NaN, or nothing can be resumed.
+        Stopped: SIGINT or SIGTERM came; everything is saved.
+    """
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config, cache)
+    run = Run(config, prepared, folder)
+    if resume:
+        run.restore()
+    _write_config(config, folder)
+    free = config.select_by == "cider"
+    options = dataclasses.replace(
+        DecodingOptions() if free else DecodingOptions.report(), max_length=config.max_length
+    )
+    logbook = Logbook(folder, run.rows)
+    with _Watch(run) as watch:
+        while run.epoch < config.epochs and run.bad_epochs < config.patience:
+            started = time.monotonic()
+            train_loss = train_one_epoch(run, watch.after_step)
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            scores = evaluate(
+                run.scored, prepared.validation, prepared.references, prepared.vocabulary, options
+            )
+            seconds = time.monotonic() - started
+            row = {"epoch": run.epoch + 1, "train_loss": train_loss, **scores}
+            row |= {"learning_rate": learning_rate, "seconds": seconds}
+            _finish_epoch(run, row)
+            logbook.add(row)
+            run.save()
+            print(_line(row, run.bad_epochs), flush=True)
+            watch.after_step()
+    logbook.close()
+    if run.bad_epochs >= config.patience:
+        print(f"no better epoch for {config.patience} epochs: stopped")
+    return max(run.rows, key=lambda row: -_badness(config, row))
+
+
+def _badness(config: TrainConfig, row: dict[str, float]) -> float:
+    """Return what the best epoch has least of."""
+    return row["val_loss"] if config.select_by == "loss" else -row["CIDEr"]
+
+
+def _finish_epoch(run: Run, row: dict[str, float]) -> None:
+    """Keep the row and, if it is the best so far, the checkpoint; move on to the next epoch."""
+    run.rows.append(row)
+    if run.config.schedule == "plateau":
+        run.plateau.step(row["val_loss"])
+    badness = _badness(run.config, row)
+    if badness < run.best:
+        run.best, run.bad_epochs = badness, 0
+        checkpoints.save(
+            run.folder / "checkpoint",
+            checkpoints.Checkpoint(
+                run.scored,
+                run.prepared.vocabulary,
+                run.config.max_length,
+                run.prepared.encoder,
+                run.config.to_dict(),
+                row,
+            ),
+        )
+    else:
+        run.bad_epochs += 1
+    run.epoch, run.step, run.loss_sum, run.words = run.epoch + 1, 0, 0.0, 0
+
+
+def _line(row: dict[str, float], bad_epochs: int) -> str:
+    """Return an epoch's line."""
+    return (
+        f"Epoch {row['epoch']:02} | train_loss={row['train_loss']:.4f} | "
+        f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f} | "
+        f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
+        + ("" if bad_epochs else " | best so far")
+    )

@@ -1,0 +1,92 @@
+"""Train a caption decoder: arguments in, a run's folder out. See ``python train.py --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from captioner.config import DEFAULT_SOURCE, RECIPES, TrainConfig
+from captioner.encoders import check_encoder_name
+from captioner.errors import CaptionerError, ConfigError, EncoderError
+from captioner.features import DEFAULT_FOLDER
+from captioner.training import Stopped, fit
+
+# Fields of TrainConfig that can be set one by one, over the recipe's own.
+_NUMBERS = {
+    "batch-size": (int, "photos a step"),
+    "epochs": (int, "at most so many epochs"),
+    "patience": (int, "epochs without a better score before it stops"),
+    "learning-rate": (float, "the highest of the schedule"),
+    "min-count": (int, "words seen less often become <unk>"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train the attention decoder on photos with captions.",
+        epilog="The best checkpoint lands in OUT/checkpoint; caption with it by "
+        "python app.py --checkpoint OUT/checkpoint.",
+    )
+    parser.add_argument(
+        "--data",
+        default=DEFAULT_SOURCE,
+        help="a Hub id, a folder of Parquet (image, alt_text), or a folder of photos with "
+        "captions.csv (image,caption); default %(default)s",
+    )
+    parser.add_argument(
+        "--encoder",
+        default="resnet50",
+        help="resnet50, efficientnet_lite2 or timm:<name>; default %(default)s",
+    )
+    parser.add_argument(
+        "--encoder-weights", metavar="FILE", help="the encoder's weights, instead of a download"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default="seed",
+        help="seed: as the original report; best: what pays; default %(default)s",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="default %(default)s")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many photos a split")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_FOLDER, help="features; default %(default)s"
+    )
+    for name, (kind, text) in _NUMBERS.items():
+        parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the recipe's")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    logging.basicConfig(format="%(message)s")
+    options = vars(build_parser().parse_args(arguments))
+    out, resume, cache = options.pop("out"), options.pop("resume"), options.pop("cache")
+    recipe = options.pop("recipe")
+    try:
+        check_encoder_name(options["encoder"])
+        given = {name: value for name, value in options.items() if value is not None}
+        fit(TrainConfig.from_recipe(recipe, **given), out, resume=resume, cache=cache)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except (ConfigError, EncoderError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except CaptionerError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; cached features are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
