@@ -52,7 +52,9 @@ class Word:
         row, column = self.strongest
         # The middle third is the three cells 2, 3, 4 of seven.
         vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
-        horizontal = _COLUMNS[int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)]
+        horizontal = _COLUMNS[
+            int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)
+        ]
         if (vertical, horizontal) == ("middle", "centre"):
             return "centre"
         return f"{vertical} {horizontal}"
@@ -97,7 +99,9 @@ class Beam:
     @property
     def attention(self) -> np.ndarray:
         """Float32 (T, 7, 7), a map a word."""
-        return np.stack([word.attention for word in self.words]) if self.words else np.zeros((0, 7, 7))
+        return (
+            np.stack([word.attention for word in self.words]) if self.words else np.zeros((0, 7, 7))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

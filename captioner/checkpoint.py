@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with model.safetensors, config.json and a model card. No pickle anywhere."""
+"""Checkpoints: a folder with model.safetensors, config.json and a model card. No pickle."""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from captioner.errors import ConfigError
 DEFAULT_SOURCE = "AnyModal/flickr30k"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
-BAD_ENDINGS = ("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with")
+BAD_ENDINGS = tuple(
+    ["a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with"]
+)
 
 
 def _check(config: object, **rules: tuple[float, float]) -> None:
@@ -61,7 +63,7 @@ class ModelConfig(_Config):
         embedding_size: E.
         hidden_size: H, of the LSTM.
         attention_size: width of the additive attention.
-        mean_start: h0 and c0 from the mean of the cells (Xu et al. 2015, section 3.1.2), else zeros.
+        mean_start: h0 and c0 from the mean of the cells (Xu et al. 2015, 3.1.2), else zeros.
         context_gate: a scalar gate on the context (Xu et al. 2015, section 4.2.1).
         deep_output: logits from hidden state, previous word and context (Xu et al. 2015, eq. 7).
         tied_embedding: the output layer shares the embedding's matrix; needs ``deep_output``.
@@ -104,11 +106,11 @@ class DecodingOptions(_Config):
     """How a caption is searched for. The defaults are what the app uses.
 
     Attributes:
-        beam_size: hypotheses kept at each step; 1 is greedy. Not used when ``temperature`` draws.
+        beam_size: hypotheses kept at each step; 1 is greedy; unused when ``temperature`` draws.
         length_penalty: hypotheses are ranked by log-probability / length ** length_penalty;
             0 ranks by the bare sum, 1 by the mean.
         max_length: ids a caption may have, ``<bos>`` and ``<eos>`` included.
-        temperature: 0 searches; above 0 each word is drawn from the distribution at this temperature.
+        temperature: 0 searches; above 0 each word is drawn, the likelier the lower it is.
         top_p: when drawing, only the likeliest words that together reach this probability.
         samples: captions drawn when ``temperature`` is above 0.
         seed: of the drawing.

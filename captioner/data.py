@@ -122,7 +122,7 @@ def _read_captions_file(path: Path) -> datasets.Dataset:
             for row in reader:
                 name = (row["image"] or "").strip()
                 # An unquoted comma in the last column cuts a caption; put it together again.
-                text = ",".join([row["caption"] or "", *(row.get(None) or [])])  # type: ignore[call-overload]
+                text = ",".join([row["caption"] or "", *(row.get(None) or [])])
                 captions.setdefault(name, []).append(text)
                 splits[name] = (row.get("split") or "train").strip()
     except (OSError, UnicodeDecodeError, csv.Error) as error:

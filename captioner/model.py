@@ -63,7 +63,7 @@ class CaptionModel(nn.Module):
         """Make the layers, randomly started."""
         super().__init__()
         self.config = config
-        C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size  # noqa: N806
+        C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size
         self.embedding = nn.Embedding(config.vocabulary_size, E, padding_idx=PAD)
         self.attn = Attention(C, H, config.attention_size)
         self.lstm = nn.LSTMCell(C + E, H)
@@ -127,7 +127,7 @@ class CaptionModel(nn.Module):
         Returns:
             logits (B, W, V), attention (B, W, P) and the next state.
         """
-        B, W = words.shape  # noqa: N806
+        B, W = words.shape
         word = self.dropout(self.embedding(words))
         context, attention = self._look(state, memory)
         hidden, cell = self.lstm(
@@ -148,7 +148,7 @@ class CaptionModel(nn.Module):
             logits (N, V) of the N ids that follow another one and are no padding, in the order
             of ``captions[:, :, 1:][captions[:, :, 1:] != 0]``; and attention (B, K, T - 1, P).
         """
-        B, K, T = captions.shape  # noqa: N806
+        _, K, T = captions.shape
         words = self.dropout(self.embedding(captions[:, :, :-1]))
         is_target = captions[:, :, 1:] != PAD
         (hidden, cell), memory = self.start(features, K)

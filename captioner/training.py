@@ -101,7 +101,9 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def _load_parts(config: TrainConfig) -> tuple[CaptionedPhotos, list[int], CaptionedPhotos, list[int]]:
+def _load_parts(
+    config: TrainConfig,
+) -> tuple[CaptionedPhotos, list[int], CaptionedPhotos, list[int]]:
     """Return the training and validation photos, each with the rows that count."""
     photos = load_captions(config.data, "train", limit=config.limit)
     if config.validation == "split":
