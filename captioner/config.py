@@ -96,8 +96,8 @@ class ModelConfig(_Config):
         )
         if self.tied_embedding and not self.deep_output:
             raise ConfigError(
-                "tied_embedding needs deep_output, which brings the hidden state to the embedding's "
-                "size: set both or neither"
+                "tied_embedding needs deep_output, which brings the hidden state to the size of "
+                "the embedding: set both or neither"
             )
 
 
@@ -160,7 +160,7 @@ class DecodingOptions(_Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
-    """What a training run does; ``TrainConfig.from_recipe`` gives the two that are meant to be used.
+    """What a training run does; ``TrainConfig.from_recipe`` gives the two meant to be used.
 
     Attributes:
         data: Hub id, folder of Parquet, or folder of photos with a captions file.

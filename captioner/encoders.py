@@ -212,7 +212,7 @@ def _timm(name: str, weights: str | None) -> Encoder:
         ) from error
     if weights is not None:
         _fit(model, _read_weights(weights), str(weights))
-    data = resolve_model_data_config(model)
+    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     interpolation = data["interpolation"] if data["interpolation"] != "random" else "bicubic"
     transform = Transform(mean=data["mean"], std=data["std"], interpolation=interpolation)
     return Encoder(name, _Grid(model), transform)

@@ -156,6 +156,6 @@ def preprocess(
     """
     resampling = Image.Resampling[interpolation.upper()]
     resized = image.resize((size, size), resampling, reducing_gap=3.0)
-    pixels = np.asarray(resized, dtype=np.float32) / 255.0
+    pixels: np.ndarray = np.asarray(resized, dtype=np.float32) / np.float32(255)
     pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -101,10 +101,11 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def _load_parts(
-    config: TrainConfig,
-) -> tuple[CaptionedPhotos, list[int], CaptionedPhotos, list[int]]:
-    """Return the training and validation photos, each with the rows that count."""
+Part: TypeAlias = tuple[CaptionedPhotos, list[int]]
+
+
+def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
+    """Return the training and the validation photos, each with the rows that count."""
     photos = load_captions(config.data, "train", limit=config.limit)
     if config.validation == "split":
         try:
@@ -112,12 +113,12 @@ def _load_parts(
         except DataError as error:
             print(f"{error}; holding 10 % of the training photos back instead")
         else:
-            return photos, list(range(len(photos))), validation, list(range(len(validation)))
+            return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))
     if len(photos) < 10:
         raise DataError(f"{len(photos)} photos are too few to hold 10 % back: use at least 10")
     order = np.random.default_rng(config.seed).permutation(len(photos)).tolist()
     held_back = max(2, round(0.1 * len(photos)))
-    return photos, sorted(order[held_back:]), photos, sorted(order[:held_back])
+    return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
 
 
 def _print_facts(
@@ -136,7 +137,7 @@ def _print_facts(
 
 def prepare(config: TrainConfig, cache: Path = DEFAULT_FOLDER) -> Prepared:
     """Load the photos, build the vocabulary, and extract what features are not cached yet."""
-    photos, train_rows, validation_photos, validation_rows = _load_parts(config)
+    (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
     encoder = load_encoder(config.encoder, config.encoder_weights)
     device = str(choose_device(config.device))
 
@@ -214,7 +215,10 @@ class Run:
                 self.model.embedding.weight.copy_(prepared.matrix)
         self.model.to(self.device)
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            AveragedModel(
+                self.model,
+                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
+            )
             if config.ema_decay
             else None
         )
@@ -375,7 +379,7 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
                 f"the best checkpoint so far is in {run.folder}"
             )
         run.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if config.gradient_clip:
             nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
         run.optimizer.step()
