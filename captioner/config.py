@@ -11,9 +11,11 @@ from captioner.errors import ConfigError
 DEFAULT_SOURCE = "AnyModal/flickr30k"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
-BAD_ENDINGS = tuple(
-    ["a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with"]
+# fmt: off
+BAD_ENDINGS = (
+    "a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with",
 )
+# fmt: on
 
 
 def _check(config: object, **rules: tuple[float, float]) -> None:
