@@ -19,12 +19,16 @@ BAD_ENDINGS = (
 
 
 def _check(config: object, **rules: tuple[float, float]) -> None:
-    """Refuse any named field that is not a finite number in its closed range."""
+    """Refuse any named field that is not a number of its kind in its closed range."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name, (low, high) in rules.items():
         value = getattr(config, name)
-        if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
-            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
+        kind = int if kinds[name] == "int" else int | float
+        # A bool is an int to Python; NaN fails both comparisons.
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            number = "a whole number" if kind is int else "a number"
+            allowed = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ConfigError(f"{name} is {value!r}; it must be {number} {allowed}")
 
 
 def _choose(config: object, **choices: tuple[str, ...]) -> None:

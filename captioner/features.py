@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
 from captioner.errors import DataError
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("runs/features")
 _SAVE_EVERY = 512
@@ -76,7 +79,7 @@ def cache_features(
     if len(unreadable) == len(photos):
         raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
     if unreadable:
-        tqdm.write(f"skipped {len(unreadable)} photos that cannot be opened")
+        log.warning("%s: skipped %d photos that cannot be opened", home.name, len(unreadable))
     array = np.load(home / "features.npy", mmap_mode="r")
     readable = np.setdiff1d(np.arange(len(photos)), unreadable).tolist()
     return Features(array, readable, home)

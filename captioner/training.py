@@ -1,4 +1,4 @@
-"""Training the decoder on cached features: ``train_one_epoch``, ``evaluate``, ``fit``.
+"""Training the decoder on cached features: ``train_one_epoch`` and ``fit``.
 
 Knows nothing of the app. A run can be killed at any moment: it goes on from its last save, and
 comes to what it would have come to without the stop.
@@ -15,10 +15,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner import checkpoint as checkpoints
-from captioner.config import BAD_ENDINGS, PAD, DecodingOptions, TrainConfig
-from captioner.data import CaptionDataset, CaptionedPhotos, load_captions, mirror_text
-from captioner.decoding import decode
-from captioner.encoders import load_encoder
-from captioner.errors import DataError, TrainingError
-from captioner.features import DEFAULT_FOLDER, Features, cache_features
+from captioner.config import PAD, DecodingOptions, TrainConfig
+from captioner.errors import TrainingError
+from captioner.evaluation import cross_entropy_of, write_captions
+from captioner.features import DEFAULT_FOLDER
 from captioner.logbook import Logbook
 from captioner.metrics import score_captions
 from captioner.model import CaptionModel
-from captioner.vocab import Vocabulary
+from captioner.preparation import Batch, Prepared, choose_device, facts, prepare
 
 _SAVE_SECONDS = 120
-Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Stopped(TrainingError):
@@ -55,133 +52,12 @@ class Stopped(TrainingError):
         self.signum = signum
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run trains and scores on.
-
-    Attributes:
-        vocabulary: of the training captions.
-        train: the training photos as they are and, with ``flips``, mirrored.
-        photos: how many photos an epoch goes through.
-        validation: the validation photos with the captions that the loss is taken on.
-        references: all captions of each validation photo.
-        matrix: start of the embedding, or None.
-        encoder: the encoder's ``spec()``.
-        words: captions of the training photos, those that it trains on.
-    """
-
-    vocabulary: Vocabulary
-    train: Dataset[Batch]
-    photos: int
-    validation: CaptionDataset
-    references: list[list[str]]
-    matrix: Tensor | None
-    encoder: dict[str, Any]
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; "auto" is CUDA, else MPS, else the CPU."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise TrainingError(f"this machine has no {name} device: use --device auto")
-    return torch.device(name)
-
-
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero."""
     warmup = config.warmup * total
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-Part: TypeAlias = tuple[CaptionedPhotos, list[int]]
-
-
-def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
-    """Return the training and the validation photos, each with the rows that count."""
-    photos = load_captions(config.data, "train", limit=config.limit)
-    if config.validation == "split":
-        try:
-            validation = load_captions(config.data, "validation", limit=config.limit)
-        except DataError as error:
-            print(f"{error}; holding 10 % of the training photos back instead")
-        else:
-            return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))
-    if len(photos) < 10:
-        raise DataError(f"{len(photos)} photos are too few to hold 10 % back: use at least 10")
-    order = np.random.default_rng(config.seed).permutation(len(photos)).tolist()
-    held_back = max(2, round(0.1 * len(photos)))
-    return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
-
-
-def _print_facts(
-    prepared: Prepared, captions: Sequence[Sequence[str]], pixels: tuple[int, ...], batch: int
-) -> None:
-    """Print what the report checks before it trains."""
-    features, tokens = next(iter(DataLoader(prepared.train, batch_size=batch)))
-    print(f"photos       train {prepared.photos:,}, validation {len(prepared.validation):,}")
-    print(f"vocabulary   {len(prepared.vocabulary):,} entries, 4 specials included")
-    print(f"a batch      photos {pixels} -> features {tuple(features.shape)}")
-    print(f"             captions {tuple(tokens.shape)}")
-    print(f"a caption    {captions[0][0]!r}")
-    print(f"its ids      {tokens[0, 0].tolist()}")
-    print(f"decoded      {prepared.vocabulary.untokenize(tokens[0, 0].tolist())!r}")
-
-
-def prepare(config: TrainConfig, cache: Path = DEFAULT_FOLDER) -> Prepared:
-    """Load the photos, build the vocabulary, and extract what features are not cached yet."""
-    (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
-    encoder = load_encoder(config.encoder, config.encoder_weights)
-    device = str(choose_device(config.device))
-
-    def features_of(photos: CaptionedPhotos, flip: bool = False) -> Features:
-        return cache_features(encoder, photos, cache, flip=flip, device=device)
-
-    features = features_of(photos)
-    same = validation_photos is photos
-    validation_features = features if same else features_of(validation_photos)
-    all_captions = list(photos.captions())
-    validation_captions = all_captions if same else list(validation_photos.captions())
-    readable, validation_readable = set(features.readable), set(validation_features.readable)
-    train_rows = [row for row in train_rows if row in readable]
-    validation_rows = [row for row in validation_rows if row in validation_readable]
-    count = 1 if config.captions == "first" else None
-    captions = [all_captions[row][:count] for row in train_rows]
-    references = [validation_captions[row] for row in validation_rows]
-    texts = [text for some in captions for text in some]
-    vocabulary = Vocabulary.build(texts, config.min_count)
-    matrix = None
-    if config.word2vec:
-        from captioner.embeddings import word2vec_matrix
-
-        size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
-        matrix = word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
-
-    def join(
-        features: Features, rows: Sequence[int], captions: Sequence[Sequence[str]]
-    ) -> CaptionDataset:
-        return CaptionDataset(
-            features.array, rows, captions, vocabulary, max_length=config.max_length
-        )
-
-    train: Dataset[Batch] = join(features, train_rows, captions)
-    if config.flips:
-        mirrored = [[mirror_text(text) for text in some] for some in captions]
-        train = ConcatDataset([train, join(features_of(photos, True), train_rows, mirrored)])
-    validation = join(validation_features, validation_rows, [some[:count] for some in references])
-    prepared = Prepared(
-        vocabulary, train, len(train_rows), validation, references, matrix, encoder.spec()
-    )
-    size = encoder.transform.size
-    _print_facts(prepared, captions, (config.batch_size, 3, size, size), config.batch_size)
-    return prepared
 
 
 def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
@@ -194,6 +70,21 @@ def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
     if config.flips:
         order = order + photos * random.integers(0, 2, photos)
     return order.tolist()
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return an exponential moving average for ``AveragedModel``.
+
+    Its memory grows with the steps up to ``decay``, so that the random start is soon forgotten.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor | int) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for average, current in zip(averages, currents, strict=True):
+            average.lerp_(current, 1 - now)
+
+    return update
 
 
 class Run:
@@ -215,10 +106,7 @@ class Run:
                 self.model.embedding.weight.copy_(prepared.matrix)
         self.model.to(self.device)
         self.average = (
-            AveragedModel(
-                self.model,
-                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-            )
+            AveragedModel(self.model, multi_avg_fn=_ema(config.ema_decay))
             if config.ema_decay
             else None
         )
@@ -393,41 +281,6 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
     return run.loss_sum / run.words
 
 
-@torch.inference_mode()
-def evaluate(
-    model: CaptionModel,
-    dataset: CaptionDataset,
-    references: Sequence[Sequence[str]],
-    vocabulary: Vocabulary,
-    options: DecodingOptions,
-    *,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Score a model on photos that it was not trained on.
-
-    Returns:
-        ``val_loss``, the unsmoothed cross-entropy a word in nats of the dataset's captions, and
-        the scores of freely decoded captions against all ``references``.
-    """
-    model.eval()
-    device = model.embedding.weight.device
-    loss_sum, words = 0.0, 0
-    candidates = []
-    bad_endings = vocabulary.ids(BAD_ENDINGS)
-    for features, captions in tqdm(
-        DataLoader(dataset, batch_size=batch_size), desc="validation", unit="batch", leave=False
-    ):
-        features, captions = features.to(device).float(), captions.to(device)
-        targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-        logits, _ = model(features, captions)
-        loss_sum += cross_entropy(logits, targets, reduction="sum").item()
-        words += len(targets)
-        state, memory = model.start(features)
-        found = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        candidates += [vocabulary.untokenize(best[0].ids) for best in found]
-    return {"val_loss": loss_sum / words, **score_captions(candidates, references)}
-
-
 def _git_commit() -> str | None:
     """Return the commit that the code stands at, if it is a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -501,6 +354,7 @@ def fit(
         raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config, cache)
+    print(facts(prepared, config), flush=True)
     run = Run(config, prepared, folder)
     if resume:
         run.restore()
@@ -515,12 +369,16 @@ def fit(
             started = time.monotonic()
             train_loss = train_one_epoch(run, watch.after_step)
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            scores = evaluate(
-                run.scored, prepared.validation, prepared.references, prepared.vocabulary, options
-            )
+            captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
             seconds = time.monotonic() - started
-            row = {"epoch": run.epoch + 1, "train_loss": train_loss, **scores}
-            row |= {"learning_rate": learning_rate, "seconds": seconds}
+            row = {
+                "epoch": run.epoch + 1,
+                "train_loss": train_loss,
+                "val_loss": cross_entropy_of(run.scored, prepared.validation),
+                **score_captions(captions, prepared.references),
+                "learning_rate": learning_rate,
+                "seconds": seconds,
+            }
             _finish_epoch(run, row)
             logbook.add(row)
             run.save()

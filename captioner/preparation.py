@@ -1,0 +1,154 @@
+"""What a training run trains and scores on: vocabulary, features with captions, references."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from captioner.config import TrainConfig
+from captioner.data import CaptionDataset, CaptionedPhotos, load_captions, mirror_text
+from captioner.encoders import load_encoder
+from captioner.errors import DataError, TrainingError
+from captioner.features import DEFAULT_FOLDER, Features, cache_features
+from captioner.vocab import Vocabulary
+
+log = logging.getLogger(__name__)
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+Part: TypeAlias = tuple[CaptionedPhotos, list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run trains and scores on.
+
+    Attributes:
+        vocabulary: of the training captions.
+        train: the training photos as they are and, with ``flips``, mirrored.
+        photos: how many photos an epoch goes through.
+        example: the first photo's first caption.
+        validation: the validation photos with the captions that the loss is taken on.
+        references: all captions of each validation photo.
+        matrix: start of the embedding, or None.
+        encoder: the encoder's ``spec()``.
+    """
+
+    vocabulary: Vocabulary
+    train: Dataset[Batch]
+    photos: int
+    example: str
+    validation: CaptionDataset
+    references: list[list[str]]
+    matrix: Tensor | None
+    encoder: dict[str, Any]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; "auto" is CUDA, else MPS, else the CPU."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise TrainingError(f"this machine has no {name} device: use --device auto")
+    return torch.device(name)
+
+
+def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
+    """Return the training and the validation photos, each with the rows that count."""
+    photos = load_captions(config.data, "train", limit=config.limit)
+    if config.validation == "split":
+        try:
+            validation = load_captions(config.data, "validation", limit=config.limit)
+        except DataError as error:
+            log.warning("%s; holding 10 %% of the training photos back instead", error)
+        else:
+            return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))
+    if len(photos) < 10:
+        raise DataError(f"{len(photos)} photos are too few to hold 10 % back: use at least 10")
+    order = np.random.default_rng(config.seed).permutation(len(photos)).tolist()
+    held_back = max(2, round(0.1 * len(photos)))
+    return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
+
+
+def facts(prepared: Prepared, config: TrainConfig) -> str:
+    """Return what the report checks before it trains: sizes, shapes, one caption there and back."""
+    size = prepared.encoder["transform"]["size"]
+    loader = DataLoader(prepared.train, batch_size=config.batch_size)
+    features, tokens = next(iter(loader))
+    ids = tokens[0, 0].tolist()
+    return "\n".join(
+        [
+            f"photos       train {prepared.photos:,}, validation {len(prepared.validation):,}",
+            f"vocabulary   {len(prepared.vocabulary):,} entries, 4 specials included",
+            f"a batch      photos ({len(features)}, 3, {size}, {size}) -> features "
+            f"{tuple(features.shape)}, captions {tuple(tokens.shape)}",
+            f"a caption    {prepared.example!r}",
+            f"its ids      {ids}",
+            f"decoded      {prepared.vocabulary.untokenize(ids)!r}",
+        ]
+    )
+
+
+def prepare(config: TrainConfig, cache: Path = DEFAULT_FOLDER) -> Prepared:
+    """Load the photos, build the vocabulary, and extract what features are not cached yet."""
+    (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
+    encoder = load_encoder(config.encoder, config.encoder_weights)
+    device = str(choose_device(config.device))
+
+    def features_of(photos: CaptionedPhotos, flip: bool = False) -> Features:
+        return cache_features(encoder, photos, cache, flip=flip, device=device)
+
+    features = features_of(photos)
+    same = validation_photos is photos
+    validation_features = features if same else features_of(validation_photos)
+    all_captions = list(photos.captions())
+    validation_captions = all_captions if same else list(validation_photos.captions())
+    readable, validation_readable = set(features.readable), set(validation_features.readable)
+    train_rows = [row for row in train_rows if row in readable]
+    validation_rows = [row for row in validation_rows if row in validation_readable]
+    count = 1 if config.captions == "first" else None
+    captions = [all_captions[row][:count] for row in train_rows]
+    references = [validation_captions[row] for row in validation_rows]
+    texts = [text for some in captions for text in some]
+    vocabulary = Vocabulary.build(texts, config.min_count)
+    matrix = None
+    if config.word2vec:
+        from captioner.embeddings import word2vec_matrix
+
+        size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
+        matrix = word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
+
+    def join(
+        features: Features, rows: Sequence[int], captions: Sequence[Sequence[str]]
+    ) -> CaptionDataset:
+        return CaptionDataset(
+            features.array, rows, captions, vocabulary, max_length=config.max_length
+        )
+
+    train: Dataset[Batch] = join(features, train_rows, captions)
+    if config.flips:
+        mirrored = [[mirror_text(text) for text in some] for some in captions]
+        train = ConcatDataset([train, join(features_of(photos, True), train_rows, mirrored)])
+    validation = join(validation_features, validation_rows, [some[:count] for some in references])
+    return Prepared(
+        vocabulary=vocabulary,
+        train=train,
+        photos=len(train_rows),
+        example=captions[0][0],
+        validation=validation,
+        references=references,
+        matrix=matrix,
+        encoder=encoder.spec(),
+    )
