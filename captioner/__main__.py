@@ -1,0 +1,214 @@
+"""The command line: ``python -m captioner caption|evaluate``. Arguments and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from captioner.config import DEFAULT_SOURCE, DecodingOptions
+from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
+
+_BATCH = 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m captioner",
+        description="Captions for photos, and where the model looked for each word.",
+        epilog="Exit codes: 0 all went well, 1 something could not be read or done, 2 the command "
+        "line or a setting is wrong.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    caption = commands.add_parser(
+        "caption",
+        help="caption photos and folders of photos",
+        description="Print a line a photo: its path, a tab, its caption.",
+    )
+    caption.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photo or folder")
+    caption.add_argument("--json", action="store_true", help="one JSON object a line: every number")
+    caption.add_argument(
+        "--heatmaps", type=Path, metavar="DIR", help="also write a PNG sheet of the maps a photo"
+    )
+    caption.set_defaults(run=_caption)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint on photos with captions",
+        description="Score freely written captions against all references, with the settings "
+        "given and as the original report decodes (greedy, no bans).",
+    )
+    evaluate.add_argument(
+        "--data", default=DEFAULT_SOURCE, help="Hub id or folder, as for train.py; %(default)s"
+    )
+    evaluate.add_argument("--split", default="validation", help="default %(default)s")
+    evaluate.add_argument("--limit", type=int, default=0, help="at most so many photos")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write scores and captions")
+    evaluate.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="write a PNG of 20 photos with GT and PRED"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    for command in (caption, evaluate):
+        command.add_argument(
+            "--checkpoint", metavar="PATH|HUB_ID", help="a checkpoint; default: the shipped one"
+        )
+        command.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
+        command.add_argument(
+            "--beam-size",
+            type=int,
+            default=DecodingOptions().beam_size,
+            metavar="N",
+            help="1 is greedy; default %(default)s",
+        )
+    return parser
+
+
+def _photos_in(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield photos with the place that their sheet gets in the folder of heat maps."""
+    from captioner.images import SUFFIXES
+
+    if not path.is_dir():
+        yield path, Path(path.name)
+        return
+    found = False
+    for each in sorted(path.rglob("*")):
+        if each.suffix.lower() in SUFFIXES and each.is_file():
+            found = True
+            yield each, each.relative_to(path)
+    if not found:
+        raise ImageError(f"{path} holds no photo ({' '.join(sorted(SUFFIXES))})")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file and its folders; ``CaptionerError`` where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise CaptionerError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _free_name(path: Path, taken: set[Path]) -> Path:
+    """Return ``path``, numbered if two photos would land there."""
+    number, free = 2, path
+    while free in taken:
+        free = path.with_name(f"{path.name.removesuffix('.png')}-{number}.png")
+        number += 1
+    taken.add(free)
+    return free
+
+
+def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
+    """Caption what is named; what cannot be read is told and passed over."""
+    from captioner.images import open_photo
+    from captioner.predictor import Captioner
+
+    captioner = Captioner.load(arguments.checkpoint, arguments.encoder_weights)
+    failures = 0
+    taken: set[Path] = set()
+    batch: list[tuple[Path, Path, Any]] = []
+
+    def finish() -> None:
+        captions = captioner.caption_batch([image for *_, image in batch], options)
+        for (path, place, image), caption in zip(batch, captions, strict=True):
+            if arguments.json:
+                print(json.dumps({"path": str(path), **caption.to_dict()}), flush=True)
+            else:
+                print(f"{path}\t{caption.text}", flush=True)
+            if arguments.heatmaps:
+                from captioner.overlay import sheet
+
+                target = arguments.heatmaps / place.with_name(f"{place.name}.png")
+                _write(_free_name(target, taken), sheet(image, caption.beams[0]))
+        batch.clear()
+
+    for named in arguments.paths:
+        try:
+            for path, place in _photos_in(named):
+                try:
+                    batch.append((path, place, open_photo(path)))
+                except ImageError as error:
+                    failures += 1
+                    print(f"captioner: {error}", file=sys.stderr)
+                if len(batch) == _BATCH:
+                    finish()
+        except ImageError as error:
+            failures += 1
+            print(f"captioner: {error}", file=sys.stderr)
+    finish()
+    return 1 if failures else 0
+
+
+def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
+    """Print the scores; write captions and sheet where asked to."""
+    from captioner import checkpoint as checkpoints
+    from captioner.data import load_captions
+    from captioner.evaluation import evaluate_checkpoint
+    from captioner.images import open_photo
+    from captioner.predictor import SHIPPED_CHECKPOINT
+
+    checkpoint = checkpoints.load(arguments.checkpoint or SHIPPED_CHECKPOINT)
+    options = dataclasses.replace(options, max_length=checkpoint.max_length)
+    result = evaluate_checkpoint(
+        checkpoint,
+        arguments.data,
+        arguments.split,
+        options,
+        encoder_weights=arguments.encoder_weights,
+        limit=arguments.limit,
+    )
+    conditions = result.conditions
+    print(
+        f"{conditions['photos']} photos of {conditions['data']} {conditions['split']}, "
+        f"{conditions['references_a_photo']} references each; {conditions['tokenization']}"
+    )
+    print(f"cross-entropy {result.cross_entropy:.4f} nats a word, unsmoothed")
+    search = f"beam {options.beam_size}, bans" if options.beam_size > 1 else "greedy, bans"
+    print(f"{'':18} {search:>16} {'greedy, no bans':>16}")
+    for name, value in result.scores.items():
+        digits = 4 if name in ("repetition", "distinct_captions") else 1
+        print(f"{name:18} {value:16.{digits}f} {result.report_scores[name]:16.{digits}f}")
+    if arguments.json:
+        text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
+        _write(arguments.json, text.encode())
+    if arguments.sheet:
+        from captioner.overlay import comparison
+
+        photos = load_captions(arguments.data, arguments.split, limit=arguments.limit)
+        rows = {name: row for row, name in enumerate(photos.names())}
+        shown = [open_photo(photos.data(rows[name])) for name in result.names[:20]]
+        _write(arguments.sheet, comparison(shown, result.captions, result.references))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    logging.basicConfig(format="captioner: %(message)s")
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed, DecodingOptions(beam_size=parsed.beam_size)))
+    except (ConfigError, CheckpointError, EncoderError) as error:
+        print(f"captioner: {error}", file=sys.stderr)
+        return 2
+    except CaptionerError as error:
+        print(f"captioner: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader (head, say) has had enough; keep Python from complaining as it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
