@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -27,6 +28,14 @@ _FOLDERS = {
     "matplotlib": "mpl-data/sample_data",
 }
 _MAP_SIZE = (480, 480)
+# A visitor's runs are not kept in the browser, nor shown on a monitoring page.
+LAUNCH: dict[str, Any] = {
+    "footer_links": ["api"],
+    "max_file_size": "10mb",
+    "run_history": False,
+    "enable_monitoring": False,
+    "ssr_mode": False,
+}
 
 
 def example_photos() -> list[str]:
@@ -97,15 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     except CaptionerError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
-    build_demo(captioner).queue(max_size=20).launch(
-        server_name=options.host,
-        server_port=options.port,
-        footer_links=["api"],
-        max_file_size="10mb",
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-    )
+    demo = build_demo(captioner).queue(max_size=20)
+    demo.launch(server_name=options.host, server_port=options.port, **LAUNCH)
     return 0
 
 

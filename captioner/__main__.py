@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--sheet", type=Path, metavar="FILE", help="write a PNG of 20 photos with GT and PRED"
     )
+    evaluate.add_argument(
+        "--cache", type=Path, default=Path("runs/features"), help="features; default %(default)s"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     for command in (caption, evaluate):
@@ -153,7 +156,6 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     from captioner import checkpoint as checkpoints
     from captioner.data import load_captions
     from captioner.evaluation import evaluate_checkpoint
-    from captioner.images import open_photo
     from captioner.predictor import SHIPPED_CHECKPOINT
 
     checkpoint = checkpoints.load(arguments.checkpoint or SHIPPED_CHECKPOINT)
@@ -165,6 +167,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         options,
         encoder_weights=arguments.encoder_weights,
         limit=arguments.limit,
+        cache=arguments.cache,
     )
     conditions = result.conditions
     print(
@@ -184,8 +187,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         from captioner.overlay import comparison
 
         photos = load_captions(arguments.data, arguments.split, limit=arguments.limit)
-        rows = {name: row for row, name in enumerate(photos.names())}
-        shown = [open_photo(photos.data(rows[name])) for name in result.names[:20]]
+        shown = [photos.photo(row) for row in result.rows[:20]]
         _write(arguments.sheet, comparison(shown, result.captions, result.references))
     return 0
 

@@ -219,7 +219,7 @@ def model_card(checkpoint: Checkpoint) -> str:
             f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
             "",
             f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`. "
-            f"Trained on: `{Path(recipe['data']).name}`.",
+            f"Trained on: `{recipe['data']}`.",
             "",
             "## Scores on the validation photos",
             "",

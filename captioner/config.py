@@ -69,6 +69,9 @@ class ModelConfig(_Config):
         embedding_size: E.
         hidden_size: H, of the LSTM.
         attention_size: width of the additive attention.
+        feature_norm: bring each cell's vector to mean 0 and deviation 1 (Ba et al. 2016).
+        word_query: the attention also asks with the word before, which the hidden state has not
+            seen yet when it looks.
         mean_start: h0 and c0 from the mean of the cells (Xu et al. 2015, 3.1.2), else zeros.
         context_gate: a scalar gate on the context (Xu et al. 2015, section 4.2.1).
         deep_output: logits from hidden state, previous word and context (Xu et al. 2015, eq. 7).
@@ -82,6 +85,8 @@ class ModelConfig(_Config):
     embedding_size: int = 256
     hidden_size: int = 512
     attention_size: int = 256
+    feature_norm: bool = False
+    word_query: bool = False
     mean_start: bool = False
     context_gate: bool = False
     deep_output: bool = False
@@ -181,6 +186,8 @@ class TrainConfig(_Config):
         max_length: ids of a caption, ``<bos>`` and ``<eos>`` included.
         min_count: a word seen less often becomes ``<unk>``.
         word2vec: start the embedding from gensim's Word2Vec of the training captions.
+        attention_gain: times which the attention's ``Wh`` and ``v`` start larger. At 1 the maps of
+            a short training stay nearly even and alike for all words.
         flips: also show each photo mirrored, with "left" and "right" swapped in its captions.
         batch_size: photos a step.
         epochs: at most so many.
@@ -210,6 +217,7 @@ class TrainConfig(_Config):
     max_length: int = 20
     min_count: int = 5
     word2vec: bool = True
+    attention_gain: float = 1.0
     flips: bool = False
     batch_size: int = 32
     epochs: int = 30
@@ -232,6 +240,7 @@ class TrainConfig(_Config):
             limit=(0, math.inf),
             max_length=(3, 200),
             min_count=(1, math.inf),
+            attention_gain=(0.01, 100),
             batch_size=(1, 10**6),
             epochs=(1, 10**6),
             patience=(1, 10**6),
@@ -278,6 +287,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "captions": "all",
         "validation": "split",
         "select_by": "cider",
+        "attention_gain": 4.0,
         "flips": True,
         "batch_size": 32,
         "epochs": 12,
@@ -291,6 +301,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.997,
         "bfloat16": True,
         "model": {
+            "feature_norm": True,
+            "word_query": True,
             "mean_start": True,
             "context_gate": True,
             "deep_output": True,

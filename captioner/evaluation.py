@@ -71,6 +71,7 @@ class Evaluation:
         cross_entropy: unsmoothed, in nats a word, over all references.
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: greedy, without bans, as the original report decodes.
+        rows: of the photos in the split; one that cannot be opened is left out.
         names: of the photos.
         captions: one a photo, by the decoding of ``conditions``.
         report_captions: one a photo.
@@ -81,6 +82,7 @@ class Evaluation:
     cross_entropy: float
     scores: dict[str, float]
     report_scores: dict[str, float]
+    rows: list[int]
     names: list[str]
     captions: list[str]
     report_captions: list[str]
@@ -145,6 +147,7 @@ def evaluate_checkpoint(
         cross_entropy=cross_entropy_of(model, dataset),
         scores=score_captions(captions, references),
         report_scores=score_captions(report_captions, references),
+        rows=features.readable,
         names=[all_names[row] for row in features.readable],
         captions=captions,
         report_captions=report_captions,

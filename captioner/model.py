@@ -30,28 +30,28 @@ class State(NamedTuple):
 class Attention(nn.Module):
     """Additive attention (Bahdanau et al. 2015; Xu et al. 2015, section 3.1.2).
 
-    score = v(tanh(Wf(feature) + Wh(hidden))), softmax over the P cells.
+    score = v(tanh(Wf(feature) + Wh(query))), softmax over the P cells.
     """
 
-    def __init__(self, channels: int, hidden_size: int, attention_size: int) -> None:
-        """Make ``Wf`` (C -> A), ``Wh`` (H -> A) and ``v`` (A -> 1)."""
+    def __init__(self, channels: int, query_size: int, attention_size: int) -> None:
+        """Make ``Wf`` (C -> A), ``Wh`` (Q -> A) and ``v`` (A -> 1)."""
         super().__init__()
         self.Wf = nn.Linear(channels, attention_size)
-        self.Wh = nn.Linear(hidden_size, attention_size)
+        self.Wh = nn.Linear(query_size, attention_size)
         self.v = nn.Linear(attention_size, 1)
 
-    def forward(self, memory: Memory, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Look at each photo once for each of its W hidden states.
+    def forward(self, memory: Memory, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at each photo once for each of its W queries.
 
         Args:
             memory: features (B, P, C) and keys ``Wf(features)`` (B, P, A).
-            hidden: (B, W, H).
+            query: the hidden state, with ``word_query`` the word before behind it: (B, W, Q).
 
         Returns:
             context (B, W, C), and attention (B, W, P) whose rows sum to 1.
         """
-        query = self.Wh(hidden)[:, :, None]  # (B, W, 1, A)
-        scores = self.v(torch.tanh(memory.keys[:, None] + query)).squeeze(-1)  # (B, W, P)
+        asked = self.Wh(query)[:, :, None]  # (B, W, 1, A)
+        scores = self.v(torch.tanh(memory.keys[:, None] + asked)).squeeze(-1)  # (B, W, P)
         attention = scores.float().softmax(dim=-1)
         return attention.to(memory.features.dtype) @ memory.features, attention
 
@@ -65,7 +65,8 @@ class CaptionModel(nn.Module):
         self.config = config
         C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size
         self.embedding = nn.Embedding(config.vocabulary_size, E, padding_idx=PAD)
-        self.attn = Attention(C, H, config.attention_size)
+        query_size = H + E if config.word_query else H
+        self.attn = Attention(C, query_size, config.attention_size)
         self.lstm = nn.LSTMCell(C + E, H)
         if config.mean_start:
             self.start_hidden = nn.Linear(C, H)
@@ -91,6 +92,8 @@ class CaptionModel(nn.Module):
             features: (B, P, C).
             captions: W.
         """
+        if self.config.feature_norm:
+            features = nn.functional.layer_norm(features, features.shape[-1:])
         # Dropout1d drops dim 1 of (B, C, P).
         features = self.feature_dropout(features.transpose(1, 2)).transpose(1, 2)
         memory = Memory(features, self.attn.Wf(features))
@@ -103,11 +106,12 @@ class CaptionModel(nn.Module):
         shape = (-1, captions, -1)
         return State(hidden[:, None].expand(shape), cell[:, None].expand(shape)), memory
 
-    def _look(self, state: State, memory: Memory) -> tuple[Tensor, Tensor]:
+    def _look(self, word: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Return the (gated) context (B, W, C) and the attention (B, W, P)."""
-        context, attention = self.attn(memory, state.hidden)
+        query = torch.cat([hidden, word], dim=-1) if self.config.word_query else hidden
+        context, attention = self.attn(memory, query)
         if self.config.context_gate:
-            context = torch.sigmoid(self.gate(state.hidden)) * context
+            context = torch.sigmoid(self.gate(hidden)) * context
         return context, attention
 
     def _output(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ class CaptionModel(nn.Module):
         """
         B, W = words.shape
         word = self.dropout(self.embedding(words))
-        context, attention = self._look(state, memory)
+        context, attention = self._look(word, state.hidden, memory)
         hidden, cell = self.lstm(
             torch.cat([word, context], dim=-1).flatten(0, 1),
             (state.hidden.flatten(0, 1), state.cell.flatten(0, 1)),
@@ -154,7 +158,7 @@ class CaptionModel(nn.Module):
         (hidden, cell), memory = self.start(features, K)
         hiddens, contexts, attentions = [], [], []
         for step in range(T - 1):
-            context, attention = self._look(State(hidden, cell), memory)
+            context, attention = self._look(words[:, :, step], hidden, memory)
             # Captions that have ended are left out of the large products.
             running = is_target[:, :, step]
             inputs = torch.cat([words[:, :, step], context], dim=-1)[running]

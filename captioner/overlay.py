@@ -23,23 +23,25 @@ _THUMBNAIL = 480
 _COLUMNS = 5
 
 
-def blend(photo: Image.Image, word: Word, *, strength: float = 0.75) -> Image.Image:
+def blend(photo: Image.Image, word: Word, *, strength: float = 0.9) -> Image.Image:
     """Lay a word's map over the photo, smoothed, over exactly what the encoder saw: all of it.
 
     Args:
         photo: upright RGB.
-        word: its largest weight gets the brightest colour.
-        strength: 0 shows the photo alone, 1 the brightest cell's colour alone.
+        word: its weakest cell gets no colour, its strongest the brightest.
+        strength: 0 shows the photo alone, 1 the strongest map.
     """
-    scaled = word.attention / word.attention.max()
+    low, high = float(word.attention.min()), float(word.attention.max())
+    scaled = (word.attention - low) / max(high - low, 1e-9)
     # Cells are areas: a resized picture of 7 x 7 pixels keeps each over its part of the photo.
     cells = Image.fromarray(scaled.astype(np.float32))
-    weights = np.asarray(cells.resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    colors = mpl.colormaps[COLORS](weights[..., 0])[..., :3]
+    weights = np.asarray(cells.resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    colors = mpl.colormaps[COLORS](weights)[..., :3]
+    weights = weights[..., None]
     pixels = np.asarray(photo, dtype=np.float32) / 255
-    # What is not looked at stays visible, but darker.
-    alpha = strength * (0.45 + 0.35 * weights)
-    mixed = pixels * (1 - alpha) + colors * alpha
+    # What is looked at glows; the rest stays the photo, darker.
+    pixels = pixels * (1 - strength * 0.7 * (1 - weights))
+    mixed = pixels * (1 - strength * 0.7 * weights) + colors * (strength * 0.7 * weights)
     return Image.fromarray((mixed * 255).round().clip(0, 255).astype(np.uint8))
 
 
@@ -76,12 +78,12 @@ def sheet(photo: Image.Image, beam: Beam) -> bytes:
     title = "\n".join(textwrap.wrap(beam.text or "(no words)", width=int(12 * columns)))
     figure.suptitle(title, fontsize=13)
     figure.supxlabel(
-        "Where the decoder read for each word (brightest: its strongest cell; % is the word's "
-        "probability). No proof of cause.",
+        "Where the decoder read for each word, each map scaled from its weakest to its strongest "
+        "cell; % is the word's probability. No proof of cause.",
         fontsize=8,
         wrap=True,
     )
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place, (picture, label) in zip(axes, panels, strict=False):
         place.imshow(picture)
         place.set_title(label, fontsize=10)
@@ -97,7 +99,7 @@ def comparison(
     columns = 4
     rows = math.ceil(len(photos) / columns)
     figure = Figure(figsize=(3.2 * columns, 4.0 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place, photo, caption, texts in zip(axes, photos, captions, references, strict=False):
         place.imshow(_thumbnail(photo))
         lines = [*textwrap.wrap(f"GT: {texts[0]}", 38), *textwrap.wrap(f"PRED: {caption}", 38)]

@@ -41,6 +41,11 @@ from captioner.model import CaptionModel
 from captioner.preparation import Batch, Prepared, choose_device, facts, prepare
 
 _SAVE_SECONDS = 120
+# What a checkpoint remembers of its epoch's row.
+_METRICS = (
+    *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
+    *("repetition", "distinct_words", "distinct_captions", "mean_length"),
+)
 
 
 class Stopped(TrainingError):
@@ -101,9 +106,11 @@ class Run:
                 encoder_channels=prepared.encoder["channels"],
             )
         )
-        if prepared.matrix is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if prepared.matrix is not None:
                 self.model.embedding.weight.copy_(prepared.matrix)
+            self.model.attn.Wh.weight *= config.attention_gain
+            self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=_ema(config.ema_decay))
@@ -387,7 +394,7 @@ def fit(
     logbook.close()
     if run.bad_epochs >= config.patience:
         print(f"no better epoch for {config.patience} epochs: stopped")
-    return max(run.rows, key=lambda row: -_badness(config, row))
+    return min(run.rows, key=lambda row: _badness(config, row))
 
 
 def _badness(config: TrainConfig, row: dict[str, float]) -> float:
@@ -403,6 +410,9 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     badness = _badness(run.config, row)
     if badness < run.best:
         run.best, run.bad_epochs = badness, 0
+        # What others may know of the run: where the files lay on this machine is not part of it.
+        recipe = {**run.config.to_dict(), "data": Path(run.config.data).name}
+        del recipe["encoder_weights"]
         checkpoints.save(
             run.folder / "checkpoint",
             checkpoints.Checkpoint(
@@ -410,8 +420,8 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
                 run.prepared.vocabulary,
                 run.config.max_length,
                 run.prepared.encoder,
-                run.config.to_dict(),
-                row,
+                recipe,
+                {name: value for name, value in row.items() if name in _METRICS},
             ),
         )
     else:
