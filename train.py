@@ -7,10 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from captioner.config import DEFAULT_SOURCE, RECIPES, TrainConfig
-from captioner.encoders import check_encoder_name
+from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, EncoderError
-from captioner.features import DEFAULT_FOLDER
 from captioner.training import Stopped, fit
 
 # Fields of TrainConfig that can be set one by one, over the recipe's own.
@@ -56,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument(
-        "--cache", type=Path, default=DEFAULT_FOLDER, help="features; default %(default)s"
+        "--cache", type=Path, default=FEATURES_FOLDER, help="features; default %(default)s"
     )
     for name, (kind, text) in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the recipe's")
@@ -70,7 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
     out, resume, cache = options.pop("out"), options.pop("resume"), options.pop("cache")
     recipe = options.pop("recipe")
     try:
-        check_encoder_name(options["encoder"])
         given = {name: value for name, value in options.items() if value is not None}
         fit(TrainConfig.from_recipe(recipe, **given), out, resume=resume, cache=cache)
     except Stopped as stopped:

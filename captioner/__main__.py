@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioner.config import DEFAULT_SOURCE, DecodingOptions
+from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, DecodingOptions
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
 
 _BATCH = 16
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sheet", type=Path, metavar="FILE", help="write a PNG of 20 photos with GT and PRED"
     )
     evaluate.add_argument(
-        "--cache", type=Path, default=Path("runs/features"), help="features; default %(default)s"
+        "--cache", type=Path, default=FEATURES_FOLDER, help="features; default %(default)s"
     )
     evaluate.set_defaults(run=_evaluate)
 

@@ -100,7 +100,9 @@ class Beam:
     def attention(self) -> np.ndarray:
         """Float32 (T, 7, 7), a map a word."""
         return (
-            np.stack([word.attention for word in self.words]) if self.words else np.zeros((0, 7, 7))
+            np.stack([word.attention for word in self.words])
+            if self.words
+            else np.zeros((0, 7, 7), np.float32)
         )
 
     def to_dict(self) -> dict[str, Any]:

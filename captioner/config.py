@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Self
 
 from captioner.errors import ConfigError
 
 DEFAULT_SOURCE = "AnyModal/flickr30k"
+FEATURES_FOLDER = Path("runs/features")
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
 # fmt: off
@@ -156,6 +158,10 @@ class DecodingOptions(_Config):
             samples=(1, 100),
             seed=(0, 2**63 - 1),
         )
+        if 0 < self.temperature < 0.01:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; it must be 0 (a search) or at least 0.01"
+            )
 
     @classmethod
     def report(cls) -> Self:

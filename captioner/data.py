@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from captioner.config import DEFAULT_SOURCE, PAD
-from captioner.encoders import Transform
 from captioner.errors import DataError, ImageError
-from captioner.images import open_photo
+from captioner.images import Transform, open_photo
 from captioner.vocab import Vocabulary, clean
 
 log = logging.getLogger(__name__)

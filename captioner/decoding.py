@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captioner.config import BOS, EOS, PAD, UNK, DecodingOptions
+from captioner.errors import ConfigError
 
 # (words (B, W), state, memory) -> logits (B, W, V), attention (B, W, P), next state. State is a
 # named tuple of tensors (B, W, ...), memory one of tensors (B, ...).
@@ -187,6 +188,8 @@ def _search(
     alternatives: int,
 ) -> list[list[Hypothesis]]:
     """Write step by step what ``choose`` chooses, until every photo is done."""
+    if len(prefix) >= max_steps and EOS not in prefix:
+        raise ConfigError(f"a beginning of {len(prefix)} ids leaves no room in {max_steps}")
     photos = len(state[0])
     history = torch.full((photos, 1, 1), BOS, device=state[0].device)
     totals = torch.zeros(photos, 1, device=state[0].device)  # penalties included
@@ -202,9 +205,12 @@ def _search(
         if length <= len(prefix):
             ids = torch.full_like(history[..., -1], prefix[length - 1])
             parents = torch.zeros_like(ids)
-            new_totals = totals + log_probabilities[..., prefix[length - 1]]
+            new_totals = totals + log_probabilities[..., prefix[length - 1]].clamp(min=_BANNED)
         else:
-            scores = log_probabilities + penalties(history, size, rules)
+            # An impossible id counts as a banned one, so that something always comes back.
+            scores = log_probabilities.clamp(min=_BANNED) + penalties(history, size, rules)
+            if length == max_steps - 1 and rules.never_last:  # the next id can only be <eos>
+                scores[..., list(rules.never_last)] += _BANNED
             if length == max_steps:
                 scores[..., torch.arange(size, device=scores.device) != EOS] = _NEVER
             parents, ids, new_totals = choose(totals, scores)

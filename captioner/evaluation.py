@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint
-from captioner.config import BAD_ENDINGS, PAD, DecodingOptions
+from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, PAD, DecodingOptions
 from captioner.data import CaptionDataset, load_captions
 from captioner.decoding import decode
 from captioner.encoders import load_encoder
-from captioner.features import DEFAULT_FOLDER, cache_features
+from captioner.features import cache_features
 from captioner.metrics import score_captions
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
@@ -108,7 +108,7 @@ def evaluate_checkpoint(
     *,
     encoder_weights: str | None = None,
     limit: int = 0,
-    cache: Path = DEFAULT_FOLDER,
+    cache: Path = FEATURES_FOLDER,
 ) -> Evaluation:
     """Score a checkpoint on one split, every photo against all of its references.
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
 from captioner.errors import DataError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_FOLDER = Path("runs/features")
 _SAVE_EVERY = 512
 _SPARE_BYTES = 200_000_000
 
@@ -53,7 +53,7 @@ def _write_state(path: Path, state: dict[str, object]) -> None:
 def cache_features(
     encoder: Encoder,
     photos: CaptionedPhotos,
-    folder: Path = DEFAULT_FOLDER,
+    folder: Path = FEATURES_FOLDER,
     *,
     flip: bool = False,
     device: str = "cpu",

@@ -5,6 +5,7 @@ Knows nothing of models: an encoder hands in its own size, mean and deviation.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import warnings
@@ -33,20 +34,23 @@ def _to_eight_bit(values: np.ndarray, full_scale: float) -> Image.Image:
     return Image.fromarray((values * (255.0 / full_scale)).round().astype(np.uint8))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a copy as EXIF says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block must not hide a good picture
+        return image.copy()
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the upright picture in eight-bit RGB: first frame, EXIF rotation, alpha on white."""
+    image = _upright(image)
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image)
-        exif = image.getexif()
         image = _to_eight_bit(values, 65535 if values.size and values.max() > 255 else 255)
-        image.getexif().update(exif)
     elif image.mode == "F":
         values = np.asarray(image)
         image = _to_eight_bit(values, 1 if values.size and np.nanmax(values) <= 1 else 255)
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block must not hide a good picture
-        image = image.copy()
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
@@ -62,7 +66,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ImageError(
             f"an array of shape {array.shape} is no photo; give (H, W), (H, W, 3) or (H, W, 4)"
         )
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = array / 65535.0
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
@@ -139,6 +143,20 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How a photo becomes an encoder's input: the whole of it resized, nothing cropped."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    size: int = 224
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Return float32 (3, size, size)."""
+        return preprocess(image, **dataclasses.asdict(self))
 
 
 def preprocess(

@@ -68,7 +68,7 @@ class Captioner:
     def caption_batch(
         self, photos: Sequence[Photo], options: DecodingOptions | None = None
     ) -> list[Caption]:
-        """Caption several photos at once; the captions are those that each would get alone."""
+        """Caption several photos at once; a search finds for each what it would find alone."""
         options = options or DecodingOptions()
         prefix = self._ids(options.prefix, options.max_length, "the beginning")
         if UNK in prefix:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from captioner.config import TrainConfig
+from captioner.config import FEATURES_FOLDER, TrainConfig
 from captioner.data import CaptionDataset, CaptionedPhotos, load_captions, mirror_text
-from captioner.encoders import load_encoder
+from captioner.encoders import check_encoder_name, load_encoder
 from captioner.errors import DataError, TrainingError
-from captioner.features import DEFAULT_FOLDER, Features, cache_features
+from captioner.features import Features, cache_features
 from captioner.vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ def facts(prepared: Prepared, config: TrainConfig) -> str:
     )
 
 
-def prepare(config: TrainConfig, cache: Path = DEFAULT_FOLDER) -> Prepared:
+def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     """Load the photos, build the vocabulary, and extract what features are not cached yet."""
+    check_encoder_name(config.encoder)
     (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
     encoder = load_encoder(config.encoder, config.encoder_weights)
     device = str(choose_device(config.device))

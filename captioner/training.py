@@ -31,10 +31,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner import checkpoint as checkpoints
-from captioner.config import PAD, DecodingOptions, TrainConfig
+from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
 from captioner.errors import TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
-from captioner.features import DEFAULT_FOLDER
 from captioner.logbook import Logbook
 from captioner.metrics import score_captions
 from captioner.model import CaptionModel
@@ -343,7 +342,7 @@ class _Watch:
 
 
 def fit(
-    config: TrainConfig, folder: Path, *, resume: bool = False, cache: Path = DEFAULT_FOLDER
+    config: TrainConfig, folder: Path, *, resume: bool = False, cache: Path = FEATURES_FOLDER
 ) -> dict[str, float]:
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 

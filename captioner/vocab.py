@@ -23,7 +23,7 @@ def clean(text: str) -> str:
     "A dog's ball, no. 3!" becomes "a dogs ball no 3".
     """
     text = unicodedata.normalize("NFKC", text).lower()
-    return " ".join(_NOT_WORD.sub("", text).split())
+    return " ".join(unicodedata.normalize("NFKC", _NOT_WORD.sub("", text)).split())
 
 
 class Vocabulary:

@@ -21,6 +21,8 @@ class PhotoInput(gr.Image):
     bomb is decoded whole, and 16-bit and float pictures turn white or black.
     """
 
+    is_template = True  # the browser draws it as the stock image component
+
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
         """Return an upright RGB picture, or show what is wrong with the file."""
         if payload is None:

@@ -1,0 +1,222 @@
+"""Settings are checked once, when they are made, and go through JSON unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from captioner.config import (
+    BAD_ENDINGS,
+    RECIPES,
+    DecodingOptions,
+    ModelConfig,
+    TrainConfig,
+)
+from captioner.errors import CaptionerError, ConfigError
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{"vocabulary_size": 100, "encoder_channels": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        model_config(),
+        model_config(deep_output=True, tied_embedding=True, dropout=0.5),
+        DecodingOptions(),
+        DecodingOptions(beam_size=5, prefix="a dog", temperature=0.7),
+        TrainConfig(),
+        TrainConfig.from_recipe("best", data="photos", limit=7),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_json_in_and_out(config: ModelConfig | DecodingOptions | TrainConfig) -> None:
+    values = json.loads(json.dumps(config.to_dict()))
+
+    assert type(config).from_dict(values) == config
+
+
+@pytest.mark.parametrize("config", [model_config(), DecodingOptions(), TrainConfig()])
+def test_settings_cannot_be_changed(config: object) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, DecodingOptions, TrainConfig])
+def test_an_unknown_field_is_named(
+    kind: type[ModelConfig] | type[DecodingOptions] | type[TrainConfig],
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{kind.__name__} does not know: beams, colour"):
+        kind.from_dict({"colour": 1, "beams": 2})
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(ConfigError, match="encoder_channels"):
+        ModelConfig.from_dict({"vocabulary_size": 100})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beam_size", 0),
+        ("beam_size", 101),
+        ("beam_size", 2.5),
+        ("beam_size", "3"),
+        ("beam_size", None),
+        ("beam_size", True),
+        ("length_penalty", -0.1),
+        ("length_penalty", math.nan),
+        ("max_length", 2),
+        ("max_length", 201),
+        ("max_length", 20.0),
+        ("temperature", -1),
+        ("temperature", math.inf),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("samples", 0),
+        ("seed", -1),
+    ],
+)
+def test_decoding_options_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is .*; it must be "):
+        DecodingOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocabulary_size", 4),
+        ("encoder_channels", 0),
+        ("embedding_size", 0),
+        ("hidden_size", -1),
+        ("attention_size", 1.5),
+        ("dropout", 1.0),
+        ("feature_dropout", -0.1),
+    ],
+)
+def test_model_fields_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is .*; it must be "):
+        model_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("limit", -1),
+        ("max_length", 2),
+        ("min_count", 0),
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("patience", 0),
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("label_smoothing", 1),
+        ("ema_decay", 1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("batch_size", 0.5),
+        ("captions", "second"),
+        ("validation", "none"),
+        ("select_by", "bleu"),
+        ("schedule", "step"),
+        ("device", "tpu"),
+    ],
+)
+def test_training_fields_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is .*; it must be "):
+        TrainConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_refusal_says_what_is_allowed() -> None:
+    with pytest.raises(ConfigError, match="auto, cpu, cuda, mps"):
+        TrainConfig(device="gpu")
+    with pytest.raises(ConfigError, match="from 3 to 200"):
+        DecodingOptions(max_length=1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        TrainConfig(min_count=0)
+
+
+def test_the_ends_of_a_range_are_allowed() -> None:
+    DecodingOptions(beam_size=1, max_length=3, length_penalty=0, top_p=1, temperature=0)
+    DecodingOptions(beam_size=100, max_length=200, length_penalty=5, temperature=10)
+    model_config(vocabulary_size=5, encoder_channels=1, dropout=0.95)
+
+
+def test_tied_embedding_needs_deep_output() -> None:
+    with pytest.raises(ConfigError, match=r"tied_embedding needs deep_output"):
+        model_config(tied_embedding=True)
+
+
+def test_a_model_option_that_does_not_exist_stops_training_before_it_starts() -> None:
+    with pytest.raises(ConfigError, match="does not know: attention_heads"):
+        TrainConfig(model={"attention_heads": 8})
+    with pytest.raises(ConfigError, match="tied_embedding"):
+        TrainConfig(model={"tied_embedding": True})
+
+
+def test_the_seed_recipe_is_the_report_s() -> None:
+    config = TrainConfig.from_recipe("seed")
+
+    assert config.recipe == "seed"
+    assert config.encoder == "resnet50"
+    assert (config.captions, config.validation, config.select_by) == ("first", "random", "loss")
+    assert (config.batch_size, config.patience, config.max_length) == (32, 3, 20)
+    assert (config.min_count, config.weight_decay, config.label_smoothing) == (5, 0, 0)
+    model = config.model_config(vocabulary_size=3881, encoder_channels=2048)
+    assert (model.embedding_size, model.hidden_size, model.attention_size) == (256, 512, 256)
+    # Every option is off.
+    assert not any(value is True for value in model.to_dict().values())
+    assert (model.dropout, model.feature_dropout, config.attention_gain) == (0, 0, 1)
+
+
+def test_the_best_recipe_uses_every_caption_and_can_be_changed() -> None:
+    config = TrainConfig.from_recipe("best", epochs=2, encoder="efficientnet_lite2")
+
+    assert (config.recipe, config.captions, config.epochs) == ("best", "all", 2)
+    assert config.encoder == "efficientnet_lite2"
+    assert config.model_config(vocabulary_size=50, encoder_channels=8).vocabulary_size == 50
+
+
+def test_an_unknown_recipe_is_refused_with_the_right_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'worst'.* seed, best"):
+        TrainConfig.from_recipe("worst")
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_is_complete(name: str) -> None:
+    config = TrainConfig.from_recipe(name)
+
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.model_config(vocabulary_size=9, encoder_channels=3).encoder_channels == 3
+
+
+def test_the_report_s_decoding_is_greedy_without_bans() -> None:
+    options = DecodingOptions.report()
+
+    assert (options.beam_size, options.temperature, options.max_length) == (1, 0, 20)
+    assert not options.ban_repeats
+    assert not options.ban_trigrams
+    assert not options.ban_unknown
+    assert not options.ban_bad_endings
+
+
+def test_the_app_s_decoding_is_beam_three_with_bans() -> None:
+    options = DecodingOptions()
+
+    assert (options.beam_size, options.temperature) == (3, 0)
+    assert options.ban_repeats
+    assert options.ban_trigrams
+    assert options.ban_unknown
+    assert options.ban_bad_endings
+    assert {"a", "the", "of"} <= set(BAD_ENDINGS)
+
+
+def test_a_config_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="beam_size"):
+        DecodingOptions(beam_size=0)
+    assert issubclass(ConfigError, CaptionerError)

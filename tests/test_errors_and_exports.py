@@ -1,0 +1,87 @@
+"""The public names, and what importing them costs."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import captioner
+from captioner import errors
+
+ROOT = Path(captioner.__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", captioner.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    public = getattr(captioner, name)
+
+    assert public.__name__ == name
+    assert public.__module__.startswith("captioner.")
+    assert public.__doc__
+
+
+def test_the_public_names_are_sorted_and_unique() -> None:
+    assert list(captioner.__all__) == sorted(set(captioner.__all__))
+    assert {"Captioner", "Caption", "DecodingOptions", "CaptionerError"} <= set(captioner.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    assert not hasattr(captioner, "Captionist")
+    with pytest.raises(AttributeError, match="'captioner' has no attribute 'Captionist'"):
+        captioner.Captionist  # noqa: B018
+
+
+def test_every_error_of_the_package_is_public_and_a_captioner_error() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+
+    assert kinds == {name for name in captioner.__all__ if name.endswith("Error")}
+    for name in kinds:
+        assert issubclass(getattr(captioner, name), captioner.CaptionerError)
+
+
+def test_who_catches_one_kind_of_error_catches_no_other() -> None:
+    kinds = [getattr(captioner, name) for name in captioner.__all__ if name.endswith("Error")]
+    children = [kind for kind in kinds if kind is not captioner.CaptionerError]
+
+    for one, other in itertools.permutations(children, 2):
+        assert not issubclass(one, other)
+
+
+def test_a_config_error_is_a_value_error_too() -> None:
+    assert issubclass(errors.ConfigError, ValueError)
+    assert not issubclass(errors.ImageError, ValueError)
+
+
+def loaded_by(statement: str, *modules: str) -> set[str]:
+    """Return which of ``modules`` a fresh Python has loaded after ``statement``."""
+    code = f"import sys; {statement}; print(*({set(modules)!r} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+HEAVY = ("torch", "torchvision", "timm", "PIL", "datasets", "gensim", "gradio", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import captioner",
+        "from captioner import CaptionerError, DecodingOptions, Vocabulary",
+    ],
+)
+def test_importing_the_package_loads_nothing_heavy(statement: str) -> None:
+    assert loaded_by(statement, "captioner", *HEAVY) == {"captioner"}
+
+
+def test_a_star_import_gives_the_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from captioner import *", names)
+
+    assert set(captioner.__all__) <= set(names)

@@ -1,0 +1,643 @@
+"""Any photo opens upright in eight-bit RGB, or is refused in one clear sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioner.errors import ImageError
+from captioner.images import SUFFIXES, Photo, open_photo, preprocess
+
+ORIENTATION = 0x0112
+HEIGHT, WIDTH = 32, 48
+# Red, green; blue, yellow: no turn or mirror of it looks like another one.
+SCENE = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+SCENE[:16, :24] = (220, 30, 30)
+SCENE[:16, 24:] = (30, 200, 40)
+SCENE[16:, :24] = (40, 50, 210)
+SCENE[16:, 24:] = (230, 220, 40)
+# The same for grey pictures: a ramp, brighter to the right and to the bottom.
+RAMP = np.add.outer(np.arange(HEIGHT) * 2, np.arange(WIDTH) * 4)
+RAMP = (RAMP * (255 / RAMP.max())).round().astype(np.uint8)
+
+# What a camera that was held so has written, by the EXIF standard's own words: which side of the
+# scene the file's first row and first column are.
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda scene: scene,  # top, left
+    2: lambda scene: scene[:, ::-1],  # top, right
+    3: lambda scene: scene[::-1, ::-1],  # bottom, right
+    4: lambda scene: scene[::-1],  # bottom, left
+    5: lambda scene: scene.swapaxes(0, 1),  # left, top
+    6: lambda scene: scene.swapaxes(0, 1)[::-1],  # right, top
+    7: lambda scene: scene.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda scene: scene.swapaxes(0, 1)[:, ::-1],  # left, bottom
+}
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return the file that Pillow writes."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def opened(photo: Photo) -> np.ndarray:
+    """Return the pixels of an opened photo, after checking that they are eight-bit RGB."""
+    image = open_photo(photo)
+    assert image.mode == "RGB"
+    pixels = np.asarray(image)
+    assert pixels.dtype == np.uint8
+    return pixels
+
+
+def assert_close(pixels: np.ndarray, expected: np.ndarray, tolerance: int = 1) -> None:
+    """Compare pixels; grey ones are expected in all three channels."""
+    if expected.ndim == 2:
+        expected = np.stack([expected] * 3, axis=-1)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+def with_orientation(number: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = number
+    return exif
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Return a PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
+
+
+# Where a photo may come from
+
+
+def test_every_suffix_that_a_folder_is_searched_for_can_be_opened() -> None:
+    kinds = Image.registered_extensions()
+
+    assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".bmp"} <= SUFFIXES
+    assert {suffix for suffix in SUFFIXES if kinds.get(suffix) not in Image.OPEN} == set()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "JPEG", "WEBP", "AVIF"])
+def test_the_common_kinds_of_file(kind: str) -> None:
+    pixels = opened(encoded(Image.fromarray(SCENE), kind))
+
+    inner = pixels[4:12, 4:20], pixels[4:12, 28:44], pixels[20:28, 4:20], pixels[20:28, 28:44]
+    for part, (row, column) in zip(inner, [(0, 0), (0, 47), (31, 0), (31, 47)], strict=True):
+        assert_close(part, np.broadcast_to(SCENE[row, column], part.shape), tolerance=8)
+
+
+def test_path_text_bytes_picture_and_array_are_the_same_photo(tmp_path: Path) -> None:
+    path = tmp_path / "ein Hund \N{DOG FACE} ohne Endung"
+    path.write_bytes(encoded(Image.fromarray(SCENE), "PNG"))
+
+    class Somewhere:
+        def __fspath__(self) -> str:
+            return str(path)
+
+    for photo in (path, str(path), Somewhere(), path.read_bytes(), Image.open(path), SCENE):
+        assert_close(opened(photo), SCENE, tolerance=0)
+
+
+def test_the_caller_s_picture_stays_as_it_is() -> None:
+    mine = Image.fromarray(SCENE).convert("RGBA")
+    mine.getexif()[ORIENTATION] = 6
+    before = mine.tobytes()
+
+    given_back = open_photo(mine)
+    given_back.paste((0, 0, 0), (0, 0, *given_back.size))
+
+    assert (mine.mode, mine.size, mine.tobytes()) == ("RGBA", (WIDTH, HEIGHT), before)
+    assert mine.getexif()[ORIENTATION] == 6
+    plain = Image.fromarray(SCENE)
+    open_photo(plain).paste((0, 0, 0), (0, 0, WIDTH, HEIGHT))
+    assert_close(np.asarray(plain), SCENE, tolerance=0)
+
+
+# Colour modes
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk(kind: str) -> None:
+    # Real ink: some of the darkness is in the black plate.
+    ink = np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8)
+    ink[..., :3] = 255 - SCENE
+    ink[..., 3] = 64
+    photo = encoded(Image.fromarray(ink, mode="CMYK"), kind)
+    assert Image.open(io.BytesIO(photo)).mode == "CMYK"
+
+    pixels = opened(photo)
+
+    expected = SCENE.astype(float) * (255 - 64) / 255
+    assert_close(pixels, expected, tolerance=6 if kind == "JPEG" else 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey(kind: str) -> None:
+    photo = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), kind)
+    assert Image.open(io.BytesIO(photo)).mode == "I;16"
+
+    assert_close(opened(photo), RAMP)
+    # A dark one stays dark.
+    dark = Image.fromarray(RAMP.astype(np.uint16) * 64)
+    assert_close(opened(encoded(dark, kind)), RAMP * (64 / 257))
+
+
+def test_sixteen_bit_grey_of_the_other_byte_order() -> None:
+    big = RAMP.astype(">u2") * 257
+    photo = Image.frombytes("I;16B", (WIDTH, HEIGHT), big.astype(">u2").tobytes())
+    assert photo.mode == "I;16B"
+
+    assert_close(opened(photo), RAMP)
+    assert_close(opened(encoded(photo, "TIFF")), RAMP)
+
+
+def test_thirty_two_bit_grey() -> None:
+    photo = encoded(Image.fromarray(RAMP.astype(np.int32) * 257), "TIFF")
+    assert Image.open(io.BytesIO(photo)).mode == "I"
+
+    assert_close(opened(photo), RAMP)
+    # Eight-bit values in a wide box.
+    assert_close(opened(Image.fromarray(RAMP.astype(np.int32))), RAMP)
+    # Values outside of sixteen bits are mapped by their own range.
+    assert_close(opened(Image.fromarray(RAMP.astype(np.int32) * 4_000_000 - 10)), RAMP)
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 1.0])
+def test_float_tiff(scale: float) -> None:
+    photo = encoded(Image.fromarray((RAMP * scale).astype(np.float32)), "TIFF")
+    assert Image.open(io.BytesIO(photo)).mode == "F"
+
+    assert_close(opened(photo), RAMP)
+
+
+def test_float_tiff_with_holes_and_another_range() -> None:
+    holes = (RAMP / 255).astype(np.float32)
+    holes[0, 0], holes[0, 1] = np.nan, -np.inf
+    pixels = opened(encoded(Image.fromarray(holes), "TIFF"))
+    assert_close(pixels[1:], RAMP[1:])
+
+    # Elevations, say: -500 to 4600 metres.
+    pixels = opened(encoded(Image.fromarray(RAMP.astype(np.float32) * 20 - 500), "TIFF"))
+    assert_close(pixels, RAMP)
+
+
+def test_one_bit() -> None:
+    black_and_white = (RAMP > 127).astype(np.uint8) * 255
+
+    photo = encoded(Image.fromarray(black_and_white).convert("1"), "PNG")
+    assert Image.open(io.BytesIO(photo)).mode == "1"
+
+    assert_close(opened(photo), black_and_white, tolerance=0)
+
+
+def test_palette() -> None:
+    photo = encoded(Image.fromarray(SCENE).quantize(4), "PNG")
+    assert Image.open(io.BytesIO(photo)).mode == "P"
+
+    assert_close(opened(photo), SCENE, tolerance=2)
+
+
+def test_palette_with_one_transparent_colour_on_white() -> None:
+    indexed = Image.new("P", (WIDTH, HEIGHT), 0)
+    indexed.putpalette([10, 20, 30, 200, 100, 50])
+    indexed.paste(1, (0, 0, 24, HEIGHT))
+    expected = np.empty_like(SCENE)
+    expected[:, :24] = (200, 100, 50)
+    expected[:, 24:] = 255
+
+    for kind in ("PNG", "GIF"):
+        assert_close(opened(encoded(indexed, kind, transparency=0)), expected, tolerance=0)
+
+
+def test_palette_with_half_transparent_colours_on_white() -> None:
+    indexed = Image.new("P", (4, 4), 0)
+    indexed.putpalette([10, 20, 30, 200, 100, 50])
+
+    pixels = opened(encoded(indexed, "PNG", transparency=bytes([51, 255])))
+
+    assert_close(pixels, np.broadcast_to(np.array([206, 208, 210]), (4, 4, 3)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_lies_on_white(kind: str) -> None:
+    alpha = np.broadcast_to(np.linspace(0, 255, WIDTH).round(), (HEIGHT, WIDTH))[..., None]
+    layered = np.concatenate([SCENE, alpha], axis=-1).astype(np.uint8)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+
+    pixels = opened(encoded(Image.fromarray(layered), kind, **options))
+
+    share = alpha / 255
+    assert_close(pixels, (SCENE * share + 255 * (1 - share)).round())
+    assert (pixels[:, 0] == 255).all()
+
+
+def test_grey_with_alpha_lies_on_white() -> None:
+    layered = Image.fromarray(RAMP).convert("LA")
+    layered.putalpha(51)
+    photo = encoded(layered, "PNG")
+    assert Image.open(io.BytesIO(photo)).mode == "LA"
+
+    assert_close(opened(photo), (RAMP * 0.2 + 255 * 0.8).round())
+
+
+@pytest.mark.parametrize(
+    ("mode", "clear", "kept"),
+    [("L", 7, 90), ("RGB", (1, 2, 3), (90, 80, 70)), ("1", 0, 1)],
+)
+def test_a_colour_that_stands_for_nothing_is_white(mode: str, clear: Any, kept: Any) -> None:
+    image = Image.new(mode, (8, 4), clear)
+    image.paste(kept, (0, 0, 4, 4))
+
+    pixels = opened(encoded(image, "PNG", transparency=clear))
+
+    assert_close(pixels[:, :4], np.asarray(image.convert("RGB"))[:, :4], tolerance=0)
+    assert (pixels[:, 4:] == 255).all()
+
+
+def test_lab() -> None:
+    # Lightness 0..100 stands in a byte; a and b of a neutral grey are 0.
+    lab = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    lab[..., 0] = 53 * 255 // 100
+    lab[:, 24:, 1] = 80  # towards red
+    photo = encoded(Image.frombytes("LAB", (WIDTH, HEIGHT), lab.tobytes()), "TIFF")
+    assert Image.open(io.BytesIO(photo)).mode == "LAB"
+
+    pixels = opened(photo)
+
+    # L* = 53 is the sRGB grey 126; L* = 53, a* = 80 is a strong pink red.
+    assert_close(pixels[:, :20], np.full((HEIGHT, 20, 3), 126), tolerance=4)
+    red, green, blue = pixels[16, 40].astype(int)
+    assert red > 200
+    assert green < 60
+    assert blue < 160
+
+
+@pytest.mark.parametrize("mode", ["HSV", "YCbCr", "RGBX"])
+def test_other_colour_spaces(mode: str) -> None:
+    assert_close(opened(Image.fromarray(SCENE).convert(mode)), SCENE, tolerance=4)
+
+
+# Animations
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_shows_its_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "lime", "blue")]
+    photo = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
+    assert getattr(Image.open(io.BytesIO(photo)), "n_frames", 1) == 3
+
+    assert_close(opened(photo), np.broadcast_to([255, 0, 0], (8, 12, 3)), tolerance=3)
+
+
+def test_an_animation_with_transparency_lies_on_white() -> None:
+    frames = []
+    for shift in (0, 6):
+        frame = Image.new("RGBA", (12, 8), (0, 0, 0, 0))
+        frame.paste((255, 0, 0, 255), (shift, 0, shift + 6, 8))
+        frames.append(frame)
+
+    pixels = opened(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2))
+
+    assert_close(pixels[:, :6], np.broadcast_to([255, 0, 0], (8, 6, 3)), tolerance=0)
+    assert (pixels[:, 6:] == 255).all()
+
+
+# Rotation
+
+
+@pytest.mark.parametrize("number", STORED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_eight_rotations_give_the_same_upright_picture(kind: str, number: int) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
+    lossless = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
+    options = lossless if kind in ("WEBP", "JPEG") else {}
+
+    pixels = opened(encoded(stored, kind, exif=with_orientation(number), **options))
+
+    # The borders of the four fields lie on JPEG's blocks.
+    assert_close(pixels, SCENE, tolerance=5 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("number", STORED)
+def test_a_picture_in_memory_is_turned_too(number: int) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
+    stored.getexif()[ORIENTATION] = number
+
+    assert_close(opened(stored), SCENE, tolerance=0)
+
+
+@pytest.mark.parametrize("number", STORED)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_turned(kind: str, number: int) -> None:
+    stored = np.ascontiguousarray(STORED[number](RAMP.astype(np.uint16) * 257))
+
+    pixels = opened(encoded(Image.fromarray(stored), kind, exif=with_orientation(number)))
+
+    assert_close(pixels, RAMP)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_wide_grey_in_memory_is_turned(dtype: type[np.generic]) -> None:
+    photo = Image.fromarray(np.ascontiguousarray(STORED[6](RAMP)).astype(dtype))
+    photo.getexif()[ORIENTATION] = 6
+
+    assert_close(opened(photo), RAMP)
+
+
+def test_float_tiff_is_turned() -> None:
+    stored = np.ascontiguousarray(STORED[6](RAMP / 255)).astype(np.float32)
+
+    pixels = opened(encoded(Image.fromarray(stored), "TIFF", exif=with_orientation(6)))
+
+    assert_close(pixels, RAMP)
+
+
+@pytest.mark.parametrize("number", [3, 6])
+def test_palette_and_alpha_are_turned(number: int) -> None:
+    scene = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
+    exif = with_orientation(number)
+
+    assert_close(opened(encoded(scene.quantize(4), "PNG", exif=exif)), SCENE, tolerance=2)
+    assert_close(opened(encoded(scene.convert("RGBA"), "PNG", exif=exif)), SCENE, tolerance=0)
+
+
+BROKEN_EXIF = {
+    "no TIFF header": b"Exif\0\0nonsense!",
+    "nothing in it": b"Exif\0\0",
+    "points far away": b"Exif\0\0II*\0\xff\xff\xff\xff",
+    "cut off": b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01",
+    "orientation is a text": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",
+    "orientation is 99": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("exif", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_does_not_hide_a_good_picture(kind: str, exif: bytes) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
+
+    pixels = opened(encoded(Image.fromarray(SCENE), kind, exif=exif, **options))
+
+    assert_close(pixels, SCENE, tolerance=5 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("exif", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
+def test_broken_exif_does_not_hide_a_good_sixteen_bit_picture(exif: bytes) -> None:
+    photo = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG", exif=exif)
+
+    assert_close(opened(photo), RAMP)
+
+
+# Refusals
+
+
+def test_text_named_jpg(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_text("This is no photo.", encoding="utf-8")
+
+    with pytest.raises(ImageError, match=r"photo\.jpg is not a photo that can be read: use JPEG"):
+        open_photo(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_a_file_with_next_to_nothing_in_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.png"
+    path.write_bytes(content)
+
+    with pytest.raises(ImageError, match=r"empty\.png"):
+        open_photo(path)
+    with pytest.raises(ImageError, match="the photo is not a photo that can be read"):
+        open_photo(content)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_truncated_file(tmp_path: Path, kind: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), kind)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+    with pytest.raises(ImageError, match=r"cut\.jpg is (broken|not a photo)"):
+        open_photo(path)
+
+
+def test_a_truncated_jpeg_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(encoded(Image.fromarray(SCENE), "JPEG")[:-60])
+
+    with pytest.raises(ImageError, match=r"cut\.jpg is broken: it starts like a JPEG but"):
+        open_photo(path)
+
+
+def test_a_missing_path_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"there is no file .*nowhere\.jpg"):
+        open_photo(tmp_path / "nowhere.jpg")
+    with pytest.raises(ImageError, match="is not a file"):
+        open_photo(tmp_path)
+    for name in ("", "a\0b.jpg", "x" * 5000):
+        with pytest.raises(ImageError):
+            open_photo(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.jpg"
+    os.mkfifo(path)
+    errors: list[Exception] = []
+
+    def try_it() -> None:
+        try:
+            open_photo(path)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+
+    assert not thread.is_alive()
+    assert [type(error) for error in errors] == [ImageError]
+    assert "is not a file" in str(errors[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all files")
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(Image.fromarray(SCENE), "PNG"))
+    path.chmod(0)
+
+    with pytest.raises(ImageError, match=r"cannot read .*secret\.png"):
+        open_photo(path)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    # Under Pillow's own limit, between its warning and its error, and far beyond.
+    [(8_000, 8_000), (12_000, 12_000), (50_000, 50_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)],
+)
+def test_too_many_pixels_are_refused_before_decoding(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    path = tmp_path / "huge.png"
+    path.write_bytes(png_header(width, height))
+    assert path.stat().st_size < 100
+
+    # Decoded, it would be called broken: there are hardly any pixels in it.
+    with pytest.raises(ImageError, match=r"huge\.png has .*pixels.*: scale it down"):
+        open_photo(path)
+
+
+def test_a_file_that_lacks_its_pixels_is_broken() -> None:
+    with pytest.raises(ImageError, match="is broken: it starts like a PNG"):
+        open_photo(png_header(100, 100))
+
+
+def test_the_limit_on_pixels_can_be_set() -> None:
+    assert open_photo(SCENE, max_pixels=WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
+    for photo in (SCENE, Image.fromarray(SCENE), encoded(Image.fromarray(SCENE), "PNG")):
+        with pytest.raises(ImageError, match="48 x 32 pixels"):
+            open_photo(photo, max_pixels=WIDTH * HEIGHT - 1)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="is empty"):
+        open_photo(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("photo", [None, 7, ["photo.jpg"], io.BytesIO(b"")])
+def test_something_else_is_refused_by_its_type(photo: Any) -> None:
+    with pytest.raises(ImageError, match=rf"{type(photo).__name__} is no photo; give a path"):
+        open_photo(photo)
+
+
+# Arrays
+
+BOOLS = RAMP > 127
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (SCENE, SCENE),
+        (np.asfortranarray(SCENE[:, ::-1])[:, ::-1], SCENE),
+        (SCENE / 255, SCENE),
+        ((SCENE / 255).astype(np.float32), SCENE),
+        ((SCENE / 255).astype(np.float16), SCENE),
+        (SCENE.astype(np.uint16) * 257, SCENE),
+        (RAMP, RAMP),
+        (RAMP[..., None], RAMP),
+        (RAMP / 255, RAMP),
+        (RAMP.astype(np.uint16) * 257, RAMP),
+        ((RAMP.astype(np.uint16) * 257).astype(">u2"), RAMP),
+        ((RAMP / 255).astype(">f4"), RAMP),
+        (BOOLS, BOOLS * 255),
+        (np.concatenate([SCENE, np.full((HEIGHT, WIDTH, 1), 255, np.uint8)], axis=-1), SCENE),
+        (np.zeros((1, 1, 4)), np.full((1, 1, 3), 255)),
+        (np.ones((1, 1)), np.full((1, 1), 255)),
+    ],
+)
+def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
+    before = array.copy()
+
+    assert_close(opened(array), expected)
+    np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros(5, np.uint8), r"shape \(5,\) is no photo"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\) is no photo"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\) is no photo"),
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) is no photo; give \(H, W\)"),
+        (np.array(3, np.uint8), r"shape \(\) is no photo"),
+        (np.zeros((0, 4, 3), np.uint8), "is empty"),
+        (np.zeros((4, 0), np.uint8), "is empty"),
+        (np.full((4, 4), 1.5), "between 0 and 1"),
+        (np.full((4, 4), -0.1), "between 0 and 1"),
+        (SCENE.astype(np.float32), "between 0 and 1"),
+        (np.full((4, 4, 3), np.nan), "between 0 and 1"),
+        (np.full((4, 4, 3), np.inf), "between 0 and 1"),
+        (np.zeros((4, 4), np.int64), "array of int64 is no photo; use uint8"),
+        (np.zeros((4, 4), np.complex64), "array of complex64 is no photo"),
+        (np.full((4, 4), "a"), "is no photo"),
+        (np.full((4, 4), None), "array of object is no photo"),
+    ],
+)
+def test_arrays_that_are_no_photo(array: np.ndarray, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        open_photo(array)
+
+
+# Preprocessing
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_preprocess_gives_channels_first_floats(interpolation: str) -> None:
+    image = Image.new("RGB", (57, 91), (255, 127, 0))
+
+    pixels = preprocess(image, size=24, mean=MEAN, std=STD, interpolation=interpolation)
+
+    assert pixels.shape == (3, 24, 24)
+    assert pixels.dtype == np.float32
+    assert pixels.flags["C_CONTIGUOUS"]
+    for channel, value in enumerate((255, 127, 0)):
+        normalised = (value / 255 - MEAN[channel]) / STD[channel]
+        np.testing.assert_allclose(pixels[channel], normalised, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(400, 40), (40, 400), (100, 100), (3, 2), (900, 1200)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_preprocess_keeps_the_whole_photo(size: tuple[int, int], interpolation: str) -> None:
+    # A corner each of red, green, blue and yellow: a crop would lose some of them.
+    corners = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 0]]], dtype=np.uint8) * 255
+    image = Image.fromarray(corners).resize(size, Image.Resampling.NEAREST)
+
+    pixels = preprocess(
+        image, size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+    ).transpose(1, 2, 0)
+
+    for row in (0, -1):
+        for column in (0, -1):
+            np.testing.assert_allclose(pixels[row, column], corners[row, column] / 255, atol=0.01)
+    # Each colour keeps the share of the picture that it had.
+    shares = np.asarray(image).mean(axis=(0, 1)) / 255
+    np.testing.assert_allclose(pixels.mean(axis=(0, 1)), shares, atol=0.02)
+
+
+def test_preprocess_does_not_turn_or_mirror() -> None:
+    pixels = preprocess(
+        Image.fromarray(SCENE), size=8, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear"
+    )
+
+    top_left, top_right = pixels[:, 1, 1], pixels[:, 1, 6]
+    np.testing.assert_allclose(top_left, SCENE[0, 0] / 255, atol=0.01)
+    np.testing.assert_allclose(top_right, SCENE[0, -1] / 255, atol=0.01)
+    np.testing.assert_allclose(pixels[:, 6, 1], SCENE[-1, 0] / 255, atol=0.01)

@@ -1,0 +1,139 @@
+"""The shipped checkpoint, from a photo to a caption with its maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioner import Captioner, DecodingOptions
+from captioner.errors import CheckpointError, ConfigError, ImageError
+
+
+@pytest.fixture(scope="module")
+def photos(example_photos: list[Path]) -> list[Path]:
+    return example_photos[:3]
+
+
+def test_every_word_has_a_map_a_probability_and_alternatives(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    assert caption.text == " ".join(word.text for word in caption.words)
+    assert 3 <= len(caption.words) <= 18
+    assert caption.attention.shape == (len(caption.words), 7, 7)
+    assert np.allclose(caption.attention.sum(axis=(1, 2)), 1, atol=1e-4)
+    with Image.open(photos[0]) as image:
+        assert caption.size == image.size
+    for word in caption.words:
+        assert 0 < word.probability <= 1
+        assert len(word.alternatives) == 5
+        probabilities = [probability for _, probability in word.alternatives]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 <= word.entropy <= np.log(49) + 1e-5
+        assert caption.words[0].attention.shape == (7, 7)
+
+
+def test_beams_come_best_first_and_differ(captioner: Captioner, photos: list[Path]) -> None:
+    beams = captioner.caption(photos[0], DecodingOptions(beam_size=5)).beams
+    assert len(beams) == 5
+    assert len({beam.text for beam in beams}) == 5
+    scores = [beam.score for beam in beams]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_batch_gives_what_each_photo_gives_alone(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    together = captioner.caption_batch(photos)
+    for photo, caption in zip(photos, together, strict=True):
+        alone = captioner.caption(photo)
+        assert caption.text == alone.text
+        assert caption.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
+        assert np.allclose(caption.attention, alone.attention, atol=1e-4)
+
+
+def test_score_reads_the_own_caption_as_it_was_written(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[1])
+    read = captioner.score(photos[1], caption.text)
+    assert read.text == caption.text
+    assert read.log_probability == pytest.approx(caption.log_probability, abs=1e-3)
+    assert np.allclose(read.attention, caption.attention, atol=1e-4)
+
+
+def test_score_prefers_a_caption_that_fits(captioner: Captioner, photos: list[Path]) -> None:
+    own = captioner.caption(photos[1]).text
+    shuffled = " ".join(reversed(own.split()))
+    fits, does_not = (captioner.score(photos[1], text) for text in (own, shuffled))
+    assert fits.log_probability > does_not.log_probability + 5
+
+
+def test_score_shows_unknown_words_as_they_were_written(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.score(photos[0], "a Zyzzyva runs").text == "a zyzzyva runs"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "!?"])
+def test_score_refuses_no_words(captioner: Captioner, photos: list[Path], text: str) -> None:
+    with pytest.raises(ConfigError, match="no word"):
+        captioner.score(photos[0], text)
+
+
+def test_a_prefix_is_kept(captioner: Captioner, photos: list[Path]) -> None:
+    caption = captioner.caption(photos[0], DecodingOptions(prefix="Two women"))
+    assert caption.text.startswith("two women ")
+
+
+def test_an_unknown_prefix_names_words_that_are_near(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"'womann'.*woman"):
+        captioner.caption(photos[0], DecodingOptions(prefix="a womann"))
+
+
+def test_sampling_is_seeded(captioner: Captioner, photos: list[Path]) -> None:
+    texts = [
+        captioner.caption(photos[0], DecodingOptions(temperature=1.0, seed=seed)).text
+        for seed in (1, 1, 2, 3)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_the_same_photo_in_other_dress_gets_the_same_caption(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    with Image.open(photos[0]) as image:
+        picture = image.convert("RGB")
+    texts = {
+        captioner.caption(photo).text
+        for photo in (photos[0], str(photos[0]), photos[0].read_bytes(), picture, np.array(picture))
+    }
+    assert len(texts) == 1
+
+
+def test_no_photos_are_no_captions(captioner: Captioner) -> None:
+    assert captioner.caption_batch([]) == []
+
+
+def test_a_bad_photo_is_named(captioner: Captioner, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no photo")
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        captioner.caption(bad)
+
+
+def test_another_encoder_is_refused(captioner: Captioner) -> None:
+    spec = {**captioner.encoder.spec(), "sha256": "0" * 64}
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        captioner.checkpoint.check_encoder(spec)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Captioner.load(tmp_path / "nowhere")
