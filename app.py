@@ -35,6 +35,11 @@ LAUNCH: dict[str, Any] = {
     "run_history": False,
     "enable_monitoring": False,
     "ssr_mode": False,
+    # The gallery's own label lies over its first row, and its grid does not know of phones.
+    "css": """
+        #maps .grid-wrap { padding-top: 2.2rem; max-height: none }
+        #maps .grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) }
+    """,
 }
 
 
@@ -78,9 +83,10 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
                 text = gr.Textbox(label="Caption", interactive=False, buttons=["copy"])
                 maps = gr.Gallery(
                     label="Where the model looked, word by word",
-                    columns=4,
+                    columns=3,
                     object_fit="contain",
                     height="auto",
+                    elem_id="maps",
                 )
                 gr.Markdown(
                     "A heat map shows where the decoder read for a word (brightest: its strongest "
