@@ -47,25 +47,24 @@ class Checkpoint:
     def check_encoder(self, spec: dict[str, Any]) -> None:
         """Refuse an encoder whose ``spec()`` is not the one of training."""
         # JSON has no tuples, so both sides are compared as JSON knows them.
-        spec = json.loads(json.dumps(spec))
+        own, spec = json.loads(json.dumps([self.encoder, spec]))
         for field in ("name", "channels", "grid", "transform", "sha256"):
-            if self.encoder.get(field) != spec.get(field):
+            if own.get(field) != spec.get(field):
                 if field == "sha256":
                     raise CheckpointError(
                         f"the weights of {spec['name']} are not those that this checkpoint was "
                         f"trained with (SHA-256 {spec['sha256'][:12]}…, not "
-                        f"{str(self.encoder.get(field))[:12]}…): give the right file with "
+                        f"{str(own.get(field))[:12]}…): give the right file with "
                         "--encoder-weights"
                     )
                 raise CheckpointError(
-                    f"the checkpoint's encoder has {field} {self.encoder.get(field)!r}, this one "
+                    f"the checkpoint's encoder has {field} {own.get(field)!r}, this one "
                     f"{spec.get(field)!r}: train again, or install the version it was made with"
                 )
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT,
         "model": checkpoint.model.config.to_dict(),
@@ -78,7 +77,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.model.state_dict()
     if checkpoint.model.config.tied_embedding:
         del state["fc.weight"]  # safetensors stores no tensor twice
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror}") from error
     try:
         half = {name: tensor.cpu().half().contiguous() for name, tensor in state.items()}
         save_file(half, partial / WEIGHTS)
@@ -90,7 +93,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             # A folder cannot be replaced in one step; the old one stays until the new one stands.
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.replace(old)
-            partial.replace(folder)
+            try:
+                partial.replace(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             partial.replace(folder)
@@ -139,7 +146,9 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
             f"{folder / CONFIG} is damaged: {len(vocabulary)} words for a model of "
             f"{model_config.vocabulary_size}"
         )
-    model = CaptionModel(model_config)
+    # Without memory until the file has shown that it has the shapes that the config asks for.
+    with torch.device("meta"):
+        model = CaptionModel(model_config)
     _load_weights(model, folder / WEIGHTS)
     return Checkpoint(
         model.eval(),
@@ -172,6 +181,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
         if not isinstance(config[field], kinds.get(field, object)):
             raise CheckpointError(f"{path} is damaged: {field!r} is of the wrong type")
+    if not all(isinstance(word, str) for word in config["vocabulary"]):
+        raise CheckpointError(f"{path} is damaged: 'vocabulary' holds what is no word")
+    if not isinstance(config["encoder"].get("name"), str):
+        raise CheckpointError(f"{path} is damaged: 'encoder' has no name")
     return config
 
 
@@ -199,7 +212,12 @@ def _load_weights(model: CaptionModel, path: Path) -> None:
             )
         if not torch.isfinite(state[name]).all():
             raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    weights = {name: tensor.float() for name, tensor in state.items()}
+    if model.config.tied_embedding:
+        weights["fc.weight"] = weights["embedding.weight"]
+    model.load_state_dict(weights, assign=True)
+    if model.config.tied_embedding:
+        model.fc.weight = model.embedding.weight
 
 
 def model_card(checkpoint: Checkpoint) -> str:

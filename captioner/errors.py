@@ -27,3 +27,8 @@ class CheckpointError(CaptionerError):
 
 class TrainingError(CaptionerError):
     """Training cannot go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its kind where it has no text, to quote in a message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
-from captioner.errors import DataError
+from captioner.errors import DataError, EncoderError
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,16 @@ def cache_features(
 
     Raises:
         DataError: the disk is too small, or no photo can be opened.
+        EncoderError: the features are too large for float16.
     """
     key = {"photos": photos.fingerprint(), "encoder": encoder.spec(), "flip": flip}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = encoder.name.replace(":", "-").replace("/", "-")
     home = folder / f"{name}-{photos.split}{'-flip' if flip else ''}-{digest}"
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {home}: {error.strerror}; choose another --cache") from error
     shape = (len(photos), GRID * GRID, encoder.channels)
     with filelock.FileLock(home / ".lock"):
         unreadable = _extract(encoder, photos, home, shape, flip, device, batch_size)
@@ -126,8 +130,12 @@ def _extract(
             unreadable += [row for row, pixels in batch if pixels is None]
             if readable:
                 grid = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
-                cells = grid.flatten(2).transpose(1, 2)  # (B, P, C)
-                array[[row for row, _ in readable]] = cells.cpu().numpy()
+                cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
+                if not cells.isfinite().all():
+                    raise EncoderError(
+                        f"{encoder.name} gives values that float16 cannot hold: choose another one"
+                    )
+                array[[row for row, _ in readable]] = cells.numpy()
             done += len(batch)
             bar.update(len(batch))
             if done - saved >= _SAVE_EVERY or done == shape[0]:

@@ -119,6 +119,11 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     readable, validation_readable = set(features.readable), set(validation_features.readable)
     train_rows = [row for row in train_rows if row in readable]
     validation_rows = [row for row in validation_rows if row in validation_readable]
+    if len(validation_rows) < 2:
+        raise DataError(
+            f"{len(validation_rows)} photos to validate on are too few, at least 2 are needed: "
+            "use more photos"
+        )
     count = 1 if config.captions == "first" else None
     captions = [all_captions[row][:count] for row in train_rows]
     references = [validation_captions[row] for row in validation_rows]

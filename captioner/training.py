@@ -60,7 +60,7 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero."""
     warmup = config.warmup * total
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.learning_rate * min(1.0, (step + 1) / warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -119,7 +119,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=2)
+        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
         self.steps_an_epoch = math.ceil(prepared.photos / config.batch_size)
         # Where the run stands: epochs done, steps done in this one, its summed loss and words.
         self.epoch, self.step, self.loss_sum, self.words = 0, 0, 0.0, 0
@@ -183,9 +183,10 @@ class Run:
         try:
             numbers = json.loads((state / "state.json").read_text())
             tensors = load_file(state / "state.safetensors", device=str(self.device))
+            kept = numbers["config"]
         except Exception as error:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
-        kept, ours = numbers["config"], self.config.to_dict()
+        ours = self.config.to_dict()
         # More epochs of a run are the same run, and so is another device.
         changed = [name for name in ours if kept.get(name) != ours[name] and name != "device"]
         if changed == ["epochs"] and self.config.schedule == "plateau":
@@ -353,9 +354,12 @@ def fit(
         the figures of the best epoch.
 
     Raises:
-        TrainingError: the folder is taken, the loss became NaN, or nothing can be resumed.
+        TrainingError: the folder is taken, the loss became NaN, or what is to be resumed does not
+            fit the settings.
         Stopped: SIGINT or SIGTERM came; everything is saved.
     """
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is a file: choose another --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
@@ -409,8 +413,9 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     badness = _badness(run.config, row)
     if badness < run.best:
         run.best, run.bad_epochs = badness, 0
-        # What others may know of the run: where the files lay on this machine is not part of it.
-        recipe = {**run.config.to_dict(), "data": Path(run.config.data).name}
+        # Where the files lay on this machine is nobody else's business.
+        data = Path(run.config.data)
+        recipe = {**run.config.to_dict(), "data": data.name if data.exists() else str(data)}
         del recipe["encoder_weights"]
         checkpoints.save(
             run.folder / "checkpoint",

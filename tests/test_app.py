@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,10 @@ import app
 from captioner import Captioner
 
 
-@pytest.fixture(scope="module")
-def url(served_page: str) -> Iterator[str]:
-    return served_page
-
-
 def test_the_shipped_checkpoint_captions_through_the_page(
-    url: str, captioner: Captioner, example_photos: list[Path]
+    served_page: str, captioner: Captioner, example_photos: list[Path]
 ) -> None:
-    client = Client(url, verbose=False)
+    client = Client(served_page, verbose=False)
     for photo in example_photos[:2]:
         text, maps = client.predict(handle_file(photo), api_name="/caption")
         caption = captioner.caption(photo)
@@ -32,11 +26,11 @@ def test_the_shipped_checkpoint_captions_through_the_page(
 
 
 def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
-    url: str, example_photos: list[Path], tmp_path: Path
+    served_page: str, example_photos: list[Path], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
-    client = Client(url, verbose=False)
+    client = Client(served_page, verbose=False)
     with pytest.raises(AppError, match="not a photo that can be read"):
         client.predict(handle_file(bad), api_name="/caption")
     text, _ = client.predict(handle_file(example_photos[0]), api_name="/caption")

@@ -1,0 +1,449 @@
+"""Checkpoints: there and back, written whole or not at all, refused by name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from captioner import checkpoint as checkpoints
+from captioner.checkpoint import Checkpoint, load, save
+from captioner.config import ModelConfig
+from captioner.encoders import Encoder
+from captioner.errors import CheckpointError
+from captioner.model import CaptionModel
+from captioner.vocab import SPECIALS, Vocabulary
+
+WORDS = [*SPECIALS, "a", "ball", "dog", "häuser", "red", "the"]
+SEED: dict[str, Any] = {}
+BEST: dict[str, Any] = {
+    "mean_start": True,
+    "context_gate": True,
+    "deep_output": True,
+    "tied_embedding": True,
+    "dropout": 0.4,
+    "feature_dropout": 0.2,
+}
+
+
+def _make(encoder: Encoder, options: dict[str, Any], seed: int = 0) -> Checkpoint:
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vocabulary_size=len(WORDS),
+        encoder_channels=encoder.channels,
+        embedding_size=12,
+        hidden_size=16,
+        attention_size=10,
+        **options,
+    )
+    return Checkpoint(
+        CaptionModel(config).eval(),
+        Vocabulary(WORDS),
+        20,
+        encoder.spec(),
+        {"recipe": "best", "data": "photos/flickr8k", "learning_rate": 1e-3},
+        {"epoch": 3, "val_loss": 2.718281, "CIDEr": 55.512},
+    )
+
+
+@pytest.fixture
+def encoder(tiny_encoder: Callable[..., Encoder]) -> Encoder:
+    return tiny_encoder()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, encoder: Encoder) -> Path:
+    """A good checkpoint, for the tests to damage."""
+    save(tmp_path / "checkpoint", _make(encoder, BEST))
+    return tmp_path / "checkpoint"
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change config.json in place."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+# There and back
+
+
+@pytest.mark.parametrize("options", [SEED, BEST], ids=["seed", "best"])
+def test_what_is_saved_is_loaded(tmp_path: Path, encoder: Encoder, options: dict[str, Any]) -> None:
+    saved = _make(encoder, options)
+    save(tmp_path / "run" / "checkpoint", saved)
+    loaded = load(tmp_path / "run" / "checkpoint")
+    assert loaded.model.config == saved.model.config
+    assert not loaded.model.training
+    assert loaded.vocabulary == saved.vocabulary
+    assert loaded.max_length == 20
+    assert loaded.recipe == saved.recipe
+    assert loaded.metrics == saved.metrics
+    loaded.check_encoder(encoder.spec())
+    state, expected = loaded.model.state_dict(), saved.model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.float32
+        # float16 keeps 11 bits.
+        torch.testing.assert_close(tensor, expected[name], rtol=2**-11, atol=1e-7)
+    features, captions = torch.randn(2, 49, 8), torch.tensor([[[1, 4, 8, 6, 2]], [[1, 9, 5, 2, 0]]])
+    torch.testing.assert_close(
+        loaded.model(features, captions)[0],
+        saved.model(features, captions)[0],
+        rtol=1e-2,
+        atol=1e-2,
+    )
+
+
+def test_saved_again_it_is_the_same_to_the_bit(tmp_path: Path, folder: Path) -> None:
+    save(tmp_path / "again", load(folder))
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_tied_matrix_stays_tied_and_is_stored_once(folder: Path) -> None:
+    model = load(folder).model
+    assert model.fc.weight is model.embedding.weight
+    stored = load_file(folder / "model.safetensors")
+    assert "fc.weight" not in stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
+def test_the_folder_holds_three_plain_files_and_no_pickle(folder: Path) -> None:
+    names = {path.name for path in folder.rglob("*")}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    for path in folder.iterdir():
+        assert not path.read_bytes().startswith((b"PK", b"\x80"))
+    json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def test_the_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")
+    for text in (
+        "flickr8k",
+        "best",
+        "tiny",
+        "CIDEr | 55.51",
+        "val_loss | 2.718",
+        "Limits",
+        "Terms",
+    ):
+        assert text in card
+
+
+# Written whole, or not at all
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed()])
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("method", ["replace", "write_text"])
+def test_a_save_that_breaks_off_leaves_the_old_one(
+    folder: Path,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    method: str,
+    call: int,
+) -> None:
+    before = load(folder).model.state_dict()
+    really, calls = getattr(Path, method), iter(range(1, 100))
+
+    def break_off(path: Path, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise error
+        return really(path, *arguments, **options)
+
+    completed = False
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, break_off)
+        try:
+            save(folder, _make(encoder, BEST, seed=1))
+            completed = True  # it does not call the method so often
+        except CheckpointError as caught:
+            assert "No space left" in str(caught)  # noqa: PT017 - one of two ends
+        except Killed:
+            pass
+    after = load(folder).model.state_dict()
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    assert same is not completed
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed()])
+def test_weights_that_cannot_be_written_leave_the_old_one(
+    folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+
+    def half(_: Any, path: Path) -> None:
+        path.write_bytes(before[:100])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", half)
+        with pytest.raises((CheckpointError, Killed)):
+            save(folder, _make(encoder, BEST, seed=1))
+    assert (folder / "model.safetensors").read_bytes() == before
+    load(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_new_save_replaces_the_old_one_whole(folder: Path, encoder: Encoder) -> None:
+    (folder / "leftover.txt").write_text("of the old one")
+    new = _make(encoder, SEED, seed=1)
+    save(folder, new)
+    assert load(folder).model.config == new.model.config
+    assert not (folder / "leftover.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path: Path, encoder: Encoder) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        save(tmp_path / "file" / "checkpoint", _make(encoder, SEED))
+
+
+# Damaged, foreign, newer
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 60, 0.3, 0.9, -1])
+def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        load(folder)
+
+
+def test_a_flipped_bit_in_the_header_is_refused_or_harmless(folder: Path) -> None:
+    expected = load(folder).model.state_dict()
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    refused = 0
+    places = [*range(8), *range(8, header, 5)]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            state = load(folder).model.state_dict()
+        except CheckpointError:
+            refused += 1
+        else:
+            assert all(torch.equal(state[name], expected[name]) for name in expected), place
+    assert refused > 0.9 * len(places)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"\x80\x04N.", b"[]", b"3", b"null"]
+)
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": ["BlipForConditionalGeneration"], "model_type": "blip"},
+        {"format": "1", "model": {}},
+        {"format": None},
+    ],
+)
+def test_a_foreign_config_is_refused(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="not a captioner checkpoint"):
+        load(folder)
+
+
+def test_a_newer_format_asks_for_an_update(folder: Path) -> None:
+    _edit(folder, lambda config: config.update(format=2))
+    with pytest.raises(CheckpointError, match=r"format 2, newer than the 1 .*update captioner"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "field", ["model", "vocabulary", "max_length", "encoder", "recipe", "metrics"]
+)
+def test_a_missing_field_is_named(folder: Path, field: str) -> None:
+    _edit(folder, lambda config: config.pop(field))
+    with pytest.raises(CheckpointError, match=f"lacks '{field}'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", []),
+        ("vocabulary", {"a": 4}),
+        ("vocabulary", ["a", "b"]),
+        ("vocabulary", [*SPECIALS, "a", "a", "b", "c", "d", "e"]),
+        ("vocabulary", [*SPECIALS, ["a"], "b", "c", "d", "e", "f"]),
+        ("vocabulary", [*SPECIALS, 1, 2, 3, 4, 5, 6]),
+        ("max_length", "20"),
+        ("encoder", "tiny"),
+        ("encoder", {}),
+    ],
+)
+def test_a_field_of_another_kind_is_named(folder: Path, field: str, value: object) -> None:
+    _edit(folder, lambda config: config.update({field: value}))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", "16"),
+        ("hidden_size", 16.5),
+        ("hidden_size", None),
+        ("embedding_size", 12.0),
+        ("dropout", 2),
+        ("colour", "red"),
+        ("deep_output", False),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(folder: Path, name: str, value: object) -> None:
+    _edit(folder, lambda config: config["model"].update({name: value}))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        load(folder)
+
+
+def test_another_vocabulary_size_is_refused(folder: Path) -> None:
+    _edit(folder, lambda config: config["vocabulary"].append("zebra"))
+    with pytest.raises(CheckpointError, match="11 words for a model of 10"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("hidden_size", 17, r"is \(.*\), not \(.*\)"),
+        ("embedding_size", 13, r"is \(.*\), not \(.*\)"),
+        ("encoder_channels", 9, r"is \(.*\), not \(.*\)"),
+        ("mean_start", False, r"holds an unknown start_cell\.bias"),
+        ("context_gate", False, r"holds an unknown gate\.bias"),
+        ("tied_embedding", False, r"lacks fc\.weight"),
+    ],
+)
+def test_weights_of_another_shape_than_the_configs_are_refused(
+    folder: Path, name: str, value: object, says: str
+) -> None:
+    _edit(folder, lambda config: config["model"].update({name: value}))
+    with pytest.raises(CheckpointError, match=says):
+        load(folder)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Keep a test that would take all memory from taking the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_config_that_asks_for_huge_layers_is_refused(folder: Path) -> None:
+    _edit(folder, lambda config: config["model"].update(hidden_size=100_000))
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["attn.v.weight"][0, 3] = value
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"attn\.v\.weight holds values that are not finite"):
+        load(folder)
+
+
+class Disguise:
+    """An object that runs code where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder: Path) -> None:
+    marker = tmp_path / "executed"
+    torch.save({"embedding.weight": Disguise(marker)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Disguise(marker)))
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load(folder)
+    (folder / "config.json").write_bytes(pickle.dumps(Disguise(marker)))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        load(folder)
+    assert not marker.exists()
+
+
+# Not there
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"no checkpoint: it has no {name}"):
+        load(folder)
+
+
+def test_a_missing_card_does_no_harm(folder: Path) -> None:
+    (folder / "README.md").unlink()
+    assert load(folder).max_length == 20
+
+
+def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a file; a checkpoint is a folder"):
+        load(folder / "config.json")
+
+
+def test_a_hub_id_without_internet_says_so() -> None:
+    # HF_HUB_OFFLINE is set for all tests.
+    with pytest.raises(CheckpointError, match=r"somebody/captioner.*Hub.*internet connection"):
+        load("somebody/captioner")
+
+
+# The encoder it was trained with
+
+
+def test_its_own_encoder_is_taken_before_and_after_saving(folder: Path, encoder: Encoder) -> None:
+    _make(encoder, SEED).check_encoder(encoder.spec())
+    load(folder).check_encoder(encoder.spec())
+
+
+def test_another_encoder_is_refused_by_what_differs(
+    folder: Path, tiny_encoder: Callable[..., Encoder]
+) -> None:
+    checkpoint = load(folder)
+    with pytest.raises(CheckpointError, match=r"weights of tiny are not those .*--encoder"):
+        checkpoint.check_encoder(tiny_encoder(seed=1).spec())
+    with pytest.raises(CheckpointError, match=r"transform .*0\.5.*0\.4"):
+        checkpoint.check_encoder(tiny_encoder(mean=0.4).spec())
+    with pytest.raises(CheckpointError, match=r"transform .*bilinear.*bicubic"):
+        checkpoint.check_encoder(tiny_encoder(interpolation="bicubic").spec())
+    with pytest.raises(CheckpointError, match="name 'tiny', this one 'other'"):
+        checkpoint.check_encoder(tiny_encoder(name="other").spec())

@@ -1,0 +1,453 @@
+"""Photos with captions from Parquet, captions files and the Hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioner.data import CaptionDataset, PhotoDataset, load_captions, mirror_text, split_names
+from captioner.errors import DataError, ImageError
+from captioner.images import Transform
+from captioner.vocab import Vocabulary, clean
+
+Draw = Callable[..., bytes]
+MakeRow = Callable[..., dict[str, Any]]
+Write = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _photos_with(folder: Path, file_name: str, text: str, names: list[str], draw: Draw) -> Path:
+    """Make a folder of photos with a captions file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file_name).write_text(text, encoding="utf-8")
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(draw(number))
+    return folder
+
+
+# Parquet
+
+
+@pytest.mark.parametrize(
+    ("split", "first", "count"), [("train", 0, 24), ("validation", 32, 8), ("test", 64, 4)]
+)
+def test_parquet_gives_each_split_with_captions_and_photos(
+    parquet_folder: Path,
+    draw: Draw,
+    captions_of: Callable[[int], list[str]],
+    split: str,
+    first: int,
+    count: int,
+) -> None:
+    photos = load_captions(str(parquet_folder), split)
+    assert len(photos) == count
+    assert photos.skipped == 0
+    assert list(photos.captions()) == [captions_of(first + row) for row in range(count)]
+    assert photos.names() == [f"{1000 + first + row}.png" for row in range(count)]
+    for row in (0, count - 1):
+        assert np.array_equal(np.asarray(photos.photo(row)), _pixels(draw(first + row)))
+
+
+@pytest.mark.parametrize("alias", ["val", "valid", "dev"])
+def test_validation_has_its_usual_short_names(parquet_folder: Path, alias: str) -> None:
+    short = load_captions(str(parquet_folder), alias)
+    assert short.split == "validation"
+    assert short.names() == load_captions(str(parquet_folder), "validation").names()
+
+
+def test_split_names_lists_what_can_be_loaded(parquet_folder: Path, csv_folder: Path) -> None:
+    assert split_names(str(parquet_folder)) == ["train", "validation", "test"]
+    assert split_names(str(csv_folder)) == ["train"]
+
+
+def test_one_parquet_file_for_all_is_told_apart_by_its_split_column(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [hub_row(0, "train"), hub_row(1, "val"), hub_row(2, "test"), hub_row(3, "train")]
+    folder = str(write_parquet(tmp_path, {"train": rows}))
+    assert load_captions(folder, "train").names() == ["1000.png", "1003.png"]
+    assert load_captions(folder, "validation").names() == ["1001.png"]
+    assert load_captions(folder, "test").names() == ["1002.png"]
+
+
+def test_only_image_and_alt_text_are_needed(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [{name: hub_row(n)[name] for name in ("image", "alt_text")} for n in range(3)]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    assert len(photos) == 3
+    assert photos.photo(2).size == (64, 48)
+    assert photos.names() == ["0", "1", "2"]
+
+
+def test_a_bare_string_is_one_caption(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [hub_row(0) | {"alt_text": "A red circle."}, hub_row(1) | {"alt_text": "a square"}]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    assert list(photos.captions()) == [["A red circle."], ["a square"]]
+
+
+def test_rows_without_a_caption_are_skipped_and_counted(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [hub_row(number) for number in range(6)]
+    rows[1]["alt_text"] = []
+    rows[2]["alt_text"] = None
+    rows[4]["alt_text"] = ["", " .!", None]
+    rows[5]["alt_text"] = ["", "a green circle"]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    assert photos.names() == ["1000.png", "1003.png", "1005.png"]
+    assert photos.skipped == 3
+    assert "skipped 3 rows" in caplog.text
+    assert list(photos.captions())[2] == ["a green circle"]
+    # The photos still stand by their own captions.
+    assert np.array_equal(np.asarray(photos.photo(1)), _pixels(rows[3]["image"]["bytes"]))
+
+
+def test_a_broken_photo_disturbs_nothing_until_it_is_asked_for(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [hub_row(number) for number in range(4)]
+    rows[1]["image"]["bytes"] = b"this is no photo"
+    rows[2]["image"] = None
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    assert len(photos) == 4
+    assert len(list(photos.captions())) == 4
+    for row in (1, 2):
+        with pytest.raises(ImageError):
+            photos.photo(row)
+    assert photos.photo(0).size == photos.photo(3).size == (64, 48)
+
+
+@pytest.mark.parametrize("kind", ["parquet_folder", "csv_folder"])
+def test_loading_decodes_no_photo(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    really_open = Image.open
+
+    def watch(*arguments: Any, **options: Any) -> Image.Image:
+        opened.append(arguments)
+        return really_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", watch)
+    photos = load_captions(str(request.getfixturevalue(kind)), "train", limit=5)
+    assert len(list(photos.captions())) == len(photos.names()) == 5
+    photos.fingerprint()
+    assert not opened
+    photos.photo(0)
+    assert len(opened) == 1
+
+
+def test_limit_takes_the_first_photos(parquet_folder: Path) -> None:
+    everything = load_captions(str(parquet_folder), "train")
+    some = load_captions(str(parquet_folder), "train", limit=5)
+    assert some.names() == everything.names()[:5]
+    assert len(load_captions(str(parquet_folder), "test", limit=1000)) == 4
+
+
+def test_limit_counts_photos_that_have_captions(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [hub_row(0) | {"alt_text": []}, hub_row(1), hub_row(2)]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})), limit=2)
+    assert photos.names() == ["1001.png", "1002.png"]
+
+
+# Captions files
+
+
+def test_captions_csv_groups_the_lines_of_a_photo(
+    csv_folder: Path, draw: Draw, captions_of: Callable[[int], list[str]]
+) -> None:
+    photos = load_captions(str(csv_folder))
+    assert photos.names() == [f"{number}.png" for number in range(20)]
+    assert list(photos.captions()) == [captions_of(number) for number in range(20)]
+    assert np.array_equal(np.asarray(photos.photo(7)), _pixels(draw(7)))
+    assert load_captions(str(csv_folder / "captions.csv")).names() == photos.names()
+
+
+def test_captions_txt_as_flickr8k_is_passed_around(tmp_path: Path, draw: Draw) -> None:
+    text = (
+        "image,caption\n"
+        "1000_a.jpg,A child in a pink dress is climbing up a set of stairs .\n"
+        '1000_a.jpg,"A girl , in pink , goes into a wooden ""house"" ."\n'
+        "1001_b.jpg,A black dog\n"
+        "1000_a.jpg,A little girl\n"
+    )
+    folder = _photos_with(
+        tmp_path, "captions.txt", text, ["Images/1000_a.jpg", "Images/1001_b.jpg"], draw
+    )
+    photos = load_captions(str(folder))
+    assert photos.names() == ["1000_a.jpg", "1001_b.jpg"]
+    first, second = photos.captions()
+    assert first == [
+        "A child in a pink dress is climbing up a set of stairs .",
+        'A girl , in pink , goes into a wooden "house" .',
+        "A little girl",
+    ]
+    assert second == ["A black dog"]
+    assert photos.photo(1).size == (64, 48)
+
+
+@pytest.mark.parametrize("comma", [",", ", ", " , "])
+def test_an_unquoted_comma_keeps_the_caption_and_its_words_whole(
+    tmp_path: Path, draw: Draw, comma: str
+) -> None:
+    text = f"image,caption\na.png,a red circle{comma}on the left{comma}alone\n"
+    photos = load_captions(str(_photos_with(tmp_path, "captions.txt", text, ["a.png"], draw)))
+    ((caption,),) = photos.captions()
+    assert caption.replace(",", " ").split() == ["a", "red", "circle", "on", "the", "left", "alone"]
+    if comma != ",":  # with no space beside it, the comma itself is all that parts the words
+        vocabulary = Vocabulary.build([caption], min_count=1)
+        assert {"circle", "on", "left", "alone"} <= set(vocabulary.idx2word)
+
+
+def test_a_split_column_parts_the_photos(tmp_path: Path, draw: Draw) -> None:
+    text = (
+        "image,caption,split\n"
+        "a.png,a circle,train\na.png,a red circle,train\n"
+        'b.png,"a square, red",val\n'
+        "c.png,a green circle,test\n"
+    )
+    folder = str(_photos_with(tmp_path, "captions.csv", text, ["a.png", "b.png", "c.png"], draw))
+    assert load_captions(folder, "train").names() == ["a.png"]
+    assert load_captions(folder, "validation").names() == ["b.png"]
+    assert list(load_captions(folder, "validation").captions()) == [["a square, red"]]
+    assert load_captions(folder, "test").names() == ["c.png"]
+    assert split_names(folder) == ["train", "validation", "test"]
+
+
+def test_an_unquoted_comma_does_not_shift_the_split(tmp_path: Path, draw: Draw) -> None:
+    text = "image,caption,split\na.png,a circle, red,train\nb.png,a square,validation\n"
+    folder = str(_photos_with(tmp_path, "captions.csv", text, ["a.png", "b.png"], draw))
+    photos = load_captions(folder, "train")
+    assert photos.names() == ["a.png"]
+    ((caption,),) = photos.captions()
+    assert caption.replace(",", " ").split() == ["a", "circle", "red"]
+
+
+def test_a_split_column_counts_even_where_it_names_one_split(tmp_path: Path, draw: Draw) -> None:
+    text = "image,caption,split\na.png,a circle,test\nb.png,a square,test\n"
+    folder = str(_photos_with(tmp_path, "captions.csv", text, ["a.png", "b.png"], draw))
+    assert load_captions(folder, "test").names() == ["a.png", "b.png"]
+    with pytest.raises(DataError, match="no split 'train', only: test"):
+        load_captions(folder, "train")
+
+
+def test_missing_files_are_skipped_and_counted(
+    tmp_path: Path, draw: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "image,caption\na.png,a circle\ngone.png,a square\nb.png,a dot\nlost.png,a line\n"
+    folder = str(_photos_with(tmp_path, "captions.csv", text, ["a.png", "b.png"], draw))
+    photos = load_captions(folder)
+    assert photos.names() == ["a.png", "b.png"]
+    assert "2 photos of 4 are missing" in caplog.text
+    assert photos.skipped == 2
+
+
+def test_a_photo_whose_lines_are_empty_is_skipped_and_counted(tmp_path: Path, draw: Draw) -> None:
+    text = "image,caption\na.png,\nb.png,a dot\nc.png\n\n"
+    names = ["a.png", "b.png", "c.png"]
+    photos = load_captions(str(_photos_with(tmp_path, "captions.csv", text, names, draw)))
+    assert photos.names() == ["b.png"]
+    assert photos.skipped == 2
+
+
+def test_a_captions_file_saved_by_a_spreadsheet_is_read(tmp_path: Path, draw: Draw) -> None:
+    text = "\ufeffcomment,image,caption\r\n1,ä b.png,Zwei Häuser\r\n2, ä b.png ,a cat\r\n"
+    photos = load_captions(str(_photos_with(tmp_path, "captions.csv", text, ["ä b.png"], draw)))
+    assert list(photos.captions()) == [["Zwei Häuser", "a cat"]]
+
+
+# Errors: always DataError, always with the way out
+
+
+def _nothing(folder: Path, *_: Any) -> Path:
+    return folder
+
+
+def _photos_without_captions(folder: Path, draw: Draw, *_: Any) -> Path:
+    (folder / "a.png").write_bytes(draw(0))
+    return folder
+
+
+def _no_folder(folder: Path, *_: Any) -> Path:
+    return folder / "not here"
+
+
+def _no_captions_column(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    kept = [{"image": row(0)["image"], "text": "a dog"}]
+    return write(folder, {"train": kept})
+
+
+def _no_image_column(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    return write(folder, {"train": [{"picture": row(0)["image"], "alt_text": ["a dog"]}]})
+
+
+def _no_captions(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    return write(folder, {"train": [row(0) | {"alt_text": [""]}, row(1) | {"alt_text": []}]})
+
+
+def _captions_of_numbers(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    return write(folder, {"train": [row(0) | {"alt_text": 7}]})
+
+
+def _photos_of_numbers(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    return write(folder, {"train": [row(0) | {"image": 7}]})
+
+
+def _broken_parquet(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    write(folder, {"train": [row(0)]})
+    file = folder / "data/train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
+    def make(folder: Path, draw: Draw, *_: Any) -> Path:
+        (folder / "captions.csv").write_bytes(text.encode(encoding))
+        (folder / "a.png").write_bytes(draw(0))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_no_folder, "there is no folder"),
+        (_nothing, "neither Parquet files nor captions.csv or captions.txt"),
+        (_photos_without_captions, "neither Parquet files nor captions.csv or captions.txt"),
+        (_no_captions_column, "no column 'alt_text', only: image, text"),
+        (_no_image_column, "no column 'image', only: picture, alt_text"),
+        (_no_captions, "no photo with a caption"),
+        (_captions_of_numbers, "alt_text"),
+        (_photos_of_numbers, "image"),
+        (_broken_parquet, "cannot read the Parquet files"),
+        (_csv(""), "no column 'image'"),
+        (_csv("a.png,a dog\n"), "no column 'image' in its first line, only: a.png, a dog"),
+        (_csv("image,text\na.png,a dog\n"), "no column 'caption' in its first line"),
+        (_csv("image;caption\na.png;a dog\n"), "start it with image,caption"),
+        (_csv("image,caption\nb.png,a dog\n"), "none of them lies in .*the first is 'b.png'"),
+        (_csv("image,caption\n"), "names 0 photos"),
+        (_csv("image,caption\na.png,ein Häuschen\n", "latin-1"), "save it as UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_named(
+    tmp_path: Path,
+    draw: Draw,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    make: Callable[..., Path],
+    says: str,
+) -> None:
+    with pytest.raises(DataError, match=says):
+        load_captions(str(make(tmp_path, draw, hub_row, write_parquet)))
+
+
+def test_an_unknown_split_is_refused_with_those_there_are(
+    parquet_folder: Path, csv_folder: Path
+) -> None:
+    with pytest.raises(DataError, match="no split 'testing', only: train, validation, test"):
+        load_captions(str(parquet_folder), "testing")
+    with pytest.raises(DataError, match="no split 'validation', only: train"):
+        load_captions(str(csv_folder), "validation")
+
+
+def test_a_split_with_no_rows_is_named(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    folder = str(write_parquet(tmp_path, {"train": [hub_row(0)], "validation": []}))
+    with pytest.raises(DataError, match=r"validation.* (empty|no photo)"):
+        load_captions(folder, "validation")
+
+
+def test_the_hub_without_internet_names_the_local_way() -> None:
+    # HF_HUB_OFFLINE is set for all tests.
+    with pytest.raises(DataError, match=r"AnyModal/flickr30k.*internet.*--data.*captions\.csv"):
+        load_captions()
+
+
+def test_an_error_without_a_text_is_still_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match="ConnectionError"):
+        load_captions("some/dataset")
+
+
+# What training takes
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("A dog on the LEFT, a cat on the right.", "a dog on the right a cat on the left"),
+        ("he left the leftmost house", "he right the leftmost house"),
+        ("nothing turns here", "nothing turns here"),
+    ],
+)
+def test_a_mirrored_caption_swaps_left_and_right(text: str, mirrored: str) -> None:
+    assert mirror_text(text) == mirrored
+    # Mirrored twice it is the caption again, cleaned.
+    assert mirror_text(mirror_text(text)) == clean(text)
+
+
+def test_photos_become_the_encoders_input_and_broken_ones_none(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    rows = [hub_row(number) for number in range(3)]
+    rows[1]["image"]["bytes"] = b"broken"
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    transform = Transform(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    dataset, mirrored = PhotoDataset(photos, transform), PhotoDataset(photos, transform, flip=True)
+    assert len(dataset) == 3
+    assert dataset[1] == (1, None)
+    row, pixels = dataset[2]
+    assert row == 2
+    assert pixels is not None
+    assert pixels.shape == (3, 224, 224)
+    flipped = mirrored[2][1]
+    assert flipped is not None
+    assert np.array_equal(flipped.numpy(), pixels.numpy()[:, :, ::-1])
+    assert not np.array_equal(flipped.numpy(), pixels.numpy())
+    later = PhotoDataset(photos, transform, start=2)
+    assert len(later) == 1
+    assert later[0][0] == 2
+
+
+def test_captions_are_joined_to_their_features_and_filled_up() -> None:
+    features = np.arange(4 * 49 * 2, dtype=np.float16).reshape(4, 49, 2)
+    captions = [["a dog"], ["a dog runs", "dog", "runs"]]
+    vocabulary = Vocabulary(["<pad>", "<bos>", "<eos>", "<unk>", "a", "dog", "runs"])
+    dataset = CaptionDataset(features, [3, 1], captions, vocabulary, max_length=6)
+    assert len(dataset) == 2
+    grid, tokens = dataset[0]
+    assert np.array_equal(grid.numpy(), features[3])
+    assert tokens.tolist() == [[1, 4, 5, 2, 0, 0], [0] * 6, [0] * 6]
+    grid, tokens = dataset[1]
+    assert np.array_equal(grid.numpy(), features[1])
+    assert tokens.tolist() == [[1, 4, 5, 6, 2, 0], [1, 5, 2, 0, 0, 0], [1, 6, 2, 0, 0, 0]]
+
+
+def test_reading_a_captions_file_does_not_depend_on_the_dialect(tmp_path: Path, draw: Draw) -> None:
+    (tmp_path / "a.png").write_bytes(draw(0))
+    for quoting in (csv.QUOTE_ALL, csv.QUOTE_MINIMAL):
+        with (tmp_path / "captions.csv").open("w", newline="") as file:
+            writer = csv.writer(file, quoting=quoting, lineterminator="\r\n")
+            writer.writerows([["image", "caption"], ["a.png", 'a "big", red dog']])
+        assert list(load_captions(str(tmp_path)).captions()) == [['a "big", red dog']]
