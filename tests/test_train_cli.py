@@ -534,9 +534,7 @@ def test_features_too_large_for_float16_end_in_a_message(
     for name in scales:
         state[name].fill_(1e6)
     save_file(state, tmp_path / "huge.safetensors")
-    for batch_size in ("4", "64"):
-        out = tmp_path / f"run{batch_size}"
-        more = ["--encoder-weights", str(tmp_path / "huge.safetensors"), "--batch-size", batch_size]
-        assert train.main(arguments(out, *more)) == 1
-        assert re.search(r"loss became (nan|-?inf)|finite|float16", _last_line(capsys))
-        assert not (out / "checkpoint").exists()
+    more = ["--encoder-weights", str(tmp_path / "huge.safetensors")]
+    assert train.main(arguments(tmp_path / "run", *more)) == 2
+    assert "float16" in _last_line(capsys)
+    assert not (tmp_path / "run" / "checkpoint").exists()
