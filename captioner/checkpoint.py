@@ -85,6 +85,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         half = {name: tensor.cpu().half().contiguous() for name, tensor in state.items()}
         save_file(half, partial / WEIGHTS)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / CONFIG).write_text(text, encoding="utf-8")
         (partial / CARD).write_text(model_card(checkpoint), encoding="utf-8")
