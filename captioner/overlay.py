@@ -98,7 +98,7 @@ def comparison(
     """Return a PNG of photos with a reference (GT) and the model's caption (PRED) under each."""
     columns = 4
     rows = math.ceil(len(photos) / columns)
-    figure = Figure(figsize=(3.2 * columns, 4.0 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 4.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place, photo, caption, texts in zip(axes, photos, captions, references, strict=False):
         place.imshow(_thumbnail(photo))
