@@ -113,7 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
     demo = build_demo(captioner).queue(max_size=20)
-    demo.launch(server_name=options.host, server_port=options.port, **LAUNCH)
+    try:
+        demo.launch(server_name=options.host, server_port=options.port, **LAUNCH)
+    except OSError:
+        place = f"port {options.port}" if options.port else "every port from 7860 to 7959"
+        print(f"app.py: {place} is taken, choose another --port", file=sys.stderr)
+        return 1
     return 0
 
 

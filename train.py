@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -61,12 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop(signum: int, _: object) -> None:
+    """Stop while the features are made: what there is of them stays."""
+    raise Stopped("stopped; the features so far are kept", signum)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     logging.basicConfig(format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
     out, resume, cache = options.pop("out"), options.pop("resume"), options.pop("cache")
     recipe = options.pop("recipe")
+    # Once the training loop runs, it takes signals itself and saves where it stands.
+    handler = signal.signal(signal.SIGTERM, _stop)
     try:
         given = {name: value for name, value in options.items() if value is not None}
         fit(TrainConfig.from_recipe(recipe, **given), out, resume=resume, cache=cache)
@@ -79,9 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     except CaptionerError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"train.py: {error.strerror or error} ({error.filename})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; cached features are kept", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return 0
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, DecodingOptions
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
+
+if TYPE_CHECKING:
+    from captioner.caption import Caption
+    from captioner.predictor import Captioner
 
 _BATCH = 16
 
@@ -110,19 +115,41 @@ def _free_name(path: Path, taken: set[Path]) -> Path:
     return free
 
 
+def _captions_of(
+    captioner: Captioner, paths: list[Path], options: DecodingOptions
+) -> list[Caption | None]:
+    """Caption photos together; one that cannot be read is told and passed over."""
+    try:
+        return list(captioner.caption_batch(paths, options))
+    except ImageError as error:
+        if len(paths) == 1:
+            print(f"captioner: {error}", file=sys.stderr)
+            return [None]
+        return [_captions_of(captioner, [path], options)[0] for path in paths]
+
+
 def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     """Caption what is named; what cannot be read is told and passed over."""
     from captioner.images import open_photo
     from captioner.predictor import Captioner
 
     captioner = Captioner.load(arguments.checkpoint, arguments.encoder_weights)
-    failures = 0
+    failed = False
     taken: set[Path] = set()
-    batch: list[tuple[Path, Path, Any]] = []
-
-    def finish() -> None:
-        captions = captioner.caption_batch([image for *_, image in batch], options)
-        for (path, place, image), caption in zip(batch, captions, strict=True):
+    photos: list[tuple[Path, Path]] = []
+    for named in arguments.paths:
+        try:
+            photos += _photos_in(named)
+        except ImageError as error:
+            failed = True
+            print(f"captioner: {error}", file=sys.stderr)
+    for start in range(0, len(photos), _BATCH):
+        batch = photos[start : start + _BATCH]
+        captions = _captions_of(captioner, [path for path, _ in batch], options)
+        for (path, place), caption in zip(batch, captions, strict=True):
+            if caption is None:
+                failed = True
+                continue
             if arguments.json:
                 print(json.dumps({"path": str(path), **caption.to_dict()}), flush=True)
             else:
@@ -131,30 +158,13 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
                 from captioner.overlay import sheet
 
                 target = arguments.heatmaps / place.with_name(f"{place.name}.png")
-                _write(_free_name(target, taken), sheet(image, caption.beams[0]))
-        batch.clear()
-
-    for named in arguments.paths:
-        try:
-            for path, place in _photos_in(named):
-                try:
-                    batch.append((path, place, open_photo(path)))
-                except ImageError as error:
-                    failures += 1
-                    print(f"captioner: {error}", file=sys.stderr)
-                if len(batch) == _BATCH:
-                    finish()
-        except ImageError as error:
-            failures += 1
-            print(f"captioner: {error}", file=sys.stderr)
-    finish()
-    return 1 if failures else 0
+                _write(_free_name(target, taken), sheet(open_photo(path), caption.beams[0]))
+    return 1 if failed else 0
 
 
 def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     """Print the scores; write captions and sheet where asked to."""
     from captioner import checkpoint as checkpoints
-    from captioner.data import load_captions
     from captioner.evaluation import evaluate_checkpoint
     from captioner.predictor import SHIPPED_CHECKPOINT
 
@@ -186,8 +196,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     if arguments.sheet:
         from captioner.overlay import comparison
 
-        photos = load_captions(arguments.data, arguments.split, limit=arguments.limit)
-        shown = [photos.photo(row) for row in result.rows[:20]]
+        shown = [result.photos.photo(row) for row in result.rows[:20]]
         _write(arguments.sheet, comparison(shown, result.captions, result.references))
     return 0
 
@@ -195,6 +204,9 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     logging.basicConfig(format="captioner: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may be no valid text; it is printed all the same.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed = build_parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed, DecodingOptions(beam_size=parsed.beam_size)))
@@ -208,6 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (head, say) has had enough; keep Python from complaining as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"captioner: {error.strerror or error} ({error.filename})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

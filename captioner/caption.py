@@ -21,12 +21,14 @@ class Word:
         probability: the model's, 0 to 1, before any ban.
         alternatives: the likeliest words at this place with their probabilities, best first.
         attention: float32 (7, 7), sums to 1; row 0 is the top of the photo.
+        known: whether it is in the model's vocabulary; if not, the probability is ``<unk>``'s.
     """
 
     text: str
     probability: float
     alternatives: tuple[tuple[str, float], ...]
     attention: np.ndarray
+    known: bool = True
 
     @property
     def entropy(self) -> float:
@@ -64,6 +66,7 @@ class Word:
         return {
             "text": self.text,
             "probability": self.probability,
+            "known": self.known,
             "alternatives": [
                 {"text": text, "probability": probability}
                 for text, probability in self.alternatives

@@ -221,10 +221,27 @@ def _load_weights(model: CaptionModel, path: Path) -> None:
         model.fc.weight = model.embedding.weight
 
 
+_FLICKR = (
+    "It knows the scenes of its training photos: everyday snapshots, many of people and dogs "
+    "outdoors. ",
+    "The photos of Flickr8k and Flickr30k belong to their owners on Flickr; the data sets are "
+    "given out for research and education. Take this checkpoint under the same terms. ",
+)
+_OTHER = (
+    "It knows the scenes of its training photos. ",
+    "The terms of the photos and captions that it was trained on apply. ",
+)
+
+
 def model_card(checkpoint: Checkpoint) -> str:
     """Return the README.md that goes with a checkpoint."""
-    recipe, metrics = checkpoint.recipe, checkpoint.metrics
-    numbers = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    recipe = checkpoint.recipe
+    scene, terms = _FLICKR if "flickr" in recipe["data"].lower() else _OTHER
+    names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
+    numbers = [
+        f"| {names.get(name, name.replace('_', ' '))} | {value:.4g} |"
+        for name, value in checkpoint.metrics.items()
+    ]
     return "\n".join(
         [
             "---",
@@ -237,13 +254,13 @@ def model_card(checkpoint: Checkpoint) -> str:
             f"{checkpoint.model.config.hidden_size} units writes an English caption of at most "
             f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
             "",
-            f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`. "
-            f"Trained on: `{recipe['data']}`.",
+            f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
+            f"seed {recipe['seed']}. Trained on: `{recipe['data']}`.",
             "",
             "## Scores on the validation photos",
             "",
-            "BLEU, CIDEr-D and ROUGE-L x 100, free-running captions; cross-entropy in nats a word, "
-            "unsmoothed.",
+            "BLEU, CIDEr (CIDEr-D) and ROUGE-L x 100 of free captions against all references; "
+            "cross-entropy in nats a word, unsmoothed. The epoch was chosen on these photos.",
             "",
             "| | |",
             "| --- | ---: |",
@@ -251,18 +268,16 @@ def model_card(checkpoint: Checkpoint) -> str:
             "",
             "## Limits",
             "",
-            "It knows the scenes of its training photos: everyday snapshots, many of people and "
-            "dogs outdoors. Of anything else it makes the nearest thing it knows, and says so "
-            "with confidence. It miscounts, mixes up colours, guesses people's sex and age from "
-            "looks and repeats what its captions assumed about them. Don't use it to identify or "
-            "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
-            "read for a word and is no proof of cause.",
+            f"{scene}Of anything else it makes the nearest thing it knows, and says so with "
+            "confidence. It miscounts, mixes up colours, guesses people's sex and age from looks "
+            "and repeats what its captions assumed about them. Don't use it to identify or judge "
+            "people, or where a wrong caption does harm. A heat map shows where the decoder read "
+            "for a word and is no proof of cause.",
             "",
             "## Terms",
             "",
-            "The photos of Flickr8k and Flickr30k belong to their owners on Flickr and are for "
-            "research use. The encoder's weights come under their own licence and are not part of "
-            "this folder.",
+            f"{terms}The encoder's weights come under their own licence and are not part of this "
+            "folder.",
             "",
         ]
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import logging
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from captioner.config import DEFAULT_SOURCE, PAD
-from captioner.errors import DataError, ImageError, first_line
+from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.images import Transform, open_photo
 from captioner.vocab import Vocabulary, clean
 
@@ -65,7 +66,8 @@ class CaptionedPhotos:
         image = self._table[row]["image"]
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise ImageError(f"row {row} holds no photo")
-        return Path(image["path"]) if image["bytes"] is None else image["bytes"]
+        # Paths in a local folder's Parquet are meant from there.
+        return Path(self.source, image["path"]) if image["bytes"] is None else image["bytes"]
 
     def photo(self, row: int) -> Image.Image:
         """Decode one photo; ``ImageError`` where that fails."""
@@ -83,6 +85,7 @@ class CaptionedPhotos:
                 return [str(name) for name in self._table[column]]
         return [str(row) for row in range(len(self))]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the photos' files in order: another photo or order gives another one."""
         digest = hashlib.sha256()
@@ -107,7 +110,7 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
     images = next(
         (path.parent / name for name in ("Images", "images") if (path.parent / name).is_dir()),
         path.parent,
-    )
+    ).resolve()
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     try:
@@ -122,6 +125,11 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
                     )
             place = fields.index("caption")
             for cells in filter(None, reader):
+                if any("\n" in cell for cell in cells):
+                    raise DataError(
+                        f"{path}: a caption runs over several lines up to {reader.line_num}; is a "
+                        "quotation mark before it not closed?"
+                    )
                 # Unquoted commas cut a caption; put it together again.
                 end = place + 1 + max(len(cells) - len(fields), 0)
                 cells[place:end] = [", ".join(cells[place:end])]
@@ -151,10 +159,11 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
 
 
 def _by_split(table: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """Part one table for all by its column ``split``."""
+    """Part one table for all by its column ``split``; a row that names none is for training."""
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(table["split"]):
-        rows.setdefault(_SPLIT_NAMES.get(str(name), str(name)), []).append(row)
+        name = str(name or "train")
+        rows.setdefault(_SPLIT_NAMES.get(name, name), []).append(row)
     return {name: table.select(some) for name, some in rows.items()}
 
 
@@ -208,6 +217,8 @@ def load_captions(
     Raises:
         DataError: the source, the split or a column is missing, or no row has a caption.
     """
+    if limit < 0:
+        raise ConfigError(f"limit is {limit}; it must be 0, which takes all, or more")
     splits, missing = _load_splits(source)
     split = _SPLIT_NAMES.get(split, split)
     for table in splits.values():
@@ -219,11 +230,10 @@ def load_captions(
                 )
     named = {_SPLIT_NAMES.get(name, name): table for name, table in splits.items()}
     if len(splits) == 1 and "split" in (only := next(iter(splits.values()))).column_names:
-        parts = _by_split(only)
-        named = parts if len(parts) > 1 else named
+        named = _by_split(only)
     if split not in named:
         raise DataError(
-            f"{source} has no split {split!r}, only: {', '.join(named)}; name one with --split"
+            f"{source} has no split {split!r}, only: {', '.join(named)}; choose one of these"
         )
     try:
         table = named[split].cast_column("image", datasets.Image(decode=False))
@@ -246,18 +256,6 @@ def load_captions(
         photos = photos.select(captioned[: limit or None])
     photos.skipped += missing
     return photos
-
-
-def split_names(source: str) -> list[str]:
-    """Return the splits that ``load_captions`` can load from ``source``."""
-    found = []
-    for name in ("train", "validation", "test"):
-        try:
-            load_captions(source, name, limit=1)
-        except DataError:
-            continue
-        found.append(name)
-    return found
 
 
 def mirror_text(text: str) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint
 from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, PAD, DecodingOptions
-from captioner.data import CaptionDataset, load_captions
+from captioner.data import CaptionDataset, CaptionedPhotos, load_captions
 from captioner.decoding import decode
 from captioner.encoders import load_encoder
 from captioner.features import cache_features
@@ -71,7 +71,8 @@ class Evaluation:
         cross_entropy: unsmoothed, in nats a word, over all references.
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: greedy, without bans, as the original report decodes.
-        rows: of the photos in the split; one that cannot be opened is left out.
+        photos: the split.
+        rows: of those photos that could be opened.
         names: of the photos.
         captions: one a photo, by the decoding of ``conditions``.
         report_captions: one a photo.
@@ -82,6 +83,7 @@ class Evaluation:
     cross_entropy: float
     scores: dict[str, float]
     report_scores: dict[str, float]
+    photos: CaptionedPhotos
     rows: list[int]
     names: list[str]
     captions: list[str]
@@ -147,6 +149,7 @@ def evaluate_checkpoint(
         cross_entropy=cross_entropy_of(model, dataset),
         scores=score_captions(captions, references),
         report_scores=score_captions(report_captions, references),
+        photos=photos,
         rows=features.readable,
         names=[all_names[row] for row in features.readable],
         captions=captions,

@@ -69,7 +69,7 @@ def cache_features(
         DataError: the disk is too small, or no photo can be opened.
         EncoderError: the features are too large for float16.
     """
-    key = {"photos": photos.fingerprint(), "encoder": encoder.spec(), "flip": flip}
+    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "flip": flip}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = encoder.name.replace(":", "-").replace("/", "-")
     home = folder / f"{name}-{photos.split}{'-flip' if flip else ''}-{digest}"
@@ -102,8 +102,12 @@ def _extract(
     array_path, state_path = home / "features.npy", home / "state.json"
     done, unreadable = 0, []
     if state_path.is_file() and array_path.is_file():
-        state = json.loads(state_path.read_text())
-        done, unreadable = state["done"], state["unreadable"]
+        try:
+            state = json.loads(state_path.read_text())
+            if np.load(array_path, mmap_mode="r").shape == shape:
+                done, unreadable = state["done"], state["unreadable"]
+        except (ValueError, KeyError):
+            log.warning("%s is damaged: extracting the features anew", home)
     if done == shape[0]:
         return unreadable
     if done == 0:
@@ -124,23 +128,32 @@ def _extract(
     encoder = encoder.to(device)
     label = f"features, {encoder.name}, {photos.split}{', mirrored' if flip else ''}"
     saved = done
+
+    def save() -> None:
+        # The rows must be on disk before the count says so.
+        array.flush()
+        _write_state(
+            state_path, {"done": done, "unreadable": [row for row in unreadable if row < done]}
+        )
+
     with tqdm(total=shape[0], initial=done, desc=label, unit="photo", smoothing=0.05) as bar:
-        for batch in loader:
-            readable = [(row, pixels) for row, pixels in batch if pixels is not None]
-            unreadable += [row for row, pixels in batch if pixels is None]
-            if readable:
-                grid = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
-                cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
-                if not cells.isfinite().all():
-                    raise EncoderError(
-                        f"{encoder.name} gives values that float16 cannot hold: choose another one"
-                    )
-                array[[row for row, _ in readable]] = cells.numpy()
-            done += len(batch)
-            bar.update(len(batch))
-            if done - saved >= _SAVE_EVERY or done == shape[0]:
-                # The rows must be on disk before the count says so.
-                array.flush()
-                _write_state(state_path, {"done": done, "unreadable": unreadable})
-                saved = done
+        try:
+            for batch in loader:
+                readable = [(row, pixels) for row, pixels in batch if pixels is not None]
+                unreadable += [row for row, pixels in batch if pixels is None]
+                if readable:
+                    grid = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
+                    cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
+                    if not cells.isfinite().all():
+                        raise EncoderError(
+                            f"{encoder.name} gives values that float16 cannot hold: choose another"
+                        )
+                    array[[row for row, _ in readable]] = cells.numpy()
+                done += len(batch)
+                bar.update(len(batch))
+                if done - saved >= _SAVE_EVERY:
+                    save()
+                    saved = done
+        finally:
+            save()  # also when it is stopped
     return unreadable

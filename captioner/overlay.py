@@ -76,7 +76,7 @@ def sheet(photo: Image.Image, beam: Beam) -> bytes:
     height = rows * (2.6 * min(max(small.height / small.width, 0.4), 2.5) + 0.4)
     figure = Figure(figsize=(width, height + 0.8), layout="constrained")
     title = "\n".join(textwrap.wrap(beam.text or "(no words)", width=int(12 * columns)))
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     figure.supxlabel(
         "Where the decoder read for each word, each map scaled from its weakest to its strongest "
         "cell; % is the word's probability. No proof of cause.",
@@ -86,7 +86,7 @@ def sheet(photo: Image.Image, beam: Beam) -> bytes:
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place, (picture, label) in zip(axes, panels, strict=False):
         place.imshow(picture)
-        place.set_title(label, fontsize=10)
+        place.set_title(label, fontsize=10, parse_math=False)
     for place in axes:
         place.set_axis_off()
     return _png(figure)
@@ -103,7 +103,8 @@ def comparison(
     for place, photo, caption, texts in zip(axes, photos, captions, references, strict=False):
         place.imshow(_thumbnail(photo))
         lines = [*textwrap.wrap(f"GT: {texts[0]}", 38), *textwrap.wrap(f"PRED: {caption}", 38)]
-        place.set_title("\n".join(lines), fontsize=9, y=-0.02, va="top", loc="left")
+        style = {"fontsize": 9, "y": -0.02, "va": "top", "loc": "left", "parse_math": False}
+        place.set_title("\n".join(lines), **style)
     for place in axes:
         place.set_axis_off()
     return _png(figure)

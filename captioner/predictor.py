@@ -17,10 +17,10 @@ from captioner.decoding import Hypothesis, beam_search, decode
 from captioner.encoders import Encoder, load_encoder
 from captioner.errors import ConfigError
 from captioner.images import Photo, open_photo
-from captioner.vocab import clean
+from captioner.vocab import SPECIALS, clean
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
-_ALTERNATIVES = 5
+_BATCH = 16
 
 
 class Captioner:
@@ -96,6 +96,9 @@ class Captioner:
     def score(self, photo: Photo, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
 
+        A word that the model does not know goes through it as ``<unk>``: it is shown as written
+        and marked as not ``known``, and its probability is that of any unknown word.
+
         Raises:
             ImageError: the photo cannot be opened.
             ConfigError: the text is empty or too long.
@@ -114,10 +117,9 @@ class Captioner:
 
         caption = self._run([photo], search)[0]
         words = clean(text).split()
-        # Words that the model lacks went through it as <unk>; show them as they were written.
         (beam,) = caption.beams
         shown = tuple(
-            dataclasses.replace(word, text=written)
+            dataclasses.replace(word, text=written, known=word.text != SPECIALS[UNK])
             for word, written in zip(beam.words, words, strict=True)
         )
         return dataclasses.replace(caption, beams=(dataclasses.replace(beam, words=shown),))
@@ -136,17 +138,20 @@ class Captioner:
         self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
     ) -> list[Caption]:
         """Open, encode, search, translate."""
-        images = [open_photo(photo) for photo in photos]
-        if not images:
-            return []
-        pixels = [torch.from_numpy(self.encoder.transform(image)) for image in images]
-        grid = self.encoder(torch.stack(pixels))
-        features = grid.flatten(2).transpose(1, 2)  # (B, P, C)
-        shape = grid.shape[2:]
-        return [
-            Caption(tuple(self._beam(hypothesis, shape) for hypothesis in found), image.size)
-            for found, image in zip(search(features), images, strict=True)
-        ]
+        captions = []
+        for start in range(0, len(photos), _BATCH):
+            sizes, pixels = [], []
+            for photo in photos[start : start + _BATCH]:
+                image = open_photo(photo)  # only one is held at its full size
+                sizes.append(image.size)
+                pixels.append(torch.from_numpy(self.encoder.transform(image)))
+            grid = self.encoder(torch.stack(pixels))
+            features = grid.flatten(2).transpose(1, 2)  # (B, P, C)
+            captions += [
+                Caption(tuple(self._beam(each, grid.shape[2:]) for each in found), size)
+                for found, size in zip(search(features), sizes, strict=True)
+            ]
+        return captions
 
     def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:
         """Translate one hypothesis; it ends in ``<eos>``."""

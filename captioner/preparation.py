@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from captioner.config import FEATURES_FOLDER, TrainConfig
-from captioner.data import CaptionDataset, CaptionedPhotos, load_captions, mirror_text
-from captioner.encoders import check_encoder_name, load_encoder
+from captioner.data import (
+    CaptionDataset,
+    CaptionedPhotos,
+    PhotoDataset,
+    load_captions,
+    mirror_text,
+)
+from captioner.encoders import Encoder, check_encoder_name, load_encoder
 from captioner.errors import DataError, TrainingError
 from captioner.features import Features, cache_features
 from captioner.vocab import Vocabulary
@@ -39,6 +45,8 @@ class Prepared:
         references: all captions of each validation photo.
         matrix: start of the embedding, or None.
         encoder: the encoder's ``spec()``.
+        caches: names of the feature caches, which change with the photos and the encoder.
+        pixels: shape of a batch of photos as the encoder takes them.
     """
 
     vocabulary: Vocabulary
@@ -49,6 +57,8 @@ class Prepared:
     references: list[list[str]]
     matrix: Tensor | None
     encoder: dict[str, Any]
+    caches: list[str]
+    pixels: tuple[int, ...]
 
 
 def choose_device(name: str) -> torch.device:
@@ -84,7 +94,6 @@ def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
 
 def facts(prepared: Prepared, config: TrainConfig) -> str:
     """Return what the report checks before it trains: sizes, shapes, one caption there and back."""
-    size = prepared.encoder["transform"]["size"]
     loader = DataLoader(prepared.train, batch_size=config.batch_size)
     features, tokens = next(iter(loader))
     ids = tokens[0, 0].tolist()
@@ -92,13 +101,22 @@ def facts(prepared: Prepared, config: TrainConfig) -> str:
         [
             f"photos       train {prepared.photos:,}, validation {len(prepared.validation):,}",
             f"vocabulary   {len(prepared.vocabulary):,} entries, 4 specials included",
-            f"a batch      photos ({len(features)}, 3, {size}, {size}) -> features "
+            f"a batch      photos {prepared.pixels} -> features "
             f"{tuple(features.shape)}, captions {tuple(tokens.shape)}",
             f"a caption    {prepared.example!r}",
             f"its ids      {ids}",
             f"decoded      {prepared.vocabulary.untokenize(ids)!r}",
         ]
     )
+
+
+def _batch_of_photos(
+    photos: CaptionedPhotos, rows: Sequence[int], encoder: Encoder, batch_size: int
+) -> tuple[int, ...]:
+    """Return the shape of the first batch of photos."""
+    opened = PhotoDataset(photos, encoder.transform)
+    pixels = [pixels for row in rows[:batch_size] if (pixels := opened[row][1]) is not None]
+    return tuple(torch.stack(pixels).shape)
 
 
 def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
@@ -114,6 +132,7 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     features = features_of(photos)
     same = validation_photos is photos
     validation_features = features if same else features_of(validation_photos)
+    caches = [features.folder.name, validation_features.folder.name]
     all_captions = list(photos.captions())
     validation_captions = all_captions if same else list(validation_photos.captions())
     readable, validation_readable = set(features.readable), set(validation_features.readable)
@@ -146,7 +165,9 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     train: Dataset[Batch] = join(features, train_rows, captions)
     if config.flips:
         mirrored = [[mirror_text(text) for text in some] for some in captions]
-        train = ConcatDataset([train, join(features_of(photos, True), train_rows, mirrored)])
+        flipped = features_of(photos, True)
+        caches.append(flipped.folder.name)
+        train = ConcatDataset([train, join(flipped, train_rows, mirrored)])
     validation = join(validation_features, validation_rows, [some[:count] for some in references])
     return Prepared(
         vocabulary=vocabulary,
@@ -157,4 +178,6 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
         references=references,
         matrix=matrix,
         encoder=encoder.spec(),
+        caches=caches,
+        pixels=_batch_of_photos(photos, train_rows, encoder, config.batch_size),
     )

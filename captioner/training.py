@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,7 @@ from captioner.model import CaptionModel
 from captioner.preparation import Batch, Prepared, choose_device, facts, prepare
 
 _SAVE_SECONDS = 120
+_RECORD = "run.json"
 # What a checkpoint remembers of its epoch's row.
 _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
@@ -163,7 +165,7 @@ class Run:
             },
             "config": self.config.to_dict(),
             "vocabulary": self.prepared.vocabulary.idx2word,
-            "encoder": self.prepared.encoder["sha256"],
+            "caches": self.prepared.caches,
         }
         (partial / "state.json").write_text(json.dumps(numbers))
         state, old = self.folder / "state", self.folder / "state.old"
@@ -187,8 +189,9 @@ class Run:
         except Exception as error:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
         ours = self.config.to_dict()
-        # More epochs of a run are the same run, and so is another device.
-        changed = [name for name in ours if kept.get(name) != ours[name] and name != "device"]
+        # Another device is the same run, and so are the same photos and weights in another place.
+        elsewhere = ("device", "data", "encoder_weights")
+        changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
         if changed:
@@ -197,10 +200,11 @@ class Run:
                 "with the same ones, or choose another --out"
             )
         same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
-        if not same_words or numbers["encoder"] != self.prepared.encoder["sha256"]:
+        # The caches go by the photos, the encoder and its weights.
+        if not same_words or numbers["caches"] != self.prepared.caches:
             raise TrainingError(
-                f"{self.folder} was started on other captions or encoder weights: give the same "
-                "ones, or choose another --out"
+                f"{self.folder} was started on other photos, captions or encoder weights: give the "
+                "same ones, or choose another --out"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -268,15 +272,16 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
             logits, _ = run.model(features.to(device).float(), captions)
         loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss.item()} in epoch {run.epoch + 1}: lower --learning-rate; "
-                f"the best checkpoint so far is in {run.folder}"
-            )
         run.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        if config.gradient_clip:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip or math.inf)
+        if not torch.isfinite(loss + norm):
+            kept = run.folder / "checkpoint"
+            raise TrainingError(
+                f"the loss became {loss.item()} and its gradient {norm.item()} in epoch "
+                f"{run.epoch + 1}: lower --learning-rate"
+                + (f"; the best checkpoint so far is {kept}" if kept.exists() else "")
+            )
         run.optimizer.step()
         if run.average is not None:
             run.average.update_parameters(run.model)
@@ -305,7 +310,7 @@ def _write_config(config: TrainConfig, folder: Path) -> None:
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "git_commit": _git_commit(),
     }
-    (folder / "run.json").write_text(json.dumps(record, indent=1))
+    (folder / _RECORD).write_text(json.dumps(record, indent=1))
 
 
 class _Watch:
@@ -362,13 +367,24 @@ def fit(
         raise TrainingError(f"{folder} is a file: choose another --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
+    if resume and folder.exists() and any(folder.iterdir()) and not (folder / _RECORD).exists():
+        raise TrainingError(f"{folder} holds no run to resume: check --out")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            return _fit(config, folder, resume, cache)
+    except filelock.Timeout as error:
+        raise TrainingError(f"another process is training in {folder}") from error
+
+
+def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[str, float]:
+    """Do what ``fit`` says, alone in ``folder``."""
+    _write_config(config, folder)
     prepared = prepare(config, cache)
     print(facts(prepared, config), flush=True)
     run = Run(config, prepared, folder)
     if resume:
         run.restore()
-    _write_config(config, folder)
     free = config.select_by == "cider"
     options = dataclasses.replace(
         DecodingOptions() if free else DecodingOptions.report(), max_length=config.max_length
@@ -393,7 +409,8 @@ def fit(
             logbook.add(row)
             run.save()
             print(_line(row, run.bad_epochs), flush=True)
-            watch.after_step()
+            if run.epoch < config.epochs:
+                watch.after_step()
     logbook.close()
     if run.bad_epochs >= config.patience:
         print(f"no better epoch for {config.patience} epochs: stopped")
@@ -415,7 +432,10 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
         run.best, run.bad_epochs = badness, 0
         # Where the files lay on this machine is nobody else's business.
         data = Path(run.config.data)
-        recipe = {**run.config.to_dict(), "data": data.name if data.exists() else str(data)}
+        recipe = {
+            **run.config.to_dict(),
+            "data": data.resolve().name if data.exists() else str(data),
+        }
         del recipe["encoder_weights"]
         checkpoints.save(
             run.folder / "checkpoint",

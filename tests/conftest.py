@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-# Both before `datasets` is imported, which reads them once.
+# Before `datasets` and `gradio` are imported, which read them once.
 _HOME = tempfile.mkdtemp(prefix="captioner-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ["HF_HOME"] = _HOME
 os.environ["HF_DATASETS_CACHE"] = str(Path(_HOME, "datasets"))
 os.environ["HF_HUB_CACHE"] = str(Path(_HOME, "hub"))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_TEMP_DIR"] = str(Path(_HOME, "gradio"))
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py and captioner, from whatever folder pytest is called
 
@@ -193,10 +194,9 @@ def example_photos() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def served_page(captioner: Captioner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
     demo = app.build_demo(captioner).queue(max_size=20)
-    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     yield url
     demo.close()

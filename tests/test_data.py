@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioner.data import CaptionDataset, PhotoDataset, load_captions, mirror_text, split_names
-from captioner.errors import DataError, ImageError
+from captioner.data import CaptionDataset, PhotoDataset, load_captions, mirror_text
+from captioner.errors import ConfigError, DataError, ImageError
 from captioner.images import Transform
 from captioner.vocab import Vocabulary, clean
 
@@ -64,11 +64,6 @@ def test_validation_has_its_usual_short_names(parquet_folder: Path, alias: str) 
     short = load_captions(str(parquet_folder), alias)
     assert short.split == "validation"
     assert short.names() == load_captions(str(parquet_folder), "validation").names()
-
-
-def test_split_names_lists_what_can_be_loaded(parquet_folder: Path, csv_folder: Path) -> None:
-    assert split_names(str(parquet_folder)) == ["train", "validation", "test"]
-    assert split_names(str(csv_folder)) == ["train"]
 
 
 def test_one_parquet_file_for_all_is_told_apart_by_its_split_column(
@@ -145,7 +140,7 @@ def test_loading_decodes_no_photo(
     monkeypatch.setattr(Image, "open", watch)
     photos = load_captions(str(request.getfixturevalue(kind)), "train", limit=5)
     assert len(list(photos.captions())) == len(photos.names()) == 5
-    photos.fingerprint()
+    assert len(photos.fingerprint) == 64
     assert not opened
     photos.photo(0)
     assert len(opened) == 1
@@ -227,7 +222,8 @@ def test_a_split_column_parts_the_photos(tmp_path: Path, draw: Draw) -> None:
     assert load_captions(folder, "validation").names() == ["b.png"]
     assert list(load_captions(folder, "validation").captions()) == [["a square, red"]]
     assert load_captions(folder, "test").names() == ["c.png"]
-    assert split_names(folder) == ["train", "validation", "test"]
+    for split in ("train", "validation", "test"):
+        assert len(load_captions(folder, split)) > 0
 
 
 def test_an_unquoted_comma_does_not_shift_the_split(tmp_path: Path, draw: Draw) -> None:
@@ -451,3 +447,43 @@ def test_reading_a_captions_file_does_not_depend_on_the_dialect(tmp_path: Path, 
             writer = csv.writer(file, quoting=quoting, lineterminator="\r\n")
             writer.writerows([["image", "caption"], ["a.png", 'a "big", red dog']])
         assert list(load_captions(str(tmp_path)).captions()) == [['a "big", red dog']]
+
+
+def test_a_quote_that_is_not_closed_is_told(tmp_path: Path, draw: Callable[..., bytes]) -> None:
+    lines = ["image,caption"]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(draw(number))
+        lines += [f"{number}.png,a circle"] * 2
+    lines[3] = '1.png,"hello said the square'
+    lines[6] = '2.png,it said "hello"'
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="quotation mark"):
+        load_captions(str(tmp_path))
+
+
+def test_a_negative_limit_is_refused(parquet_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="limit"):
+        load_captions(str(parquet_folder), limit=-1)
+
+
+def test_a_single_table_of_test_rows_is_no_training_data(
+    tmp_path: Path,
+    hub_row: Callable[..., dict[str, Any]],
+    write_parquet: Callable[[Path, dict[str, list[dict[str, Any]]]], Path],
+) -> None:
+    folder = write_parquet(tmp_path, {"train": [hub_row(number, "test") for number in range(3)]})
+    assert len(load_captions(str(folder), "test")) == 3
+    with pytest.raises(DataError, match="no split 'train', only: test"):
+        load_captions(str(folder), "train")
+
+
+def test_paths_in_parquet_are_meant_from_its_folder(
+    tmp_path: Path,
+    hub_row: Callable[..., dict[str, Any]],
+    draw: Callable[..., bytes],
+    write_parquet: Callable[[Path, dict[str, list[dict[str, Any]]]], Path],
+) -> None:
+    rows = [{**hub_row(0), "image": {"bytes": None, "path": "p0.png"}}]
+    folder = write_parquet(tmp_path, {"train": rows})
+    (folder / "p0.png").write_bytes(draw(0))
+    assert load_captions(str(folder)).photo(0).size == (64, 48)

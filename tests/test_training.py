@@ -47,6 +47,8 @@ def _prepared(features: np.ndarray, captions: list[list[str]], encoder: dict[str
         references=captions,
         matrix=None,
         encoder=encoder,
+        caches=[],
+        pixels=(1, 3, 224, 224),
     )
 
 
