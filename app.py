@@ -80,7 +80,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
                 )
                 gr.Examples(example_photos(), photo, label="Examples", cache_examples=False)
             with gr.Column(scale=3):
-                text = gr.Textbox(label="Caption", interactive=False, buttons=["copy"])
+                text = gr.Textbox(
+                    label="Caption", interactive=False, buttons=["copy"], elem_id="caption"
+                )
                 maps = gr.Gallery(
                     label="Where the model looked, word by word",
                     columns=3,
