@@ -135,7 +135,7 @@ class DecodingOptions(_Config):
     """
 
     beam_size: int = 3
-    length_penalty: float = 0.7
+    length_penalty: float = 0.5
     max_length: int = 20
     temperature: float = 0.0
     top_p: float = 1.0
@@ -296,7 +296,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "attention_gain": 4.0,
         "flips": True,
         "batch_size": 32,
-        "epochs": 12,
+        "epochs": 7,
         "patience": 3,
         "learning_rate": 1e-3,
         "schedule": "cosine",
@@ -309,7 +309,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {
             "feature_norm": True,
             "word_query": True,
-            "mean_start": True,
             "context_gate": True,
             "deep_output": True,
             "tied_embedding": True,
