@@ -255,7 +255,7 @@ def model_card(checkpoint: Checkpoint) -> str:
             f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
             "",
             f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
-            f"seed {recipe['seed']}. Trained on: `{recipe['data']}`.",
+            f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`.",
             "",
             "## Scores on the validation photos",
             "",

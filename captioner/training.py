@@ -379,12 +379,14 @@ def fit(
 
 def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[str, float]:
     """Do what ``fit`` says, alone in ``folder``."""
-    _write_config(config, folder)
+    if not (folder / _RECORD).exists():
+        _write_config(config, folder)  # a run that is killed before its first save can be resumed
     prepared = prepare(config, cache)
     print(facts(prepared, config), flush=True)
     run = Run(config, prepared, folder)
     if resume:
         run.restore()
+        _write_config(config, folder)
     free = config.select_by == "cider"
     options = dataclasses.replace(
         DecodingOptions() if free else DecodingOptions.report(), max_length=config.max_length
