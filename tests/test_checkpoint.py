@@ -133,7 +133,7 @@ def test_the_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
         "best",
         "tiny",
         "CIDEr | 55.51",
-        "val_loss | 2.718",
+        "cross-entropy | 2.718",
         "Limits",
         "Terms",
     ):

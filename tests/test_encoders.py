@@ -74,7 +74,7 @@ def test_lite2_equals_the_original_implementation_at_its_own_size(lite2: Encoder
     assert found.shape == expected.shape == (1, 1280, 9, 9)
     assert expected.std() > 0.1
     # Exactly; the rest is for machines that sum a convolution in another order.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_lite2_knows_its_own_transform(lite2: Encoder) -> None:
@@ -225,7 +225,7 @@ def test_another_grid_is_pooled_to_7_by_7(stride: int) -> None:
     grid = encoder(images)
     assert grid.shape == (2, 5, 7, 7)
     expected = nn.functional.adaptive_avg_pool2d(convolution(images), 7)
-    torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_timm_without_internet_names_the_ways_out() -> None:
