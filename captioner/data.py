@@ -240,7 +240,7 @@ def load_captions(
         photos = CaptionedPhotos(source, split, table)
         captioned = [row for row, texts in enumerate(photos.captions()) if texts]
     except (
-        *(TypeError, ValueError, AttributeError, NotImplementedError),
+        *(TypeError, ValueError, AttributeError),
         *(datasets.exceptions.DatasetsError, pyarrow.ArrowException),
     ) as error:
         raise DataError(
