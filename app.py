@@ -1,101 +1,106 @@
-"""The page: drop a photo, read its caption, see where the model looked for each word."""
+"""The page: a photo in, its caption out, and word by word where the model looked."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from PIL import Image
 
+from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
-from captioner.overlay import blend
+from captioner.overlay import render
 from captioner.predictor import Captioner
-from captioner.viewer import PhotoInput
+from captioner.serving import LAUNCH
+from captioner.viewer import (
+    Answers,
+    AttentionViewer,
+    PhotoInput,
+    View,
+    controls,
+    example_photos,
+    how_it_works,
+    setting_values,
+    told,
+)
 
-# Photos that come with the packages that the app needs anyway.
-EXAMPLES = {
-    "gradio": ["lion.jpg", "cheetah1.jpg", "tower.jpg"],
-    "skimage": ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png"],
-    "matplotlib": ["grace_hopper.jpg"],
-}
-_FOLDERS = {
-    "gradio": "media_assets/images",
-    "skimage": "data",
-    "matplotlib": "mpl-data/sample_data",
-}
-_MAP_SIZE = (480, 480)
-# A visitor's runs are not kept in the browser, nor shown on a monitoring page.
-LAUNCH: dict[str, Any] = {
-    "footer_links": ["api"],
-    "max_file_size": "10mb",
-    "run_history": False,
-    "enable_monitoring": False,
-    "ssr_mode": False,
-    # The gallery's own label lies over its first row, and its grid does not know of phones.
-    "css": """
-        #maps .grid-wrap { padding-top: 2.2rem; max-height: none }
-        #maps .grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) }
-    """,
-}
-
-
-def example_photos() -> list[str]:
-    """Return the paths of the example photos that are there."""
-    paths = [
-        Path(str(files(package))) / _FOLDERS[package] / name
-        for package, names in EXAMPLES.items()
-        for name in names
-    ]
-    return [str(path) for path in paths if path.is_file()]
+_SAVE = """(file) => {
+    const link = Object.assign(document.createElement("a"), { href: file.url });
+    link.download = file.orig_name;
+    link.click();
+    document.querySelector("#viewer .taken").textContent = "Saved.";
+}"""
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
     """Return the page around a loaded captioner."""
+    examples = example_photos()
+    answers = Answers(captioner, list(examples))
+    answers.warm_up()
 
-    def caption(photo: Image.Image | None) -> tuple[str, list[tuple[Image.Image, str]]]:
-        """Caption a photo; return the text, and the photo under each word's heat map."""
-        if photo is None:
-            return "", []
-        try:
-            result = captioner.caption(photo)
-        except CaptionerError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        small = photo.copy()
-        small.thumbnail(_MAP_SIZE)
-        maps = [
-            (blend(small, word), f"{word.text} · {word.probability:.0%}") for word in result.words
-        ]
-        return result.text, maps
+    @told
+    def take(view: View, event: gr.EventData) -> str:
+        data = render(view.photo, view.caption, event.format, event.beam)
+        return viewer.save(data, f"caption.{event.format}")
 
     with gr.Blocks(title="Captions with attention", analytics_enabled=False) as demo:
-        gr.Markdown("# Captions with attention\nDrop a photo: the caption follows by itself.")
-        with gr.Row():
-            with gr.Column(scale=2):
+        gr.Markdown("# Captions with attention\nSee, word by word, where the model looked.")
+        with gr.Row(elem_id="page"):
+            with gr.Column(elem_id="bring"):
                 photo = PhotoInput(
-                    label="Photo", sources=["upload", "webcam", "clipboard"], height=420
+                    label="Photo", sources=["upload", "webcam", "clipboard"], height=240
                 )
-                gr.Examples(example_photos(), photo, label="Examples", cache_examples=False)
-            with gr.Column(scale=3):
+                shelf = gr.Dataset(
+                    label="Examples",
+                    components=[photo],
+                    samples=[[path] for path in examples],
+                    type="index",
+                    elem_id="examples",
+                )
+            with gr.Column(elem_id="look"):
+                viewer = AttentionViewer(elem_id="viewer")
+            with gr.Column(elem_id="tools"):
                 text = gr.Textbox(
-                    label="Caption", interactive=False, buttons=["copy"], elem_id="caption"
+                    label="Your own words",
+                    info="A beginning to write on from, or a whole caption to be read.",
+                    placeholder="a woman",
+                    max_length=500,
                 )
-                maps = gr.Gallery(
-                    label="Where the model looked, word by word",
-                    columns=3,
-                    object_fit="contain",
-                    height="auto",
-                    elem_id="maps",
-                )
-                gr.Markdown(
-                    "A heat map shows where the decoder read for a word (brightest: its strongest "
-                    "place). It is no proof of cause. The number is the word's probability."
-                )
-        # An example's click fires only `change`; so do upload, paste and webcam.
-        photo.change(caption, photo, [text, maps], api_name="caption", trigger_mode="always_last")
+                with gr.Row():
+                    write = gr.Button("Write on from here", size="md", min_width=120)
+                    read = gr.Button("Read it as it is", size="md", min_width=120)
+                with gr.Accordion("Settings", open=False):
+                    settings = controls()
+                    report = gr.Button("As the original report: greedy, no bans", size="sm")
+                    default = gr.Button("Back to the defaults", size="sm")
+        spec = captioner.checkpoint
+        with gr.Accordion("How it works", open=False):
+            gr.Markdown(how_it_works(spec.model.config, spec.encoder))
+        with gr.Accordion("What it was trained on, and what it is bad at", open=False):
+            gr.Markdown(captioner.card)
+        file = gr.File(visible=False)
+        button, json = gr.Button(visible=False), gr.JSON(visible=False)
+
+        # One photo at a time: an answer to an older photo never comes after that to a newer one.
+        model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        newest = {"trigger_mode": "always_last", **model}
+        photo.upload(answers.caption, [photo, *settings], viewer, **newest)
+        photo.clear(lambda: None, None, viewer, queue=False, api_visibility="private")
+        shelf.click(answers.example, [shelf, *settings], [photo, viewer], **newest)
+        viewer.steer(answers.steer, [photo, *settings], viewer, **model)
+        gr.on(
+            [write.click, text.submit], answers.write_on, [photo, text, *settings], viewer, **model
+        )
+        read.click(answers.read, [photo, text], viewer, **model)
+        for setting in settings:
+            changed = setting.release if isinstance(setting, gr.Slider) else setting.input
+            changed(answers.caption, [photo, *settings], viewer, **newest)
+        for preset, options in ((report, DecodingOptions.report()), (default, DecodingOptions())):
+            preset.click(
+                lambda values=setting_values(options): values, None, settings, api_visibility="private"
+            ).then(answers.caption, [photo, *settings], viewer, **newest)
+        viewer.take(take, viewer, file, **model).success(None, file, None, js=_SAVE)
+        button.click(answers.api, photo, json, api_name="caption", **model | {"api_visibility": "public"})
     return demo
 
 

@@ -41,7 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photo or folder")
     caption.add_argument("--json", action="store_true", help="one JSON object a line: every number")
     caption.add_argument(
-        "--heatmaps", type=Path, metavar="DIR", help="also write a PNG sheet of the maps a photo"
+        "--heatmaps", type=Path, metavar="DIR", help="also write a file with the maps of each photo"
+    )
+    caption.add_argument(
+        "--format",
+        choices=("png", "gif", "json", "html"),
+        default="png",
+        help="of those files: a sheet, an animation, every number, or a web page that works "
+        "offline; default %(default)s",
     )
     caption.set_defaults(run=_caption)
 
@@ -109,7 +116,7 @@ def _free_name(path: Path, taken: set[Path]) -> Path:
     """Return ``path``, numbered if two photos would land there."""
     number, free = 2, path
     while free in taken:
-        free = path.with_name(f"{path.name.removesuffix('.png')}-{number}.png")
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
         number += 1
     taken.add(free)
     return free
@@ -155,10 +162,11 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             else:
                 print(f"{path}\t{caption.text}", flush=True)
             if arguments.heatmaps:
-                from captioner.overlay import sheet
+                from captioner.overlay import render
 
-                target = arguments.heatmaps / place.with_name(f"{place.name}.png")
-                _write(_free_name(target, taken), sheet(open_photo(path), caption.beams[0]))
+                target = arguments.heatmaps / place.with_name(f"{place.name}.{arguments.format}")
+                data = render(open_photo(path), caption, arguments.format)
+                _write(_free_name(target, taken), data)
     return 1 if failed else 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+
+from captioner.errors import DataError, first_line
 
 _ROWS = ("upper", "middle", "lower")
 _COLUMNS = ("left", "centre", "right")
@@ -77,6 +79,23 @@ class Word:
             "place": self.place,
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from what ``to_dict`` gave."""
+        attention = np.asarray(values["attention"], dtype=np.float32)
+        if attention.ndim != 2 or 0 in attention.shape or not np.isfinite(attention).all():
+            raise ValueError("attention is no grid of finite numbers")
+        return cls(
+            str(values["text"]),
+            float(values["probability"]),
+            tuple(
+                (str(other["text"]), float(other["probability"]))
+                for other in values["alternatives"]
+            ),
+            attention,
+            bool(values["known"]),
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Beam:
@@ -118,6 +137,16 @@ class Beam:
             "end": self.end.to_dict(),
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from what ``to_dict`` gave."""
+        return cls(
+            tuple(Word.from_dict(word) for word in values["words"]),
+            Word.from_dict(values["end"]),
+            float(values["log_probability"]),
+            float(values["score"]),
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caption:
@@ -158,3 +187,19 @@ class Caption:
             "size": list(self.size),
             "beams": [beam.to_dict() for beam in self.beams],
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from what ``to_dict`` gave, so that a caption can be drawn without its model.
+
+        Raises:
+            DataError: that is not what ``values`` hold.
+        """
+        try:
+            width, height = map(int, values["size"])
+            beams = tuple(Beam.from_dict(beam) for beam in values["beams"])
+            if not beams:
+                raise ValueError("it holds no beam")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
+        return cls(beams, (width, height))

@@ -5,6 +5,7 @@ Knows nothing of models: an encoder hands in its own size, mean and deviation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -19,6 +20,12 @@ from captioner.errors import ImageError
 
 MAX_PIXELS = 60_000_000
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .avif".split())  # noqa: SIM905
+
+with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-heif is there
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    SUFFIXES |= {".heic", ".heif"}
 
 Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -177,3 +184,24 @@ def preprocess(
     pixels: np.ndarray = np.asarray(resized, dtype=np.float32) / np.float32(255)
     pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def display_jpeg(photo: Image.Image, *, side: int = 1024, most: int = 250_000) -> bytes:
+    """Return a JPEG for a browser, without metadata.
+
+    Args:
+        photo: upright RGB, as ``open_photo`` gives it.
+        side: pixels that its longer side has at most.
+        most: bytes to stay under; a noisy photo is compressed harder.
+    """
+    # A new picture: Pillow would write the comment of the old one into the file.
+    scale = min(side / max(photo.size), 1)
+    width, height = (max(round(length * scale), 1) for length in photo.size)
+    small = Image.new("RGB", (width, height))
+    small.paste(photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0))
+    for quality in (85, 70, 50, 30, 10):
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() <= most:
+            break
+    return file.getvalue()

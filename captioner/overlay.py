@@ -1,26 +1,35 @@
-"""Pictures of a caption: the photo once a word, with the map of where the model looked.
+"""What of a caption can be taken away: PNG sheet, GIF, JSON, a web page that works offline.
 
 Sees a ``Caption`` and a picture, no model. Draws on ``Figure`` objects: no global plotting state.
+No file carries the photo's metadata.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import io
+import json
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from captioner.caption import Beam, Word
+from captioner.caption import Beam, Caption, Word
+from captioner.errors import ConfigError
 
 # Perceptually even, and read alike by people who do not see red or green.
 COLORS = "inferno"
+FORMATS = ("png", "gif", "json", "html")
 _THUMBNAIL = 480
+_PAGE = 1024
 _COLUMNS = 5
+_FRAME_MS = 900
 
 
 def blend(photo: Image.Image, word: Word, *, strength: float = 0.9) -> Image.Image:
@@ -45,11 +54,11 @@ def blend(photo: Image.Image, word: Word, *, strength: float = 0.9) -> Image.Ima
     return Image.fromarray((mixed * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def _thumbnail(photo: Image.Image) -> Image.Image:
-    """Return a copy of at most ``_THUMBNAIL`` pixels a side; it carries no metadata."""
+def _thumbnail(photo: Image.Image, side: int = _THUMBNAIL) -> Image.Image:
+    """Return a copy of at most ``side`` pixels a side; it carries no metadata."""
     copy = Image.new("RGB", photo.size)
     copy.paste(photo)
-    copy.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    copy.thumbnail((side, side))
     return copy
 
 
@@ -90,6 +99,119 @@ def sheet(photo: Image.Image, beam: Beam) -> bytes:
     for place in axes:
         place.set_axis_off()
     return _png(figure)
+
+
+def gif(photo: Image.Image, beam: Beam) -> bytes:
+    """Return an animated GIF: the caption under the photo, one frame a word with its map.
+
+    Args:
+        photo: upright RGB.
+        beam: the caption to play.
+    """
+    small = _thumbnail(photo)
+    width = max(small.width, 240)
+    font = ImageFont.truetype(str(Path(mpl.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 16)
+    # The place of each word in the strip below, broken into lines as it must be.
+    places, x, y = [], 10, 6
+    for word in beam.words:
+        length = math.ceil(font.getlength(word.text))
+        if x > 10 and x + length > width - 10:
+            x, y = 10, y + 24
+        places.append((x, y))
+        x += length + 8
+    left = (width - small.width) // 2
+    frames = []
+    for shown, word in enumerate(beam.words):
+        frame = Image.new("RGB", (width, small.height + y + 30), "white")
+        frame.paste(blend(small, word), (left, 0))
+        draw = ImageDraw.Draw(frame)
+        for at, (each, (x, y_word)) in enumerate(zip(beam.words, places, strict=True)):
+            place = (x, small.height + y_word)
+            if at == shown:
+                right = x + font.getlength(each.text) + 4
+                box = (x - 4, place[1] - 2, right, place[1] + 21)
+                draw.rounded_rectangle(box, 4, fill="#c2410c")
+            draw.text(place, each.text, "white" if at == shown else "#27272a", font)
+        frames.append(frame)
+    # A caption without words is a still.
+    first, *others = frames or [small]
+    file = io.BytesIO()
+    first.save(
+        file, "GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, optimize=True
+    )
+    return file.getvalue()
+
+
+def page(photo: Image.Image, caption: Caption) -> bytes:
+    """Return a web page that holds everything it needs: the app's viewer, for this one caption.
+
+    Args:
+        photo: upright RGB.
+        caption: its beams can be compared; without a model nothing can be written on.
+    """
+    parts = {
+        name: (Path(__file__).parent / "viewer" / name).read_text(encoding="utf-8")
+        for name in ("template.html", "style.css", "script.js")
+    }
+    file = io.BytesIO()
+    _thumbnail(photo, _PAGE).save(file, "JPEG", quality=85)
+    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    value = {
+        "photo": {"path": "", "url": url},
+        "caption": caption.to_dict(),
+        "fixed": [],
+        "read": False,
+    }
+    # "<" must not end the script element; inside a JSON string it may be written as \u003c.
+    data = json.dumps(value).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{html.escape(caption.text)}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: system-ui, sans-serif; }}
+main {{ {parts["style.css"]} }}
+</style>
+</head>
+<body>
+<main>{parts["template.html"]}</main>
+<script type="application/json" id="value">{data}</script>
+<script>
+{parts["script.js"]}
+const value = JSON.parse(document.getElementById("value").textContent);
+mountViewer(document.querySelector("main")).show(value);
+</script>
+</body>
+</html>
+""".encode()
+
+
+def render(photo: Image.Image, caption: Caption, kind: str, beam: int = 0) -> bytes:
+    """Return a file of one of ``FORMATS``.
+
+    Args:
+        photo: upright RGB.
+        caption: what to show.
+        kind: "png" and "gif" show one beam; "json" and "html" hold them all.
+        beam: which one.
+
+    Raises:
+        ConfigError: there is no such format or beam.
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"no format is called {kind!r}; there are: {', '.join(FORMATS)}")
+    if not 0 <= beam < len(caption.beams):
+        raise ConfigError(f"there is no beam {beam}; there are {len(caption.beams)}")
+    if kind == "json":
+        return json.dumps(caption.to_dict(), indent=1, ensure_ascii=False).encode()
+    if kind == "html":
+        return page(photo, caption)
+    return (sheet if kind == "png" else gif)(photo, caption.beams[beam])
 
 
 def comparison(

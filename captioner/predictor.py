@@ -56,6 +56,15 @@ class Captioner:
         checkpoint = checkpoints.load(path_or_hub_id or SHIPPED_CHECKPOINT)
         return cls(checkpoint, load_encoder(str(checkpoint.encoder["name"]), encoder_weights))
 
+    @property
+    def card(self) -> str:
+        """The checkpoint's model card, Markdown: training data, scores, limits, terms."""
+        return checkpoints.model_card(self.checkpoint)
+
+    def words(self, text: str) -> list[str]:
+        """Return a text's words as the model gets them: cleaned, those that it lacks included."""
+        return clean(text).split()
+
     def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
         """Caption one photo: a path, bytes, PIL image or array.
 
@@ -72,7 +81,7 @@ class Captioner:
         options = options or DecodingOptions()
         prefix = self._ids(options.prefix, options.max_length, "the beginning")
         if UNK in prefix:
-            word = clean(options.prefix).split()[prefix.index(UNK)]
+            word = self.words(options.prefix)[prefix.index(UNK)]
             near = difflib.get_close_matches(word, self.checkpoint.vocabulary.idx2word[4:])
             raise ConfigError(
                 f"the model does not know the word {word!r}"
@@ -116,7 +125,7 @@ class Captioner:
             )
 
         caption = self._run([photo], search)[0]
-        words = clean(text).split()
+        words = self.words(text)
         (beam,) = caption.beams
         shown = tuple(
             dataclasses.replace(word, text=written, known=word.text != SPECIALS[UNK])

@@ -1,38 +1,20 @@
-"""The page's own Gradio components."""
+"""The page's own Gradio components, and what the page answers."""
 
-from __future__ import annotations
+from captioner.viewer.answers import Answers
+from captioner.viewer.attention import AttentionViewer, View
+from captioner.viewer.explanation import how_it_works
+from captioner.viewer.photos import PhotoInput, example_photos
+from captioner.viewer.problems import told
+from captioner.viewer.settings import controls, setting_values
 
-import base64
-import binascii
-from pathlib import Path
-
-import gradio as gr
-from gradio.data_classes import ImageData
-from PIL import Image
-
-from captioner.errors import ImageError
-from captioner.images import open_photo
-
-
-class PhotoInput(gr.Image):
-    """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
-
-    The stock one opens files before any function of ours runs: a bad file gives a bare "Error", a
-    bomb is decoded whole, and 16-bit and float pictures turn white or black.
-    """
-
-    is_template = True  # the browser draws it as the stock image component
-
-    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
-        """Return an upright RGB picture, or show what is wrong with the file."""
-        if payload is None:
-            return None
-        try:
-            if payload.url and payload.url.startswith("data:"):
-                return open_photo(base64.b64decode(payload.url.partition(",")[2], validate=True))
-            if payload.path is None:
-                raise ImageError("no photo came with the request: send it as a file")
-            return open_photo(Path(payload.path).read_bytes())
-        except (ImageError, binascii.Error, OSError) as error:
-            message = str(error) if isinstance(error, ImageError) else "the photo did not arrive"
-            raise gr.Error(f"{message[:1].upper()}{message[1:]}.", print_exception=False) from error
+__all__ = [
+    "Answers",
+    "AttentionViewer",
+    "PhotoInput",
+    "View",
+    "controls",
+    "example_photos",
+    "how_it_works",
+    "setting_values",
+    "told",
+]

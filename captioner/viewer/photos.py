@@ -1,0 +1,71 @@
+"""Photos that come in: the visitor's own, and the examples that pip brought."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from importlib.resources import files
+from pathlib import Path
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from gradio.processing_utils import save_file_to_cache
+from PIL import Image
+
+from captioner.errors import ImageError
+from captioner.images import open_photo
+from captioner.viewer.problems import told
+
+# Photos that come with the packages that the app needs anyway, and what they show.
+_EXAMPLES = {
+    ("gradio", "media_assets/images"): {
+        "lion.jpg": "lion",
+        "cheetah1.jpg": "cheetah",
+        "tower.jpg": "tower",
+    },
+    ("skimage", "data"): {
+        "astronaut.png": "astronaut",
+        "chelsea.png": "cat",
+        "coffee.png": "cup of coffee",
+        "motorcycle_left.png": "motorcycle",
+    },
+    ("matplotlib", "mpl-data/sample_data"): {"grace_hopper.jpg": "officer"},
+}
+
+
+def example_photos() -> dict[str, str]:
+    """Return the paths of the example photos that are there, and what each shows."""
+    photos = {
+        Path(str(files(package))) / folder / name: subject
+        for (package, folder), names in _EXAMPLES.items()
+        for name, subject in names.items()
+    }
+    return {str(path): subject for path, subject in photos.items() if path.is_file()}
+
+
+class PhotoInput(gr.Image):
+    """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
+
+    The stock one opens files before any function of ours runs: a bad file gives a bare "Error", a
+    bomb is decoded whole, and 16-bit and float pictures turn white or black.
+    """
+
+    is_template = True  # the browser draws it as the stock image component
+
+    @told
+    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
+        """Return an upright RGB picture, or show what is wrong with the file."""
+        if payload is None:
+            return None
+        try:
+            if payload.url and payload.url.startswith("data:"):
+                return open_photo(base64.b64decode(payload.url.partition(",")[2], validate=True))
+            if payload.path is None:
+                raise ImageError("no photo came with the request: send it as a file")
+            return open_photo(Path(payload.path).read_bytes())
+        except (binascii.Error, OSError) as error:
+            raise ImageError("the photo did not arrive: send it again") from error
+
+    def postprocess(self, value: str | None) -> ImageData | None:
+        """Show a photo of ``example_photos()``, from a copy where Gradio may serve it."""
+        return value and super().postprocess(save_file_to_cache(value, self.GRADIO_CACHE))
