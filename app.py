@@ -4,50 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import gradio as gr
 
+from captioner import viewer
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
 from captioner.overlay import render
 from captioner.predictor import Captioner
 from captioner.serving import LAUNCH
-from captioner.viewer import (
-    Answers,
-    AttentionViewer,
-    PhotoInput,
-    View,
-    controls,
-    example_photos,
-    how_it_works,
-    setting_values,
-    told,
-)
-
-_SAVE = """(file) => {
-    const link = Object.assign(document.createElement("a"), { href: file.url });
-    link.download = file.orig_name;
-    link.click();
-    document.querySelector("#viewer .taken").textContent = "Saved.";
-}"""
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
     """Return the page around a loaded captioner."""
-    examples = example_photos()
-    answers = Answers(captioner, list(examples))
-    answers.warm_up()
+    examples = viewer.example_photos()
+    answers = viewer.Answers(captioner, list(examples))
 
-    @told
-    def take(view: View, event: gr.EventData) -> str:
-        data = render(view.photo, view.caption, event.format, event.beam)
-        return viewer.save(data, f"caption.{event.format}")
+    @viewer.told
+    def take(shown: viewer.View, event: gr.EventData) -> str:
+        data = render(shown.photo, shown.caption, event.format, event.beam)
+        return attention.save(data, f"caption.{event.format}")
 
     with gr.Blocks(title="Captions with attention", analytics_enabled=False) as demo:
         gr.Markdown("# Captions with attention\nSee, word by word, where the model looked.")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="bring"):
-                photo = PhotoInput(
+                photo = viewer.PhotoInput(
                     label="Photo", sources=["upload", "webcam", "clipboard"], height=240
                 )
                 shelf = gr.Dataset(
@@ -58,7 +41,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
                     elem_id="examples",
                 )
             with gr.Column(elem_id="look"):
-                viewer = AttentionViewer(elem_id="viewer")
+                attention = viewer.AttentionViewer()
             with gr.Column(elem_id="tools"):
                 text = gr.Textbox(
                     label="Your own words",
@@ -67,40 +50,45 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
                     max_length=500,
                 )
                 with gr.Row():
-                    write = gr.Button("Write on from here", size="md", min_width=120)
-                    read = gr.Button("Read it as it is", size="md", min_width=120)
+                    write = gr.Button("Write on from here", size="sm", min_width=120)
+                    read = gr.Button("Read it as it is", size="sm", min_width=120)
                 with gr.Accordion("Settings", open=False):
-                    settings = controls()
+                    settings = viewer.controls()
                     report = gr.Button("As the original report: greedy, no bans", size="sm")
                     default = gr.Button("Back to the defaults", size="sm")
-        spec = captioner.checkpoint
         with gr.Accordion("How it works", open=False):
-            gr.Markdown(how_it_works(spec.model.config, spec.encoder))
+            checkpoint = captioner.checkpoint
+            gr.Markdown(viewer.how_it_works(checkpoint.model.config, checkpoint.encoder))
         with gr.Accordion("What it was trained on, and what it is bad at", open=False):
             gr.Markdown(captioner.card)
         file = gr.File(visible=False)
         button, json = gr.Button(visible=False), gr.JSON(visible=False)
 
-        # One photo at a time: an answer to an older photo never comes after that to a newer one.
-        model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        # One at a time: what answers an older photo never comes after what answers a newer one.
+        model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        button.click(answers.api, photo, json, api_name="caption", **model)
+        model["api_visibility"] = "private"
         newest = {"trigger_mode": "always_last", **model}
-        photo.upload(answers.caption, [photo, *settings], viewer, **newest)
-        photo.clear(lambda: None, None, viewer, queue=False, api_visibility="private")
-        shelf.click(answers.example, [shelf, *settings], [photo, viewer], **newest)
-        viewer.steer(answers.steer, [photo, *settings], viewer, **model)
-        gr.on(
-            [write.click, text.submit], answers.write_on, [photo, text, *settings], viewer, **model
-        )
-        read.click(answers.read, [photo, text], viewer, **model)
+        brought = [photo, *settings]
+        photo.upload(answers.caption, brought, attention, **newest)
+        photo.clear(lambda: None, None, attention, queue=False, api_visibility="private")
+        shelf.click(answers.example, [shelf, *settings], [photo, attention], **newest)
         for setting in settings:
             changed = setting.release if isinstance(setting, gr.Slider) else setting.input
-            changed(answers.caption, [photo, *settings], viewer, **newest)
+            changed(answers.caption, brought, attention, **newest)
         for preset, options in ((report, DecodingOptions.report()), (default, DecodingOptions())):
-            preset.click(
-                lambda values=setting_values(options): values, None, settings, api_visibility="private"
-            ).then(answers.caption, [photo, *settings], viewer, **newest)
-        viewer.take(take, viewer, file, **model).success(None, file, None, js=_SAVE)
-        button.click(answers.api, photo, json, api_name="caption", **model | {"api_visibility": "public"})
+            values = viewer.setting_values(options)
+            preset.click(lambda values=values: values, None, settings, **model).then(
+                answers.caption, brought, attention, **newest
+            )
+        attention.steer(answers.steer, brought, attention, **model)
+        typed = [photo, text, *settings]
+        gr.on([write.click, text.submit], answers.write_on, typed, attention, **model)
+        read.click(answers.read, [photo, text], attention, **model)
+        attention.take(take, attention, file, **model).success(
+            None, file, None, js=viewer.SAVE_FILE, api_visibility="private"
+        )
+        demo.load(None, None, None, js=viewer.name_examples(examples.values()))
     return demo
 
 

@@ -155,10 +155,13 @@ class Caption:
     Attributes:
         beams: best first, at least one.
         size: (width, height) of the upright photo in pixels.
+        given: places of the words that were given to the model, not chosen by it, in every beam;
+            the place after the last word stands for the end.
     """
 
     beams: tuple[Beam, ...]
     size: tuple[int, int]
+    given: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -181,10 +184,11 @@ class Caption:
         return self.beams[0].attention
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON: text, size and beams with every number."""
+        """Return plain values for JSON: text, size, given and beams with every number."""
         return {
             "text": self.text,
             "size": list(self.size),
+            "given": list(self.given),
             "beams": [beam.to_dict() for beam in self.beams],
         }
 
@@ -197,9 +201,10 @@ class Caption:
         """
         try:
             width, height = map(int, values["size"])
+            given = tuple(map(int, values["given"]))
             beams = tuple(Beam.from_dict(beam) for beam in values["beams"])
             if not beams:
                 raise ValueError("it holds no beam")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
-        return cls(beams, (width, height))
+        return cls(beams, (width, height), given)

@@ -262,7 +262,7 @@ def model_card(checkpoint: Checkpoint) -> str:
             "BLEU, CIDEr (CIDEr-D) and ROUGE-L x 100 of free captions against all references; "
             "cross-entropy in nats a word, unsmoothed. The epoch was chosen on these photos.",
             "",
-            "| | |",
+            "| score | value |",
             "| --- | ---: |",
             *numbers,
             "",

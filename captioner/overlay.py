@@ -32,7 +32,7 @@ _COLUMNS = 5
 _FRAME_MS = 900
 
 
-def blend(photo: Image.Image, word: Word, *, strength: float = 0.9) -> Image.Image:
+def blend(photo: Image.Image, word: Word, *, strength: float = 0.75) -> Image.Image:
     """Lay a word's map over the photo, smoothed, over exactly what the encoder saw: all of it.
 
     Args:
@@ -142,12 +142,13 @@ def gif(photo: Image.Image, beam: Beam) -> bytes:
     return file.getvalue()
 
 
-def page(photo: Image.Image, caption: Caption) -> bytes:
+def page(photo: Image.Image, caption: Caption, beam: int = 0) -> bytes:
     """Return a web page that holds everything it needs: the app's viewer, for this one caption.
 
     Args:
         photo: upright RGB.
         caption: its beams can be compared; without a model nothing can be written on.
+        beam: which one it shows first.
     """
     parts = {
         name: (Path(__file__).parent / "viewer" / name).read_text(encoding="utf-8")
@@ -156,12 +157,7 @@ def page(photo: Image.Image, caption: Caption) -> bytes:
     file = io.BytesIO()
     _thumbnail(photo, _PAGE).save(file, "JPEG", quality=85)
     url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    value = {
-        "photo": {"path": "", "url": url},
-        "caption": caption.to_dict(),
-        "fixed": [],
-        "read": False,
-    }
+    value = {"photo": {"url": url}, "caption": caption.to_dict(), "beam": beam}
     # "<" must not end the script element; inside a JSON string it may be written as \u003c.
     data = json.dumps(value).replace("<", "\\u003c")
     return f"""<!doctype html>
@@ -169,12 +165,12 @@ def page(photo: Image.Image, caption: Caption) -> bytes:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{html.escape(caption.text)}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{html.escape(caption.beams[beam].text)}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: system-ui, sans-serif; }}
+body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }}
 main {{ {parts["style.css"]} }}
 </style>
 </head>
@@ -198,7 +194,7 @@ def render(photo: Image.Image, caption: Caption, kind: str, beam: int = 0) -> by
         photo: upright RGB.
         caption: what to show.
         kind: "png" and "gif" show one beam; "json" and "html" hold them all.
-        beam: which one.
+        beam: which one is shown, or shown first.
 
     Raises:
         ConfigError: there is no such format or beam.
@@ -210,7 +206,7 @@ def render(photo: Image.Image, caption: Caption, kind: str, beam: int = 0) -> by
     if kind == "json":
         return json.dumps(caption.to_dict(), indent=1, ensure_ascii=False).encode()
     if kind == "html":
-        return page(photo, caption)
+        return page(photo, caption, beam)
     return (sheet if kind == "png" else gif)(photo, caption.beams[beam])
 
 

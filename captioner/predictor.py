@@ -61,10 +61,6 @@ class Captioner:
         """The checkpoint's model card, Markdown: training data, scores, limits, terms."""
         return checkpoints.model_card(self.checkpoint)
 
-    def words(self, text: str) -> list[str]:
-        """Return a text's words as the model gets them: cleaned, those that it lacks included."""
-        return clean(text).split()
-
     def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
         """Caption one photo: a path, bytes, PIL image or array.
 
@@ -81,7 +77,7 @@ class Captioner:
         options = options or DecodingOptions()
         prefix = self._ids(options.prefix, options.max_length, "the beginning")
         if UNK in prefix:
-            word = self.words(options.prefix)[prefix.index(UNK)]
+            word = clean(options.prefix).split()[prefix.index(UNK)]
             near = difflib.get_close_matches(word, self.checkpoint.vocabulary.idx2word[4:])
             raise ConfigError(
                 f"the model does not know the word {word!r}"
@@ -100,7 +96,8 @@ class Captioner:
                 bad_endings=bad_endings,
             )
 
-        return self._run(photos, search)
+        given = tuple(range(len(prefix)))
+        return [dataclasses.replace(caption, given=given) for caption in self._run(photos, search)]
 
     def score(self, photo: Photo, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
@@ -125,13 +122,17 @@ class Captioner:
             )
 
         caption = self._run([photo], search)[0]
-        words = self.words(text)
+        words = clean(text).split()
         (beam,) = caption.beams
         shown = tuple(
             dataclasses.replace(word, text=written, known=word.text != SPECIALS[UNK])
             for word, written in zip(beam.words, words, strict=True)
         )
-        return dataclasses.replace(caption, beams=(dataclasses.replace(beam, words=shown),))
+        return dataclasses.replace(
+            caption,
+            beams=(dataclasses.replace(beam, words=shown),),
+            given=tuple(range(len(shown) + 1)),
+        )
 
     def _ids(self, text: str, max_length: int, what: str) -> list[int]:
         """Translate ``text``, which has to leave room for ``<bos>`` and ``<eos>``."""

@@ -18,7 +18,8 @@ _THEME = gr.themes.Default().set(
 
 # Wide: photo and tools beside the viewer. Narrow: photo, viewer, tools; the examples as a strip.
 _STYLE = """
-#page { display: grid; gap: var(--layout-gap); grid-template: "bring look" auto "tools look" 1fr / 2fr 5fr; }
+#page { display: grid; gap: var(--layout-gap); }
+#page { grid-template: "bring look" auto "tools look" 1fr / 2fr 5fr; }
 #bring { grid-area: bring } #look { grid-area: look } #tools { grid-area: tools }
 #page > * { min-width: 0 !important }
 @media (max-width: 760px) {

@@ -36,9 +36,10 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import app  # noqa: E402
-from captioner import Captioner  # noqa: E402
+from captioner import Captioner, viewer  # noqa: E402
 from captioner.encoders import Encoder, load_encoder  # noqa: E402
 from captioner.images import Transform  # noqa: E402
+from captioner.serving import LAUNCH  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
 
@@ -190,14 +191,14 @@ def captioner() -> Captioner:
 @pytest.fixture(scope="session")
 def example_photos() -> list[Path]:
     """The photos of pip's wheels that the app shows."""
-    return [Path(path) for path in app.example_photos()]
+    return [Path(path) for path in viewer.example_photos()]
 
 
 @pytest.fixture(scope="session")
 def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
     demo = app.build_demo(captioner).queue(max_size=20)
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
     yield url
     demo.close()
 

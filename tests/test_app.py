@@ -9,6 +9,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import app
+from captioner import viewer
 from captioner import Captioner
 
 
@@ -38,7 +39,7 @@ def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
 
 
 def test_the_example_photos_are_there() -> None:
-    assert len(app.example_photos()) >= 6
+    assert len(viewer.example_photos()) >= 6
 
 
 def test_a_missing_checkpoint_is_one_line_and_code_two(

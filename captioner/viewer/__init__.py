@@ -1,13 +1,14 @@
 """The page's own Gradio components, and what the page answers."""
 
 from captioner.viewer.answers import Answers
-from captioner.viewer.attention import AttentionViewer, View
+from captioner.viewer.attention import SAVE_FILE, AttentionViewer, View
 from captioner.viewer.explanation import how_it_works
-from captioner.viewer.photos import PhotoInput, example_photos
+from captioner.viewer.photos import PhotoInput, example_photos, name_examples
 from captioner.viewer.problems import told
 from captioner.viewer.settings import controls, setting_values
 
 __all__ = [
+    "SAVE_FILE",
     "Answers",
     "AttentionViewer",
     "PhotoInput",
@@ -15,6 +16,7 @@ __all__ = [
     "controls",
     "example_photos",
     "how_it_works",
+    "name_examples",
     "setting_values",
     "told",
 ]

@@ -31,6 +31,14 @@ watch("value", load);
 load();
 """
 
+# Hands the visitor the file that an answer to ``take`` brought.
+SAVE_FILE = """(file) => {
+    const link = Object.assign(document.createElement("a"), { href: file.url });
+    link.download = file.orig_name;
+    link.click();
+    document.querySelectorAll(".viewer .taken").forEach((note) => (note.textContent = "Saved."));
+}"""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
@@ -39,14 +47,10 @@ class View:
     Attributes:
         photo: upright RGB.
         caption: its beams; each can be chosen.
-        fixed: places of the words that the visitor fixed, in every beam.
-        read: whether the whole caption is the visitor's and the model only read it.
     """
 
     photo: Image.Image
     caption: Caption
-    fixed: tuple[int, ...] = ()
-    read: bool = False
 
 
 class ViewData(GradioModel):
@@ -54,14 +58,12 @@ class ViewData(GradioModel):
 
     photo: FileData
     caption: dict[str, Any]
-    fixed: list[int] = []
-    read: bool = False
 
 
 class AttentionViewer(gr.HTML):
     """Shows a ``View``; fires ``steer`` and ``take``.
 
-    ``steer`` carries ``text`` (the words to keep), ``fixed`` (places of the visitor's own among
+    ``steer`` carries ``text`` (the words to keep), ``given`` (places of the visitor's own among
     them) and ``whole`` (whether the caption ends there); ``take`` carries ``format`` ("png",
     "gif", "json", "html") and ``beam``.
     """
@@ -84,7 +86,7 @@ class AttentionViewer(gr.HTML):
         """Keep a file where the page may fetch it; return its path."""
         return save_bytes_to_cache(data, name, self.GRADIO_CACHE)
 
-    def postprocess(self, value: View | None) -> ViewData | None:
+    def postprocess(self, value: View | None) -> ViewData | None:  # type: ignore[override]
         """Return what the browser draws."""
         if value is None:
             return None
@@ -92,14 +94,11 @@ class AttentionViewer(gr.HTML):
         return ViewData(
             photo=FileData(path=path, orig_name="photo.jpg", mime_type="image/jpeg"),
             caption=value.caption.to_dict(),
-            fixed=list(value.fixed),
-            read=value.read,
         )
 
-    def preprocess(self, payload: ViewData | None) -> View | None:
+    def preprocess(self, payload: ViewData | None) -> View | None:  # type: ignore[override]
         """Return what is shown, the photo as large as the browser has it."""
         if payload is None:
             return None
         photo = open_photo(Path(payload.photo.path))
-        caption = Caption.from_dict(payload.caption)
-        return View(photo, caption, tuple(payload.fixed), payload.read)
+        return View(photo, Caption.from_dict(payload.caption))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def example_photos() -> dict[str, str]:
     return {str(path): subject for path, subject in photos.items() if path.is_file()}
 
 
+def name_examples(subjects: Iterable[str]) -> str:
+    """Return JavaScript that names the buttons of ``#examples``, for those who hear the page."""
+    return f"""() => {{
+        const subjects = {json.dumps(list(subjects))};
+        document.querySelectorAll("#examples .gallery-item").forEach((button, number) => {{
+            button.setAttribute("aria-label", `Example: ${{subjects[number]}}`);
+        }});
+    }}"""
+
+
 class PhotoInput(gr.Image):
     """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
 
@@ -66,6 +78,8 @@ class PhotoInput(gr.Image):
         except (binascii.Error, OSError) as error:
             raise ImageError("the photo did not arrive: send it again") from error
 
-    def postprocess(self, value: str | None) -> ImageData | None:
+    def postprocess(self, value: str | None) -> ImageData | None:  # type: ignore[override]
         """Show a photo of ``example_photos()``, from a copy where Gradio may serve it."""
-        return value and super().postprocess(save_file_to_cache(value, self.GRADIO_CACHE))
+        if value is None:
+            return None
+        return ImageData(path=save_file_to_cache(value, self.GRADIO_CACHE))

@@ -61,7 +61,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
   const smooth = (cells) =>
     multiply(multiply(resampling(cells.length), cells), transpose(resampling(cells[0].length)));
 
-  const look = { strength: 0.85, shape: "smooth", colors: "inferno", range: "word" };
+  const look = { strength: 0.75, shape: "smooth", colors: "inferno", range: "word" };
 
   const rangeOf = (word) => {
     const cells = look.range === "word" ? word.attention.flat() : items().flatMap((each) => each.attention.flat());
@@ -98,7 +98,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
 
   // ---- What is shown.
   const SMALL = new Set("a an the of in on at with and is are to some by for".split(" "));
-  let value = null; // { photo, caption, fixed, read }
+  let value = null; // { photo: { url }, caption: Caption.to_dict() }
   let beam = 0; // of value.caption.beams
   let pinned = 0; // the word that was clicked; hovering only previews
   let shown = 0;
@@ -112,6 +112,9 @@ function mountViewer(root, { steer, take, restore } = {}) {
 
   const chosen = () => value.caption.beams[beam];
   const items = () => [...chosen().words, chosen().end];
+  // The place after the last word is the end: where that is given, the model only read.
+  const isGiven = (at) => value.caption.given.includes(at);
+  const ended = () => isGiven(chosen().words.length);
   const label = (word) => (word === chosen().end ? "end" : word.text);
   const plain = (text) => ({ "<eos>": "end here", "<unk>": "a word it does not know" })[text] ?? text;
 
@@ -190,12 +193,12 @@ function mountViewer(root, { steer, take, restore } = {}) {
   function exchange(at, text) {
     const before = chosen().words.slice(0, at).map((word) => word.text);
     const whole = text === "<eos>";
-    const fixed = value.fixed.filter((each) => each < at);
+    const given = value.caption.given.filter((each) => each < at);
     if (!whole) {
       before.push(text);
-      fixed.push(at);
+      given.push(at);
     }
-    steer({ text: before.join(" "), fixed, whole });
+    steer({ text: before.join(" "), given, whole });
   }
 
   // ---- Asking the photo.
@@ -318,9 +321,9 @@ function mountViewer(root, { steer, take, restore } = {}) {
       ...items().map((word, at) => {
         const node = button("word");
         node.classList.toggle("end", word === chosen().end);
-        node.classList.toggle("fixed", value.fixed.includes(at));
+        node.classList.toggle("given", isGiven(at));
         node.style.setProperty("--share", word.probability);
-        const note = value.fixed.includes(at) ? `yours · ${percent(word.probability)}` : percent(word.probability);
+        const note = isGiven(at) ? `yours · ${percent(word.probability)}` : percent(word.probability);
         node.append(make("span", "text", label(word)), make("span", "number", word.known ? note : "unknown"));
         node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && preview(at));
         node.addEventListener("click", () => pin(at));
@@ -341,7 +344,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
   // ---- Beams, overview, playing.
   function buildBeams() {
     const { beams } = value.caption;
-    find(".beams-title").textContent = value.read ? "Your caption, as the model reads it" : "Captions to choose from";
+    find(".beams-title").textContent = ended() ? "Your caption, as the model reads it" : "Captions to choose from";
     find(".beams").replaceChildren(
       ...beams.map((each, at) => {
         const node = button("beam");
@@ -411,19 +414,20 @@ function mountViewer(root, { steer, take, restore } = {}) {
   }
 
   function drawSteered() {
-    const words = value.fixed.map((at) => chosen().words[at]?.text).filter(Boolean);
-    find(".steered").hidden = !history.length && !value.fixed.length;
+    const { given } = value.caption;
+    const words = chosen().words.filter((_, at) => isGiven(at)).map((word) => word.text);
+    find(".steered").hidden = !given.length;
     find(".undo").hidden = !history.length;
-    find(".steered-text").textContent = value.read
-      ? "All these words are yours; the numbers say how the model reads them."
-      : words.length
-        ? `You fixed: ${words.join(", ")}. The rest is written from there.`
-        : "You ended the caption.";
+    find(".steered-text").textContent = [
+      words.length && `You fixed: ${words.join(", ")}.`,
+      ended() ? "You ended the caption." : "The rest is written from there.",
+    ].filter(Boolean).join(" ");
   }
 
   function draft(next, at = 0, word) {
     const busy = root.contains(document.activeElement);
     value = next;
+    beam = at;
     find(".empty").hidden = Boolean(value);
     find(".filled").hidden = !value;
     find(".taken").textContent = "";
@@ -433,8 +437,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
     if (arrived) photo.src = value.photo.url;
     // The frame has the photo's shape before the photo itself is there.
     frame.style.setProperty("--ratio", value.caption.size[0] / value.caption.size[1]);
-    const last = value.fixed.at(-1);
-    choose(at, word ?? (value.read ? undefined : last));
+    choose(at, word ?? (ended() ? undefined : value.caption.given.at(-1)));
     drawSteered();
     // On a phone the viewer lies below the photo that was brought.
     if (arrived && frame.getBoundingClientRect().top > window.innerHeight * 0.6) root.scrollIntoView();
@@ -442,12 +445,11 @@ function mountViewer(root, { steer, take, restore } = {}) {
     if (busy && !root.contains(document.activeElement)) find(".words").children[pinned]?.focus();
   }
 
+  // A steered caption of the same photo can be taken back; anything else starts anew.
   function show(next) {
-    if (!next) history = [];
-    else if (!next.fixed.length && !next.read) history = [];
-    else if (value && value.photo.path === next.photo.path) history.push([value, beam, pinned]);
-    else history = [];
-    draft(next || null);
+    const steered = value && next && next.caption.given.length && next.photo.url === value.photo.url;
+    history = steered ? [...history, [value, beam, pinned]] : [];
+    draft(next || null, next?.beam);
   }
 
   find(".undo").addEventListener("click", () => {
@@ -489,5 +491,5 @@ function mountViewer(root, { steer, take, restore } = {}) {
     });
   });
   new ResizeObserver(draw).observe(frame);
-  return { show, taken: () => (find(".taken").textContent = "Saved.") };
+  return { show };
 }

@@ -76,12 +76,14 @@ def decoding_options(
     Raises:
         ConfigError: one is out of its range.
     """
-    return DecodingOptions(
-        beam_size=beam_size,
-        samples=beam_size,
-        length_penalty=length_penalty,
-        max_length=words + 2,
-        temperature=temperature,
-        seed=seed or 0,
-        **{field: label in bans for label, field in _BANS.items()},
+    return DecodingOptions.from_dict(
+        {
+            "beam_size": beam_size,
+            "samples": beam_size,
+            "length_penalty": length_penalty,
+            "max_length": words + 2,
+            "temperature": temperature,
+            "seed": seed or 0,
+            **{field: label in bans for label, field in _BANS.items()},
+        }
     )
