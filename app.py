@@ -33,13 +33,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
                 photo = viewer.PhotoInput(
                     label="Photo", sources=["upload", "webcam", "clipboard"], height=240
                 )
-                shelf = gr.Dataset(
-                    label="Examples",
-                    components=[photo],
-                    samples=[[path] for path in examples],
-                    type="index",
-                    elem_id="examples",
-                )
+                shelf = viewer.example_shelf(photo, list(examples))
             with gr.Column(elem_id="look"):
                 attention = viewer.AttentionViewer()
             with gr.Column(elem_id="tools"):
@@ -68,10 +62,11 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         button.click(answers.api, photo, json, api_name="caption", **model)
         model["api_visibility"] = "private"
-        newest = {"trigger_mode": "always_last", **model}
+        newest = {"trigger_mode": "always_last", "show_progress_on": attention, **model}
         brought = [photo, *settings]
-        photo.upload(answers.caption, brought, attention, **newest)
-        photo.clear(lambda: None, None, attention, queue=False, api_visibility="private")
+        upload = photo.upload(answers.brought, brought, [photo, attention], **newest)
+        upload.failure(lambda: (None, None), None, [photo, attention], **model)
+        photo.clear(lambda: None, None, attention, **model)
         shelf.click(answers.example, [shelf, *settings], [photo, attention], **newest)
         for setting in settings:
             changed = setting.release if isinstance(setting, gr.Slider) else setting.input

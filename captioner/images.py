@@ -90,7 +90,8 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open a path, bytes, PIL image or array as an upright eight-bit RGB picture.
 
     Handles EXIF rotation, alpha (on white), CMYK, 16-bit, palette and the first frame of an
-    animation. The size is read from the header before anything is decoded.
+    animation. The size is read from the header before anything is decoded. The picture's ``format``
+    is the file's, None where there was none.
 
     Raises:
         ImageError: the file is missing, no picture, broken, empty or larger than ``max_pixels``.
@@ -133,7 +134,9 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             source.load()
-            return to_rgb(source)
+            upright = to_rgb(source)
+            upright.format = source.format
+            return upright
     except Exception as error:
         raise ImageError(
             f"{name} is broken: it starts like a {source.format or 'picture'} but cannot be decoded"

@@ -132,13 +132,13 @@ def gif(photo: Image.Image, beam: Beam) -> bytes:
                 box = (x - 4, place[1] - 2, right, place[1] + 21)
                 draw.rounded_rectangle(box, 4, fill="#c2410c")
             draw.text(place, each.text, "white" if at == shown else "#27272a", font)
-        frames.append(frame)
+        # Its own 256 colours a frame, dithered: without that the map's glow falls into bands.
+        palette = frame.quantize(method=Image.Quantize.FASTOCTREE)
+        frames.append(frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     # A caption without words is a still.
     first, *others = frames or [small]
     file = io.BytesIO()
-    first.save(
-        file, "GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, optimize=True
-    )
+    first.save(file, "GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0)
     return file.getvalue()
 
 

@@ -59,7 +59,8 @@ class Captioner:
     @property
     def card(self) -> str:
         """The checkpoint's model card, Markdown: training data, scores, limits, terms."""
-        return checkpoints.model_card(self.checkpoint)
+        _, _, text = checkpoints.model_card(self.checkpoint).split("---\n", 2)  # the front matter
+        return text.strip()
 
     def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
         """Caption one photo: a path, bytes, PIL image or array.

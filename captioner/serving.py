@@ -22,6 +22,8 @@ _STYLE = """
 #page { grid-template: "bring look" auto "tools look" 1fr / 2fr 5fr; }
 #bring { grid-area: bring } #look { grid-area: look } #tools { grid-area: tools }
 #page > * { min-width: 0 !important }
+/* An answer mostly comes before the fading has begun. */
+#look .pending { transition: opacity 0.2s 0.4s; }
 @media (max-width: 760px) {
     #page { grid-template: "bring" auto "look" auto "tools" auto / 100%; }
     #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }

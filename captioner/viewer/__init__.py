@@ -3,7 +3,7 @@
 from captioner.viewer.answers import Answers
 from captioner.viewer.attention import SAVE_FILE, AttentionViewer, View
 from captioner.viewer.explanation import how_it_works
-from captioner.viewer.photos import PhotoInput, example_photos, name_examples
+from captioner.viewer.photos import PhotoInput, example_photos, example_shelf, name_examples
 from captioner.viewer.problems import told
 from captioner.viewer.settings import controls, setting_values
 
@@ -15,6 +15,7 @@ __all__ = [
     "View",
     "controls",
     "example_photos",
+    "example_shelf",
     "how_it_works",
     "name_examples",
     "setting_values",

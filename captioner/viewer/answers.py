@@ -15,6 +15,7 @@ from captioner.config import DecodingOptions
 from captioner.errors import ImageError
 from captioner.images import open_photo
 from captioner.viewer.attention import View
+from captioner.viewer.photos import BROWSER_FORMATS
 from captioner.viewer.problems import told
 from captioner.viewer.settings import decoding_options
 
@@ -46,8 +47,16 @@ class Answers:
         return View(photo, self._model.caption(photo, options))
 
     @told
+    def brought(self, photo: Image.Image | None, *settings: Any) -> tuple[Any, View | None]:
+        """Caption an upload; show it as PNG where browsers cannot draw the file itself."""
+        shown = gr.skip()
+        if photo is not None and photo.format not in BROWSER_FORMATS:
+            shown = photo
+        return shown, self.caption(photo, *settings)
+
+    @told
     def caption(self, photo: Image.Image | None, *settings: Any) -> View | None:
-        """Caption what was brought; nothing if the photo was taken away."""
+        """Caption the photo; nothing where there is none."""
         return self.write_on(photo, "", *settings)
 
     @told

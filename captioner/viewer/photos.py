@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from gradio.processing_utils import save_file_to_cache
+from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from PIL import Image
 
 from captioner.errors import ImageError
@@ -45,6 +45,17 @@ def example_photos() -> dict[str, str]:
     return {str(path): subject for path, subject in photos.items() if path.is_file()}
 
 
+def example_shelf(photo: gr.Image, paths: list[str]) -> gr.Dataset:
+    """Return buttons that show photos; a click gives the number of one."""
+    return gr.Dataset(
+        label="Examples",
+        components=[photo],
+        samples=[[path] for path in paths],
+        type="index",
+        elem_id="examples",
+    )
+
+
 def name_examples(subjects: Iterable[str]) -> str:
     """Return JavaScript that names the buttons of ``#examples``, for those who hear the page."""
     return f"""() => {{
@@ -53,6 +64,10 @@ def name_examples(subjects: Iterable[str]) -> str:
             button.setAttribute("aria-label", `Example: ${{subjects[number]}}`);
         }});
     }}"""
+
+
+# What every browser draws; of other files (TIFF, HEIC) it gets a PNG.
+BROWSER_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
 
 
 class PhotoInput(gr.Image):
@@ -78,8 +93,14 @@ class PhotoInput(gr.Image):
         except (binascii.Error, OSError) as error:
             raise ImageError("the photo did not arrive: send it again") from error
 
-    def postprocess(self, value: str | None) -> ImageData | None:  # type: ignore[override]
-        """Show a photo of ``example_photos()``, from a copy where Gradio may serve it."""
+    def postprocess(  # type: ignore[override]
+        self, value: str | Image.Image | None
+    ) -> ImageData | None:
+        """Show an example, from a copy where Gradio may serve it, or a picture, without loss."""
         if value is None:
             return None
-        return ImageData(path=save_file_to_cache(value, self.GRADIO_CACHE))
+        if isinstance(value, Image.Image):
+            path = save_pil_to_cache(value, self.GRADIO_CACHE, "photo", "png")
+        else:
+            path = save_file_to_cache(value, self.GRADIO_CACHE)
+        return ImageData(path=path)

@@ -24,6 +24,6 @@ def told(function: Callable[_P, _T]) -> Callable[_P, _T]:
         except CaptionerError as error:
             text = str(error)
             message = f"{text[:1].upper()}{text[1:]}."
-            raise gr.Error(message, print_exception=False) from error
+            raise gr.Error(message, duration=30, print_exception=False) from error
 
     return call
