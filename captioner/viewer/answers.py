@@ -19,6 +19,8 @@ from captioner.viewer.photos import BROWSER_FORMATS
 from captioner.viewer.problems import told
 from captioner.viewer.settings import decoding_options
 
+_SHOWN = 1024  # pixels of an example's longer side, as ``display_jpeg`` makes them
+
 
 class Model(Protocol):
     """What is asked of ``captioner.Captioner``."""
@@ -37,14 +39,15 @@ class Answers:
         """Serve a model; ``examples`` are paths of photos, captioned at once."""
         self._model = model
         self._examples = examples
-        # Only the examples are kept, which belong to nobody: a click is answered at once.
-        self._example = functools.lru_cache(maxsize=64)(self._caption_example)
+        # Only examples are kept, which belong to nobody: a click is answered at once.
+        self._shown = [open_photo(path) for path in examples]
+        for photo in self._shown:
+            photo.thumbnail((_SHOWN, _SHOWN))
+        self._caption_example = functools.lru_cache(maxsize=256)(
+            lambda number, options: model.caption(open_photo(examples[number]), options)
+        )
         for number in range(len(examples)):
-            self._example(number, DecodingOptions())
-
-    def _caption_example(self, number: int, options: DecodingOptions) -> View:
-        photo = open_photo(self._examples[number])
-        return View(photo, self._model.caption(photo, options))
+            self._caption_example(number, DecodingOptions())
 
     @told
     def brought(self, photo: Image.Image | None, *settings: Any) -> tuple[Any, View | None]:
@@ -62,7 +65,8 @@ class Answers:
     @told
     def example(self, number: int, *settings: Any) -> tuple[str, View]:
         """Return an example's photo and its caption."""
-        return self._examples[number], self._example(number, decoding_options(*settings))
+        caption = self._caption_example(number, decoding_options(*settings))
+        return self._examples[number], View(self._shown[number], caption)
 
     @told
     def write_on(self, photo: Image.Image | None, text: str, *settings: Any) -> View | None:

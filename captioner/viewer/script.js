@@ -272,25 +272,39 @@ function mountViewer(root, { steer, take, restore } = {}) {
       part((event.clientX - box.left) / box.width, attention[0].length)
     );
   };
+  let touched = null; // a finger that may yet turn out to scroll the page
   let dragging = false;
-  grid.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
+  const begin = (event) => {
+    touched = null;
     cursor = cellAt(event);
     // A second click on the only chosen cell takes the question back.
     const again = asked.size === 1 && asked.has(cursor);
     if (!event.shiftKey) asked = new Set();
     if (!again) asked.add(cursor);
     dragging = !again;
-    grid.setPointerCapture(event.pointerId);
     drawAnswers();
+  };
+  grid.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    grid.setPointerCapture(event.pointerId);
+    if (event.pointerType === "touch") touched = event;
+    else begin(event);
   });
   grid.addEventListener("pointermove", (event) => {
+    if (touched && Math.abs(event.clientX - touched.clientX) > 10) begin(touched);
     if (!dragging || asked.has(cellAt(event))) return;
     cursor = cellAt(event);
     asked.add(cursor);
     drawAnswers();
   });
-  for (const name of ["pointerup", "pointercancel"]) grid.addEventListener(name, () => (dragging = false));
+  grid.addEventListener("pointerup", () => {
+    if (touched) begin(touched);
+    dragging = false;
+  });
+  grid.addEventListener("pointercancel", () => {
+    touched = null;
+    dragging = false;
+  });
   grid.addEventListener("keydown", (event) => {
     const columns = items()[0].attention[0].length;
     const cells = columns * items()[0].attention.length;
