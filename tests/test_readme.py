@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,11 @@ from pathlib import Path
 import pytest
 
 import train
+from captioner import Captioner
 from captioner.__main__ import build_parser as captioner_parser
 
 ROOT = Path(__file__).resolve().parent.parent
+ADDRESS = "http://127.0.0.1:7860"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
@@ -66,15 +70,39 @@ def test_every_shell_command_runs_or_its_arguments_parse(
                 pytest.fail(f"the README holds a command that no test knows: {part}")
 
 
-def test_the_python_example_runs(
-    tmp_path: Path, example_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_the_python_examples_run(
+    tmp_path: Path,
+    example_photos: list[Path],
+    served_page: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(example_photos[0].read_bytes())
     monkeypatch.chdir(tmp_path)
     examples = [block for language, block in BLOCKS if language == "python"]
     assert examples
     for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+        code = example.replace(ADDRESS, served_page.rstrip("/"))
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_curl_example_answers_with_the_caption(
+    tmp_path: Path, example_photos: list[Path], served_page: str, captioner: Captioner
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl: apt-get install curl (Debian, Ubuntu) and run the tests again")
+    (tmp_path / "photo.jpg").write_bytes(example_photos[0].read_bytes())
+    (script,) = [block for language, block in BLOCKS if language == "sh"]
+    done = subprocess.run(
+        ["bash", "-c", script.replace(ADDRESS, served_page.rstrip("/"))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    event, data = done.stdout.strip().splitlines()
+    assert event == "event: complete"
+    (caption,) = json.loads(data.removeprefix("data: "))
+    assert caption == captioner.caption(example_photos[0]).to_dict()
 
 
 def test_the_tree_names_every_file_and_no_other() -> None:
