@@ -9,21 +9,24 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import app
-from captioner import viewer
 from captioner import Captioner
 
 
-def test_the_shipped_checkpoint_captions_through_the_page(
+def test_the_endpoint_answers_with_the_captions_json(
     served_page: str, captioner: Captioner, example_photos: list[Path]
 ) -> None:
     client = Client(served_page, verbose=False)
     for photo in example_photos[:2]:
-        text, maps = client.predict(handle_file(photo), api_name="/caption")
-        caption = captioner.caption(photo)
-        assert text == caption.text
-        assert [item["caption"].split(" · ")[0] for item in maps] == [
-            word.text for word in caption.words
-        ]
+        caption = client.predict(handle_file(photo), api_name="/caption")
+        assert caption == captioner.caption(photo).to_dict()
+
+
+def test_the_endpoint_is_the_only_one_that_is_public(served_page: str) -> None:
+    client = Client(served_page, verbose=False)
+    endpoints = client.view_api(return_format="dict", print_info=False)
+    assert isinstance(endpoints, dict)
+    assert set(endpoints["named_endpoints"]) == {"/caption"}
+    assert not endpoints["unnamed_endpoints"]
 
 
 def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
@@ -34,12 +37,14 @@ def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
     client = Client(served_page, verbose=False)
     with pytest.raises(AppError, match="not a photo that can be read"):
         client.predict(handle_file(bad), api_name="/caption")
-    text, _ = client.predict(handle_file(example_photos[0]), api_name="/caption")
-    assert len(text.split()) >= 3
+    caption = client.predict(handle_file(example_photos[0]), api_name="/caption")
+    assert len(caption["text"].split()) >= 3
 
 
-def test_the_example_photos_are_there() -> None:
-    assert len(viewer.example_photos()) >= 6
+def test_a_request_without_a_photo_says_so(served_page: str) -> None:
+    client = Client(served_page, verbose=False)
+    with pytest.raises(AppError, match="No photo came with the request"):
+        client.predict(None, api_name="/caption")
 
 
 def test_a_missing_checkpoint_is_one_line_and_code_two(
@@ -47,3 +52,7 @@ def test_a_missing_checkpoint_is_one_line_and_code_two(
 ) -> None:
     assert app.main(["--checkpoint", "nowhere"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_page_is_layout_and_events_only() -> None:
+    assert len(Path(app.__file__).read_text(encoding="utf-8").splitlines()) < 120

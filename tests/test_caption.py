@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from captioner.caption import Beam, Caption, Word
+from captioner.errors import DataError
 
 
 def look_at(row: int, column: int, weight: float = 1.0) -> np.ndarray:
@@ -30,7 +36,7 @@ def make_beam(text: str, log_probability: float = -4.0) -> Beam:
     return Beam(words, make_word("<eos>"), log_probability, log_probability / 2)
 
 
-CAPTION = Caption((make_beam("a dog runs"), make_beam("a cat", -5.0)), (640, 480))
+CAPTION = Caption((make_beam("a dog runs"), make_beam("a cat", -5.0)), (640, 480), (0, 2))
 
 
 def test_entropy_of_one_cell_is_nothing_and_of_all_cells_log_49() -> None:
@@ -121,6 +127,7 @@ def test_json_holds_every_number() -> None:
 
     assert values["text"] == "a dog runs"
     assert values["size"] == [640, 480]
+    assert values["given"] == [0, 2]
     assert [beam["text"] for beam in values["beams"]] == ["a dog runs", "a cat"]
     beam = values["beams"][0]
     assert beam["log_probability"] == -4.0
@@ -144,3 +151,139 @@ def test_json_keeps_attention_to_six_places() -> None:
     values = make_word("dog", attention).to_dict()
 
     np.testing.assert_allclose(values["attention"], attention, atol=1e-6)
+
+
+SHARES = st.floats(0, 1)
+WORDS = st.builds(
+    Word,
+    st.text(),
+    SHARES,
+    st.lists(st.tuples(st.text(), SHARES), max_size=5).map(tuple),
+    arrays(np.float32, (7, 7), elements=st.floats(0, 1, width=32)),
+    st.booleans(),
+)
+SCORES = st.floats(-1e6, 0)
+BEAMS = st.builds(Beam, st.lists(WORDS, max_size=3).map(tuple), WORDS, SCORES, SCORES)
+CAPTIONS = st.builds(
+    Caption,
+    st.lists(BEAMS, min_size=1, max_size=2).map(tuple),
+    st.tuples(st.integers(1, 10**5), st.integers(1, 10**5)),
+    st.lists(st.integers(0, 20), max_size=4).map(tuple),
+)
+
+
+def without_entropy(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is computed from the attention before it is rounded."""
+    for beam in values["beams"]:
+        for word in [*beam["words"], beam["end"]]:
+            del word["entropy"], word["cells"]
+    return values
+
+
+@given(CAPTIONS)
+def test_a_caption_comes_back_from_its_json(caption: Caption) -> None:
+    values = json.loads(json.dumps(caption.to_dict()))
+
+    back = Caption.from_dict(values)
+
+    assert without_entropy(back.to_dict()) == without_entropy(values)
+    assert (back.text, back.size, back.given) == (caption.text, caption.size, caption.given)
+    assert isinstance(back.given, tuple)
+    assert isinstance(back.beams, tuple)
+    for old, new in zip(caption.words, back.words, strict=True):
+        assert new.attention.dtype == np.float32
+        np.testing.assert_allclose(new.attention, old.attention, atol=1e-6)
+
+
+def test_nothing_is_given_unless_it_is_said() -> None:
+    caption = Caption(CAPTION.beams, CAPTION.size)
+
+    assert caption.given == ()
+    assert caption.to_dict()["given"] == []
+    assert Caption.from_dict(caption.to_dict()).given == ()
+
+
+def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], object]:
+    """Return a function that puts ``value`` at a place in the JSON of a caption."""
+
+    def change(values: dict[str, Any]) -> object:
+        *folders, last = path
+        place: Any = values
+        for folder in folders:
+            place = place[folder]
+        place[last] = value
+        return values
+
+    return change
+
+
+def leave_out(*path: str | int) -> Callable[[dict[str, Any]], object]:
+    """Return a function that takes a key out of the JSON of a caption."""
+
+    def change(values: dict[str, Any]) -> object:
+        *folders, last = path
+        place: Any = values
+        for folder in folders:
+            place = place[folder]
+        del place[last]
+        return values
+
+    return change
+
+
+WORD = ("beams", 0, "words", 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(leave_out(key) for key in ("size", "given", "beams")),
+        *(leave_out("beams", 0, key) for key in ("words", "end", "score", "log_probability")),
+        *(
+            leave_out(*WORD, key)
+            for key in ("text", "probability", "alternatives", "attention", "known")
+        ),
+        leave_out(*WORD, "alternatives", 0, "text"),
+        leave_out("size", 1),
+        put("size", value=[1, 2, 3]),
+        put("size", value=["wide", "tall"]),
+        put("size", value=None),
+        put("given", value=["first"]),
+        put("given", value=3),
+        put("beams", value=[]),
+        put("beams", value=None),
+        put("beams", value={"0": 1}),
+        put("beams", 0, value=[]),
+        put("beams", 0, "score", value="good"),
+        put("beams", 0, "end", value=None),
+        put(*WORD, "probability", value="likely"),
+        put(*WORD, "probability", value=None),
+        put(*WORD, "alternatives", value=[["dog", 0.5]]),
+        put(*WORD, "attention", value=[]),
+        put(*WORD, "attention", value=[[]]),
+        put(*WORD, "attention", value=[0.5, 0.5]),
+        put(*WORD, "attention", value=0.5),
+        put(*WORD, "attention", value=[[[0.5]]]),
+        put(*WORD, "attention", value=[[0.5, 0.5], [0.5]]),
+        put(*WORD, "attention", value=[[math.nan]]),
+        put(*WORD, "attention", value=[[math.inf]]),
+        put(*WORD, "attention", value=[["much"]]),
+        put(*WORD, "attention", value=None),
+        put("beams", 1, "end", "attention", value=[[-math.inf]]),
+        lambda _: [],
+        lambda values: [values],
+        lambda _: {},
+        lambda _: "a dog",
+        lambda _: None,
+        lambda _: 7,
+    ],
+)
+def test_what_is_no_caption_is_refused_in_one_line(
+    change: Callable[[dict[str, Any]], Any],
+) -> None:
+    values = change(CAPTION.to_dict())
+
+    with pytest.raises(DataError, match=r"^this is not the JSON of a caption: .+$") as refused:
+        Caption.from_dict(values)
+
+    assert len(str(refused.value).splitlines()) == 1

@@ -69,6 +69,33 @@ def test_heatmaps_of_photos_with_one_name_do_not_overwrite_each_other(
         Image.open(path).verify()
 
 
+@pytest.mark.parametrize("kind", ["png", "gif", "html", "json"])
+def test_heatmaps_are_written_in_the_format_that_was_asked_for(
+    kind: str,
+    captioner: Captioner,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    album = tmp_path / "album" / "deep"
+    album.mkdir(parents=True)
+    (album / "photo.jpg").write_bytes(example_photos[0].read_bytes())
+    maps = tmp_path / "maps"
+    arguments = [str(album.parent), "--heatmaps", str(maps), "--format", kind]
+    assert main(["caption", *arguments]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    (path,) = (path for path in maps.rglob("*") if path.is_file())
+    assert path == maps / "deep" / f"photo.jpg.{kind}"
+    data = path.read_bytes()
+    if kind == "html":
+        assert f"<title>{line.split(chr(9))[1]}</title>".encode() in data
+    elif kind == "json":
+        assert json.loads(data) == captioner.caption(example_photos[0]).to_dict()
+    else:
+        with Image.open(path) as picture:
+            assert picture.format == kind.upper()
+
+
 def test_bad_photos_are_told_and_passed_over(
     example_photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,7 +126,16 @@ def test_bad_settings_are_one_line_and_code_two(
     assert len(printed.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["caption"], ["paint"], ["caption", "--nonsense", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["caption"],
+        ["paint"],
+        ["caption", "--nonsense", "x"],
+        ["caption", "x.jpg", "--format", "bmp"],
+    ],
+)
 def test_a_wrong_command_line_is_code_two(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from captioner.errors import ImageError
-from captioner.images import SUFFIXES, Photo, open_photo, preprocess
+from captioner.images import SUFFIXES, Photo, display_jpeg, open_photo, preprocess
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 32, 48
@@ -107,6 +107,34 @@ def test_the_common_kinds_of_file(kind: str) -> None:
     inner = pixels[4:12, 4:20], pixels[4:12, 28:44], pixels[20:28, 4:20], pixels[20:28, 28:44]
     for part, (row, column) in zip(inner, [(0, 0), (0, 47), (31, 0), (31, 47)], strict=True):
         assert_close(part, np.broadcast_to(SCENE[row, column], part.shape), tolerance=8)
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_the_photos_of_iphones(tmp_path: Path, number: int) -> None:
+    pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
+    assert {".heic", ".heif"} <= SUFFIXES
+    path = tmp_path / "IMG_0001.HEIC"
+    # No side shorter than a block of the codec, so that the fields keep their colours.
+    scene = SCENE.repeat(4, axis=0).repeat(4, axis=1)
+    stored = Image.fromarray(np.ascontiguousarray(STORED[number](scene)))
+    # Of EXIF as bytes, pillow-heif makes a turn of HEIF's own beside it, as iPhones write both.
+    stored.save(path, "HEIF", quality=95, exif=with_orientation(number).tobytes())
+    assert (b"irot" in path.read_bytes()) == (number != 1)
+
+    pixels = opened(path)
+
+    assert pixels.shape == scene.shape
+    for row in (32, 96):
+        for column in (48, 144):
+            assert_close(pixels[row, column], scene[row, column], tolerance=12)
+
+
+def test_a_broken_heic_is_refused() -> None:
+    pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
+    whole = encoded(Image.fromarray(SCENE), "HEIF")
+
+    with pytest.raises(ImageError, match=r"is (broken|not a photo)"):
+        open_photo(whole[: len(whole) // 2])
 
 
 def test_path_text_bytes_picture_and_array_are_the_same_photo(tmp_path: Path) -> None:
@@ -641,3 +669,70 @@ def test_preprocess_does_not_turn_or_mirror() -> None:
     np.testing.assert_allclose(top_left, SCENE[0, 0] / 255, atol=0.01)
     np.testing.assert_allclose(top_right, SCENE[0, -1] / 255, atol=0.01)
     np.testing.assert_allclose(pixels[:, 6, 1], SCENE[-1, 0] / 255, atol=0.01)
+
+
+# For the browser
+
+
+def shown(photo: Image.Image, **options: int) -> Image.Image:
+    """Return what the browser decodes."""
+    image = Image.open(io.BytesIO(display_jpeg(photo, **options)))
+    assert (image.format, image.mode) == ("JPEG", "RGB")
+    return image
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((48, 32), (48, 32)),
+        ((1024, 1024), (1024, 1024)),
+        ((1025, 1000), (1024, 999)),
+        ((4000, 3000), (1024, 768)),
+        ((3000, 4000), (768, 1024)),
+        ((1, 5000), (1, 1024)),
+        ((5000, 1), (1024, 1)),
+        ((1, 1), (1, 1)),
+    ],
+)
+def test_a_display_picture_is_made_smaller_but_never_larger(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert shown(Image.new("RGB", size, "teal")).size == expected
+
+
+def test_a_display_picture_looks_like_the_photo() -> None:
+    image = shown(Image.fromarray(SCENE).resize((4096, 1024), Image.Resampling.NEAREST))
+
+    pixels = np.asarray(image)
+    for row, y in ((0, 64), (31, 192)):
+        for column, x in ((0, 256), (47, 768)):
+            assert_close(pixels[y, x], SCENE[row, column], tolerance=4)
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (1024, 1024)])
+def test_a_display_picture_of_noise_stays_small(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+
+    assert len(display_jpeg(Image.fromarray(noise))) <= 250_000
+
+
+def test_a_display_picture_is_compressed_no_harder_than_it_must_be() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    sizes = [len(display_jpeg(Image.fromarray(noise), most=most)) for most in (10**6, 20_000, 1)]
+
+    assert sizes[0] > 20_000 >= sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("size", [(48, 32), (2000, 1000)])
+def test_a_display_picture_carries_nothing_but_pixels(size: tuple[int, int]) -> None:
+    exif = with_orientation(6)
+    exif[0x010E] = "secret place"
+    stored = Image.new("RGB", size, "teal")
+    photo = encoded(stored, "JPEG", exif=exif, comment="secret comment", icc_profile=b"secret" * 50)
+    assert photo.count(b"secret") == 52
+
+    for source in (open_photo(photo), Image.open(io.BytesIO(photo))):
+        data = display_jpeg(source)
+        assert b"secret" not in data
+        assert b"Exif" not in data
+        assert not {"exif", "comment", "icc_profile"} & set(Image.open(io.BytesIO(data)).info)

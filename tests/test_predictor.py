@@ -10,6 +10,7 @@ from PIL import Image
 
 from captioner import Captioner, DecodingOptions
 from captioner.errors import CheckpointError, ConfigError, ImageError
+from captioner.predictor import SHIPPED_CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,30 @@ def test_a_prefix_is_kept(captioner: Captioner, photos: list[Path]) -> None:
     assert caption.text.startswith("two women ")
 
 
+def test_a_caption_tells_which_of_its_words_were_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.caption(photos[0]).given == ()
+    for prefix, given in (("Two women", (0, 1)), ("a", (0,)), ("Two, women!  and", (0, 1, 2))):
+        caption = captioner.caption(photos[0], DecodingOptions(prefix=prefix))
+        assert caption.given == given
+        assert len(caption.words) > len(given)
+
+
+def test_every_photo_of_a_batch_tells_what_was_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    captions = captioner.caption_batch(photos, DecodingOptions(prefix="a"))
+    assert [caption.given for caption in captions] == [(0,)] * len(photos)
+
+
+def test_of_a_caption_that_was_read_all_words_and_the_end_were_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.score(photos[0], "A zyzzyva runs.").given == (0, 1, 2, 3)
+    assert captioner.score(photos[0], "dog").given == (0, 1)
+
+
 def test_an_unknown_prefix_names_words_that_are_near(
     captioner: Captioner, photos: list[Path]
 ) -> None:
@@ -137,3 +162,11 @@ def test_another_encoder_is_refused(captioner: Captioner) -> None:
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         Captioner.load(tmp_path / "nowhere")
+
+
+def test_the_card_is_the_model_card_without_its_front_matter(captioner: Captioner) -> None:
+    shipped = (SHIPPED_CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    assert shipped.startswith("---\n")
+    assert captioner.card
+    assert shipped.endswith(f"---\n\n{captioner.card}\n")
+    assert captioner.card.startswith("# ")

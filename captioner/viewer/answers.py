@@ -17,7 +17,7 @@ from captioner.images import open_photo
 from captioner.viewer.attention import View
 from captioner.viewer.photos import BROWSER_FORMATS
 from captioner.viewer.problems import told
-from captioner.viewer.settings import decoding_options
+from captioner.viewer.settings import decoding_options, setting_values
 
 _SHOWN = 1024  # pixels of an example's longer side, as ``display_jpeg`` makes them
 
@@ -47,7 +47,7 @@ class Answers:
             lambda number, options: model.caption(open_photo(examples[number]), options)
         )
         for number in range(len(examples)):
-            self._caption_example(number, DecodingOptions())
+            self.example(number, *setting_values(DecodingOptions()))
 
     @told
     def brought(self, photo: Image.Image | None, *settings: Any) -> tuple[Any, View | None]:

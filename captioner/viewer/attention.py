@@ -18,6 +18,7 @@ from PIL import Image
 
 from captioner.caption import Caption
 from captioner.images import display_jpeg, open_photo
+from captioner.viewer.problems import told
 
 _HERE = Path(__file__).parent
 _GLUE = """
@@ -96,6 +97,7 @@ class AttentionViewer(gr.HTML):
             caption=value.caption.to_dict(),
         )
 
+    @told
     def preprocess(self, payload: ViewData | None) -> View | None:  # type: ignore[override]
         """Return what is shown, the photo as large as the browser has it."""
         if payload is None:

@@ -18,9 +18,9 @@ function mountViewer(root, { steer, take, restore } = {}) {
 
   // ---- Colours: 17 points of matplotlib's maps, straight lines between them.
   const COLORS = {
-    inferno: "000004 0b0724 210c4a 3c0965 56106e 71196e 88226a a22b62 bc3754 d24644 e45a31 f1731d f98e09 fcad12 f6d043 f2eb72 fcffa4",
-    viridis: "440154 481a6c 472e7c 424086 3b518b 33628d 2c718e 26818e 21918c 1fa188 28ae80 40bd72 5ec962 84d44b addc30 d5e21a fde725",
-    cividis: "00224e 002e6c 19396b 2f466c 414d6b 50576c 5f636e 6e6f73 7d7c78 8c8878 9d9675 aea36f bcae6c cebd60 ddc94f eed83a fee838",
+    inferno: "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 f2ea69 fcffa4",
+    viridis: "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725",
+    cividis: "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838",
     light: "",
   };
   const NAMES = { inferno: "inferno", viridis: "viridis", cividis: "cividis", light: "light only" };

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import gradio as gr
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from captioner.caption import Caption
+from captioner.overlay import page as standalone_page
+from captioner.serving import LAUNCH
+from captioner.viewer import AttentionViewer, View
+from tests.browser.visits import click_example
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +43,60 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
+    """An empty page; no script in it may throw."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    yield context.new_page()
+    page = context.new_page()
+    thrown: list[str] = []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    yield page
     context.close()
+    assert not thrown
+
+
+@pytest.fixture
+def visit(page: Page, served_page: str) -> Page:
+    """The real page, as a visitor finds it."""
+    page.goto(f"{served_page}?__theme=light")
+    return page
+
+
+@pytest.fixture
+def cat(visit: Page) -> Page:
+    """The real page with the example of the cat captioned."""
+    click_example(visit, "cat")
+    return visit
+
+
+@pytest.fixture
+def show(page: Page) -> Iterator[Callable[[View], Page]]:
+    """``show(view)``: a page with nothing but the viewer, and that view in it."""
+    served: list[gr.Blocks] = []
+
+    def open_view(view: View) -> Page:
+        with gr.Blocks(analytics_enabled=False) as demo:
+            AttentionViewer(view)
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+        served.append(demo)
+        page.goto(f"{url}?__theme=light")
+        page.locator(".word").first.wait_for()
+        return page
+
+    yield open_view
+    for demo in served:
+        demo.close()
+
+
+@pytest.fixture
+def open_standalone(page: Page, tmp_path: Path) -> Callable[[View], Page]:
+    """``open_standalone(view)``: the page of ``captioner.overlay``, opened as a file, offline."""
+
+    def open_file(view: View) -> Page:
+        path = tmp_path / "caption.html"
+        caption: Caption = view.caption
+        path.write_bytes(standalone_page(view.photo, caption))
+        page.context.set_offline(True)
+        page.goto(path.as_uri())
+        page.locator(".word").first.wait_for()
+        return page
+
+    return open_file
