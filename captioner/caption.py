@@ -205,6 +205,8 @@ class Caption:
             beams = tuple(Beam.from_dict(beam) for beam in values["beams"])
             if not beams:
                 raise ValueError("it holds no beam")
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise DataError(f"this is not the JSON of a caption: it lacks {error}") from error
+        except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
         return cls(beams, (width, height), given)

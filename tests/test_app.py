@@ -1,8 +1,11 @@
-"""The real page, served on localhost, as a program sees it through gradio_client."""
+"""The real page, served on localhost, as a program sees it."""
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gradio_client import Client, handle_file
@@ -10,41 +13,108 @@ from gradio_client.exceptions import AppError
 
 import app
 from captioner import Captioner
+from captioner.caption import Caption
 
 
-def test_the_endpoint_answers_with_the_captions_json(
+@pytest.fixture(scope="module")
+def client(served_page: str) -> Client:
+    return Client(served_page, verbose=False)
+
+
+def ask(url: str, data: bytes | None = None, kind: str = "application/json") -> Any:
+    """Return the answer to a plain request: GET, or POST where there is something to send."""
+    request = urllib.request.Request(url, data, {"Content-Type": kind})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.headers.get_content_type(), answer.read().decode()
+
+
+def upload(page: str, photo: Path) -> str:
+    """Send a file as a form does; return its path on the server."""
+    head = (
+        "--edge\r\n"
+        f'Content-Disposition: form-data; name="files"; filename="{photo.name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    )
+    body = head.encode() + photo.read_bytes() + b"\r\n--edge--\r\n"
+    _, text = ask(f"{page}gradio_api/upload", body, "multipart/form-data; boundary=edge")
+    (path,) = json.loads(text)
+    return str(path)
+
+
+def call(page: str, *data: object) -> tuple[str, Any]:
+    """Call ``/caption`` as curl does; return the last event's name and data."""
+    url = f"{page}gradio_api/call/caption"
+    _, text = ask(url, json.dumps({"data": data}).encode())
+    kind, text = ask(f"{url}/{json.loads(text)['event_id']}")
+    assert kind == "text/event-stream"
+    *_, event, line = text.strip().splitlines()
+    return event.removeprefix("event: "), json.loads(line.removeprefix("data: "))
+
+
+def test_the_shipped_checkpoint_captions_through_the_page(
+    client: Client, captioner: Captioner, example_photos: list[Path]
+) -> None:
+    for photo in example_photos[:2]:
+        values = client.predict(handle_file(photo), api_name="/caption")
+        assert values == captioner.caption(photo).to_dict()
+        assert Caption.from_dict(values).text == values["text"]
+
+
+def test_plain_requests_get_the_same_json(
     served_page: str, captioner: Captioner, example_photos: list[Path]
 ) -> None:
-    client = Client(served_page, verbose=False)
-    for photo in example_photos[:2]:
-        caption = client.predict(handle_file(photo), api_name="/caption")
-        assert caption == captioner.caption(photo).to_dict()
+    path = upload(served_page, example_photos[1])
+    photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    event, data = call(served_page, photo)
+    assert event == "complete"
+    assert data == [captioner.caption(example_photos[1]).to_dict()]
 
 
-def test_the_endpoint_is_the_only_one_that_is_public(served_page: str) -> None:
-    client = Client(served_page, verbose=False)
-    endpoints = client.view_api(return_format="dict", print_info=False)
+def test_captioning_is_all_that_programs_are_offered(client: Client) -> None:
+    endpoints = client.view_api(print_info=False, return_format="dict")
     assert isinstance(endpoints, dict)
-    assert set(endpoints["named_endpoints"]) == {"/caption"}
+    assert list(endpoints["named_endpoints"]) == ["/caption"]
     assert not endpoints["unnamed_endpoints"]
+    (photo,) = endpoints["named_endpoints"]["/caption"]["parameters"]
+    assert photo["parameter_name"] == "photo"
+    assert len(endpoints["named_endpoints"]["/caption"]["returns"]) == 1
+
+
+def test_a_missing_photo_is_an_error_that_says_so(client: Client) -> None:
+    with pytest.raises(AppError, match=r"^No photo came with the request: send one\.$"):
+        client.predict(None, api_name="/caption")
+
+
+def test_a_missing_photo_is_an_error_for_plain_requests_too(served_page: str) -> None:
+    event, data = call(served_page, None)
+    assert event == "error"
+    assert data["error"] == "No photo came with the request: send one."
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"meta": {"_type": "gradio.FileData"}},
+        {},  # Gradio does not check the path of ImageData that comes without its meta
+    ],
+)
+def test_a_file_that_was_not_sent_is_not_read(
+    served_page: str, example_photos: list[Path], meta: dict[str, object]
+) -> None:
+    event, data = call(served_page, {"path": str(example_photos[0]), **meta})
+    assert event == "error"
+    assert "beams" not in str(data)
 
 
 def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
-    served_page: str, example_photos: list[Path], tmp_path: Path
+    client: Client, example_photos: list[Path], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
-    client = Client(served_page, verbose=False)
     with pytest.raises(AppError, match="not a photo that can be read"):
         client.predict(handle_file(bad), api_name="/caption")
-    caption = client.predict(handle_file(example_photos[0]), api_name="/caption")
-    assert len(caption["text"].split()) >= 3
-
-
-def test_a_request_without_a_photo_says_so(served_page: str) -> None:
-    client = Client(served_page, verbose=False)
-    with pytest.raises(AppError, match="No photo came with the request"):
-        client.predict(None, api_name="/caption")
+    values = client.predict(handle_file(example_photos[0]), api_name="/caption")
+    assert len(values["text"].split()) >= 3
 
 
 def test_a_missing_checkpoint_is_one_line_and_code_two(

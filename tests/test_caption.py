@@ -154,12 +154,16 @@ def test_json_keeps_attention_to_six_places() -> None:
 
 
 SHARES = st.floats(0, 1)
+# Shares that sum to 1 and that six places tell apart.
+ATTENTIONS = arrays(np.int64, (7, 7), elements=st.integers(0, 1000)).map(
+    lambda counts: ((counts + 1) / (counts + 1).sum()).astype(np.float32)
+)
 WORDS = st.builds(
     Word,
     st.text(),
     SHARES,
     st.lists(st.tuples(st.text(), SHARES), max_size=5).map(tuple),
-    arrays(np.float32, (7, 7), elements=st.floats(0, 1, width=32)),
+    ATTENTIONS,
     st.booleans(),
 )
 SCORES = st.floats(-1e6, 0)
@@ -173,7 +177,7 @@ CAPTIONS = st.builds(
 
 
 def without_entropy(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is computed from the attention before it is rounded."""
+    """Leave out what is computed of the attention before it is rounded."""
     for beam in values["beams"]:
         for word in [*beam["words"], beam["end"]]:
             del word["entropy"], word["cells"]
@@ -193,6 +197,7 @@ def test_a_caption_comes_back_from_its_json(caption: Caption) -> None:
     for old, new in zip(caption.words, back.words, strict=True):
         assert new.attention.dtype == np.float32
         np.testing.assert_allclose(new.attention, old.attention, atol=1e-6)
+        assert new.entropy == pytest.approx(old.entropy, abs=1e-3)
 
 
 def test_nothing_is_given_unless_it_is_said() -> None:
@@ -248,6 +253,7 @@ WORD = ("beams", 0, "words", 0)
         put("size", value=[1, 2, 3]),
         put("size", value=["wide", "tall"]),
         put("size", value=None),
+        put("size", value=[math.inf, 1]),
         put("given", value=["first"]),
         put("given", value=3),
         put("beams", value=[]),
