@@ -18,6 +18,7 @@ _NUMBERS = {
     "epochs": (int, "at most so many epochs"),
     "patience": (int, "epochs without a better score before it stops"),
     "learning-rate": (float, "the highest of the schedule"),
+    "reward-epochs": (int, "at most so many of self-critical training afterwards"),
     "min-count": (int, "words seen less often become <unk>"),
 }
 

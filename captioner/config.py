@@ -207,6 +207,12 @@ class TrainConfig(_Config):
         label_smoothing: of the training loss; validation loss is never smoothed.
         ema_decay: of the averaged weights that are scored and saved; 0 is none.
         bfloat16: matrix products of training in bfloat16 (the weights stay float32).
+        reward_epochs: at most so many of self-critical training on CIDEr-D, from the best epoch
+            of cross-entropy on (Rennie et al. 2017).
+        reward_batch_size: photos a step of it.
+        reward_samples: captions drawn of each photo.
+        reward_temperature: of the drawing, and of what is learned.
+        reward_learning_rate: at its first step; it falls to zero as a half cosine.
         seed: of everything random.
         device: "auto", "cpu", "cuda" or "mps".
         model: the fields of ``ModelConfig`` that the recipe sets.
@@ -236,6 +242,11 @@ class TrainConfig(_Config):
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
     bfloat16: bool = False
+    reward_epochs: int = 0
+    reward_batch_size: int = 64
+    reward_samples: int = 5
+    reward_temperature: float = 0.5
+    reward_learning_rate: float = 3e-5
     seed: int = 0
     device: str = "auto"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -256,6 +267,11 @@ class TrainConfig(_Config):
             gradient_clip=(0, math.inf),
             label_smoothing=(0, 0.9),
             ema_decay=(0, 0.999999),
+            reward_epochs=(0, 10**6),
+            reward_batch_size=(1, 10**6),
+            reward_samples=(2, 1000),
+            reward_temperature=(0.05, 10),
+            reward_learning_rate=(1e-12, 10),
             seed=(0, 2**32 - 1),
         )
         _choose(
@@ -306,6 +322,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.997,
         "bfloat16": True,
+        "reward_epochs": 5,
+        "reward_learning_rate": 5e-5,
         "model": {
             "feature_norm": True,
             "word_query": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ _PANELS = {
     "Cross-entropy, nats a word": ("train_loss", "val_loss"),
     "Validation scores x 100": ("CIDEr", "ROUGE-L", "BLEU-4"),
     "Learning rate": ("learning_rate",),
+    "Reward: mean CIDEr-D of drawn captions": ("reward",),
 }
 
 
@@ -34,7 +36,9 @@ class Logbook:
                 self._tensorboard.add_scalar(name, value, int(row["epoch"]))
         self._tensorboard.flush()
         with (self._folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            # What a stage has no figure for stays empty.
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
+            writer = csv.DictWriter(file, fieldnames=names)
             writer.writeheader()
             writer.writerows(self.rows)
         curves(self.rows).savefig(self._folder / "curves.png", dpi=120)
@@ -45,13 +49,19 @@ class Logbook:
 
 
 def curves(rows: list[dict[str, float]]) -> Figure:
-    """Draw losses, scores and learning rate over the epochs."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    """Draw losses, scores, learning rate and, where there is one, the reward over the epochs."""
+    panels = {
+        title: names
+        for title, names in _PANELS.items()
+        if any(name in row for name in names for row in rows)
+    }
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    for axes, (title, names) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             label = name.replace("_", " ")
-            axes.plot(epochs, [row[name] for row in rows], marker="o", markersize=3, label=label)
+            values = [row.get(name, math.nan) for row in rows]
+            axes.plot(epochs, values, marker="o", markersize=3, label=label)
         axes.set(title=title, xlabel="Epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -7,15 +7,20 @@ tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeAlias
 
 from sacrebleu.metrics.bleu import BLEU
 
 from captioner.errors import DataError
 from captioner.vocab import clean
+
+# TF-IDF weights and norms of n = 1..4, and the length.
+_Vector: TypeAlias = tuple[list[dict[tuple[str, ...], float]], list[float], int]
 
 _ORDERS = 4
 _SIGMA = 6.0  # of CIDEr-D's length penalty
@@ -57,15 +62,15 @@ class CiderD:
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
         """Count in how many photos each n-gram occurs; ``references[i]`` are photo i's texts."""
         self._frequency: Counter[tuple[str, ...]] = Counter()
-        grams = [[_ngrams(text) for text in texts] for texts in references]
-        for texts in grams:
-            self._frequency.update({gram for text in texts for order in text for gram in order})
+        for texts in references:
+            grams = [order for text in texts for order in _ngrams(text)]
+            self._frequency.update({gram for order in grams for gram in order})
         self._log_photos = math.log(max(len(references), 1))
-        self._references = [[self._vector(text) for text in texts] for texts in grams]
+        self._references = references
+        # Made when they are asked for: those of a large training set would fill the memory.
+        self._vectors = functools.lru_cache(maxsize=256)(self._reference_vectors)
 
-    def _vector(
-        self, grams: list[Counter[tuple[str, ...]]]
-    ) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+    def _vector(self, grams: list[Counter[tuple[str, ...]]]) -> _Vector:
         """Return TF-IDF weights and norms an order, and the length coco-caption goes by."""
         weights = [
             {
@@ -77,6 +82,9 @@ class CiderD:
         norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weights]
         # coco-caption takes the number of bigrams for the length.
         return weights, norms, sum(grams[1].values())
+
+    def _reference_vectors(self, photo: int) -> list[_Vector]:
+        return [self._vector(_ngrams(text)) for text in self._references[photo]]
 
     def scores(self, candidates: Sequence[str]) -> list[float]:
         """Return CIDEr-D (0 to 10) of candidate i against the references of photo i."""
@@ -90,7 +98,7 @@ class CiderD:
         """Return CIDEr-D (0 to 10) of one caption of photo number ``photo``."""
         weights, norms, length = self._vector(_ngrams(candidate))
         total = 0.0
-        for other_weights, other_norms, other_length in self._references[photo]:
+        for other_weights, other_norms, other_length in self._vectors(photo):
             similarity = 0.0
             for order in range(_ORDERS):
                 if norms[order] and other_norms[order]:

@@ -40,6 +40,7 @@ class Prepared:
         vocabulary: of the training captions.
         train: the training photos as they are and, with ``flips``, mirrored.
         photos: how many photos an epoch goes through.
+        train_references: the captions of each photo of ``train``.
         example: the first photo's first caption.
         validation: the validation photos with the captions that the loss is taken on.
         references: all captions of each validation photo.
@@ -52,6 +53,7 @@ class Prepared:
     vocabulary: Vocabulary
     train: Dataset[Batch]
     photos: int
+    train_references: list[list[str]]
     example: str
     validation: CaptionDataset
     references: list[list[str]]
@@ -163,16 +165,19 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
         )
 
     train: Dataset[Batch] = join(features, train_rows, captions)
+    train_references = captions
     if config.flips:
         mirrored = [[mirror_text(text) for text in some] for some in captions]
         flipped = features_of(photos, True)
         caches.append(flipped.folder.name)
         train = ConcatDataset([train, join(flipped, train_rows, mirrored)])
+        train_references = captions + mirrored
     validation = join(validation_features, validation_rows, [some[:count] for some in references])
     return Prepared(
         vocabulary=vocabulary,
         train=train,
         photos=len(train_rows),
+        train_references=train_references,
         example=captions[0][0],
         validation=validation,
         references=references,

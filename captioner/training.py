@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import platform
-import shutil
 import signal
 import subprocess
 import threading
@@ -23,22 +22,20 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner import checkpoint as checkpoints
+from captioner import self_critical
 from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
 from captioner.errors import TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
 from captioner.logbook import Logbook
 from captioner.metrics import score_captions
-from captioner.model import CaptionModel
-from captioner.preparation import Batch, Prepared, choose_device, facts, prepare
+from captioner.preparation import Batch, facts, prepare
+from captioner.run import Run
 
 _SAVE_SECONDS = 120
 _RECORD = "run.json"
@@ -58,12 +55,19 @@ class Stopped(TrainingError):
         self.signum = signum
 
 
-def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero."""
-    warmup = config.warmup * total
+def learning_rate_at(step: int, total: int, highest: float, warmup: float = 0.0) -> float:
+    """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero.
+
+    Args:
+        step: steps done.
+        total: steps in all.
+        highest: the rate after the warm-up.
+        warmup: share of all steps.
+    """
+    warmup *= total
     if step < warmup:
-        return config.learning_rate * min(1.0, (step + 1) / warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return highest * min(1.0, (step + 1) / warmup)
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
@@ -78,166 +82,42 @@ def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
     return order.tolist()
 
 
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return an exponential moving average for ``AveragedModel``.
-
-    Its memory grows with the steps up to ``decay``, so that the random start is soon forgotten.
-    """
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor | int) -> None:
-        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        for average, current in zip(averages, currents, strict=True):
-            average.lerp_(current, 1 - now)
-
-    return update
-
-
-class Run:
-    """All that changes while training, and its way to disk and back."""
-
-    def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path) -> None:
-        """Start with seeded random weights."""
-        self.config, self.prepared, self.folder = config, prepared, folder
-        self.device = choose_device(config.device)
-        torch.manual_seed(config.seed)
-        self.model = CaptionModel(
-            config.model_config(
-                vocabulary_size=len(prepared.vocabulary),
-                encoder_channels=prepared.encoder["channels"],
-            )
-        )
-        with torch.no_grad():
-            if prepared.matrix is not None:
-                self.model.embedding.weight.copy_(prepared.matrix)
-            self.model.attn.Wh.weight *= config.attention_gain
-            self.model.attn.v.weight *= config.attention_gain
-        self.model.to(self.device)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=_ema(config.ema_decay))
-            if config.ema_decay
-            else None
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
-        self.steps_an_epoch = math.ceil(prepared.photos / config.batch_size)
-        # Where the run stands: epochs done, steps done in this one, its summed loss and words.
-        self.epoch, self.step, self.loss_sum, self.words = 0, 0, 0.0, 0
-        self.best, self.bad_epochs = math.inf, 0
-        self.rows: list[dict[str, float]] = []
-
-    @property
-    def scored(self) -> CaptionModel:
-        """The weights that are scored and shipped: the averaged ones, if there are any."""
-        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            state = self.average.state_dict()
-            tensors |= {f"average.{name}": value for name, value in state.items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        return tensors
-
-    def save(self) -> None:
-        """Write everything that going on needs; the files are replaced in one step."""
-        partial = self.folder / "state.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        # clone: tied weights would share memory, which safetensors refuses.
-        tensors = {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
-        save_file(tensors, partial / "state.safetensors")
-        numbers = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "loss_sum": self.loss_sum,
-            "words": self.words,
-            "best": self.best,
-            "bad_epochs": self.bad_epochs,
-            "rows": self.rows,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "plateau": {
-                name: getattr(self.plateau, name)
-                for name in ("best", "num_bad_epochs", "last_epoch", "cooldown_counter")
-            },
-            "config": self.config.to_dict(),
-            "vocabulary": self.prepared.vocabulary.idx2word,
-            "caches": self.prepared.caches,
-        }
-        (partial / "state.json").write_text(json.dumps(numbers))
-        state, old = self.folder / "state", self.folder / "state.old"
-        if state.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            state.replace(old)
-        partial.replace(state)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def restore(self) -> None:
-        """Go back to the last save; without one, stay at the start."""
-        state = self.folder / "state"
-        if not state.exists():
-            state = self.folder / "state.old"  # killed between the two renames of a save
-        if not state.exists():
-            return
-        try:
-            numbers = json.loads((state / "state.json").read_text())
-            tensors = load_file(state / "state.safetensors", device=str(self.device))
-            kept = numbers["config"]
-        except Exception as error:
-            raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
-        ours = self.config.to_dict()
-        # Another device is the same run, and so are the same photos and weights in another place.
-        elsewhere = ("device", "data", "encoder_weights")
-        changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
-        if changed == ["epochs"] and self.config.schedule == "plateau":
-            changed = []
-        if changed:
-            raise TrainingError(
-                f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
-                "with the same ones, or choose another --out"
-            )
-        same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
-        # The caches go by the photos, the encoder and its weights.
-        if not same_words or numbers["caches"] != self.prepared.caches:
-            raise TrainingError(
-                f"{self.folder} was started on other photos, captions or encoder weights: give the "
-                "same ones, or choose another --out"
-            )
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): value
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            }
-
-        self.model.load_state_dict(part("model."))
-        if self.average is not None:
-            self.average.load_state_dict(part("average."))
-        optimizer = self.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimizer.").items():
-            number, field = name.split(".", 1)
-            moments.setdefault(int(number), {})[field] = value
-        optimizer["state"] = moments
-        self.optimizer.load_state_dict(optimizer)
-        self.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
-        for name, value in numbers["plateau"].items():
-            setattr(self.plateau, name, value)
-        self.epoch, self.step = numbers["epoch"], numbers["step"]
-        self.loss_sum, self.words = numbers["loss_sum"], numbers["words"]
-        self.best, self.bad_epochs = numbers["best"], numbers["bad_epochs"]
-        self.rows = numbers["rows"]
-
-
-def _batches(run: Run) -> Iterator[Batch]:
-    """Yield what is left of the epoch."""
+def _batches(run: Run) -> Iterator[tuple[list[int], Batch]]:
+    """Yield what is left of the epoch: numbers in the training set, and what is there."""
     order = epoch_order(run.config, run.prepared.photos, run.epoch)
-    left = order[run.step * run.config.batch_size :]
-    yield from DataLoader(run.prepared.train, batch_size=run.config.batch_size, sampler=left)
+    left = order[run.step * run.batch_size :]
+    numbers = [left[at : at + run.batch_size] for at in range(0, len(left), run.batch_size)]
+    loader = DataLoader(run.prepared.train, batch_size=run.batch_size, sampler=left)
+    yield from zip(numbers, loader, strict=True)
+
+
+def _read(run: Run, features: Tensor, captions: Tensor) -> tuple[Tensor, float, int]:
+    """Return the cross-entropy of captions, its sum over their words, and the words."""
+    config = run.config
+    targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+        logits, _ = run.model(features, captions)
+    loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+    return loss, loss.item() * len(targets), len(targets)
+
+
+def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, float, int]:
+    """Return the self-critical loss of drawn captions, their summed reward, and how many."""
+    assert run.reward is not None
+    config = run.config
+    captions = self_critical.draw(
+        run.model,
+        features,
+        samples=config.reward_samples,
+        temperature=config.reward_temperature,
+        max_length=config.max_length,
+    )
+    rewards = run.reward(numbers, captions)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+        loss = self_critical.loss(
+            run.model, features, captions, rewards, temperature=config.reward_temperature
+        )
+    return loss, rewards.sum().item(), rewards.numel()
 
 
 def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> float:
@@ -248,11 +128,15 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         after_step: called after each step; may save, and may raise to stop.
 
     Returns:
-        the epoch's mean cross-entropy a word, in nats, label smoothing included.
+        the epoch's mean cross-entropy a word, in nats, label smoothing included; in self-critical
+        training the mean reward of a drawn caption.
     """
     config, device = run.config, run.device
-    run.model.train()
-    total = config.epochs * run.steps_an_epoch
+    rewarded = run.rewarded_from is not None
+    run.model.train(not rewarded)  # what is drawn is what would be written: without dropout
+    epochs = config.reward_epochs if rewarded else config.epochs
+    total = epochs * run.steps_an_epoch
+    name = "reward" if rewarded else "loss"
     bar = tqdm(
         _batches(run),
         total=run.steps_an_epoch,
@@ -261,17 +145,20 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         unit="step",
         leave=False,
     )
-    for features, captions in bar:
-        done = run.epoch * run.steps_an_epoch + run.step
+    for numbers, (features, captions) in bar:
+        done = (run.epoch - (run.rewarded_from or 0)) * run.steps_an_epoch + run.step
         # Seeded a step, so that a resumed run draws the dropout that it would have drawn.
         torch.manual_seed(config.seed * 1_000_003 + done)
-        if config.schedule == "cosine":
-            run.optimizer.param_groups[0]["lr"] = learning_rate_at(done, total, config)
-        captions = captions.to(device)
-        targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-            logits, _ = run.model(features.to(device).float(), captions)
-        loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        features = features.to(device).float()
+        if rewarded:
+            rate = learning_rate_at(done, total, config.reward_learning_rate)
+            run.optimizer.param_groups[0]["lr"] = rate
+            loss, summed, count = _write(run, features, numbers)
+        else:
+            if config.schedule == "cosine":
+                rate = learning_rate_at(done, total, config.learning_rate, config.warmup)
+                run.optimizer.param_groups[0]["lr"] = rate
+            loss, summed, count = _read(run, features, captions.to(device))
         run.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip or math.inf)
@@ -286,11 +173,11 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         if run.average is not None:
             run.average.update_parameters(run.model)
         run.step += 1
-        run.loss_sum += loss.item() * len(targets)
-        run.words += len(targets)
-        bar.set_postfix(loss=f"{run.loss_sum / run.words:.3f}")
+        run.summed += summed
+        run.count += count
+        bar.set_postfix({name: f"{run.summed / run.count:.3f}"})
         after_step()
-    return run.loss_sum / run.words
+    return run.summed / run.count
 
 
 def _git_commit() -> str | None:
@@ -393,15 +280,16 @@ def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[s
     )
     logbook = Logbook(folder, run.rows)
     with _Watch(run) as watch:
-        while run.epoch < config.epochs and run.bad_epochs < config.patience:
+        while run.goes_on():
             started = time.monotonic()
-            train_loss = train_one_epoch(run, watch.after_step)
+            figure = "train_loss" if run.rewarded_from is None else "reward"
+            trained = train_one_epoch(run, watch.after_step)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
             seconds = time.monotonic() - started
             row = {
                 "epoch": run.epoch + 1,
-                "train_loss": train_loss,
+                figure: trained,
                 "val_loss": cross_entropy_of(run.scored, prepared.validation),
                 **score_captions(captions, prepared.references),
                 "learning_rate": learning_rate,
@@ -411,8 +299,7 @@ def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[s
             logbook.add(row)
             run.save()
             print(_line(row, run.bad_epochs), flush=True)
-            if run.epoch < config.epochs:
-                watch.after_step()
+            watch.after_step()
     logbook.close()
     if run.bad_epochs >= config.patience:
         print(f"no better epoch for {config.patience} epochs: stopped")
@@ -427,7 +314,7 @@ def _badness(config: TrainConfig, row: dict[str, float]) -> float:
 def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     """Keep the row and, if it is the best so far, the checkpoint; move on to the next epoch."""
     run.rows.append(row)
-    if run.config.schedule == "plateau":
+    if run.config.schedule == "plateau" and run.rewarded_from is None:
         run.plateau.step(row["val_loss"])
     badness = _badness(run.config, row)
     if badness < run.best:
@@ -452,13 +339,14 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
         )
     else:
         run.bad_epochs += 1
-    run.epoch, run.step, run.loss_sum, run.words = run.epoch + 1, 0, 0.0, 0
+    run.epoch, run.step, run.summed, run.count = run.epoch + 1, 0, 0.0, 0
 
 
 def _line(row: dict[str, float], bad_epochs: int) -> str:
     """Return an epoch's line."""
+    name = "train_loss" if "train_loss" in row else "reward"
     return (
-        f"Epoch {row['epoch']:02} | train_loss={row['train_loss']:.4f} | "
+        f"Epoch {row['epoch']:02} | {name}={row[name]:.4f} | "
         f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f} | "
         f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
         + ("" if bad_epochs else " | best so far")

@@ -46,7 +46,9 @@ ARROWS: dict[str, set[str]] = {
     "logbook": set(),
     "preparation": _TRAINING,
     "evaluation": _TRAINING,
-    "training": _TRAINING | {"preparation", "evaluation", "logbook"},
+    "self_critical": {"model", "metrics", "vocab"},
+    "run": {"preparation", "self_critical"},
+    "training": _TRAINING | {"preparation", "evaluation", "logbook", "run"},
     # The names that are public, each loaded when it is used.
     "__init__": {"caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
@@ -65,6 +67,8 @@ TRAINING_SIDE = {
     "preparation",
     "evaluation",
     "logbook",
+    "run",
+    "self_critical",
     "data",
     "features",
     "embeddings",

@@ -29,7 +29,8 @@ MakeRow = Callable[..., dict[str, Any]]
 Write = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
 MakeArguments = Callable[..., list[str]]
 EPOCH_LINE = re.compile(
-    r"Epoch (\d\d) \| train_loss=(\d+\.\d+) \| val_loss=(\d+\.\d+) \| .*BLEU-4.*CIDEr.*lr="
+    r"Epoch (\d\d) \| (train_loss|reward)=(\d+\.\d+) \| val_loss=(\d+\.\d+) \| "
+    r".*BLEU-4.*CIDEr.*lr="
 )
 
 
@@ -49,6 +50,7 @@ def arguments(
             "--out": str(out),
             "--cache": str(cache),
             "--epochs": "2",
+            "--reward-epochs": "1",
             "--batch-size": "4",
             "--min-count": "2",
             "--device": "cpu",
@@ -105,7 +107,7 @@ def test_best_writes_all_its_files(
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     if (ROOT / ".git").exists():
         assert re.match(r"[0-9a-f]{7,}|v?\d", record["git_commit"])
-    assert [row["epoch"] for row in _table(folder)] == ["1", "2"]
+    assert [row["epoch"] for row in _table(folder)] == ["1", "2", "3"]
     with Image.open(folder / "curves.png") as image:
         image.load()
     assert next((folder / "tensorboard").iterdir()).stat().st_size > 100
@@ -134,10 +136,11 @@ def test_best_prints_the_facts_and_a_line_an_epoch(whole: tuple[Path, str]) -> N
     assert "'A red circle on the left.'" in output
     assert "'a red circle on the left'" in output
     lines = [match for line in output.splitlines() if (match := EPOCH_LINE.match(line))]
-    assert [match[1] for match in lines] == ["01", "02"]
+    assert [match[1] for match in lines] == ["01", "02", "03"]
+    assert [match[2] for match in lines] == ["train_loss", "train_loss", "reward"]
     for match, row in zip(lines, _table(folder), strict=True):
-        assert float(match[2]) == pytest.approx(float(row["train_loss"]), abs=1e-4)
-        assert float(match[3]) == pytest.approx(float(row["val_loss"]), abs=1e-4)
+        assert float(match[3]) == pytest.approx(float(row[match[2]]), abs=1e-4)
+        assert float(match[4]) == pytest.approx(float(row["val_loss"]), abs=1e-4)
 
 
 def test_seed_trains_on_first_captions_with_a_tenth_held_back(
@@ -146,6 +149,7 @@ def test_seed_trains_on_first_captions_with_a_tenth_held_back(
     # 20 photos beside a captions.csv, with no validation split; the report's batch of 32.
     out = tmp_path / "run"
     more = ["--recipe", "seed", "--data", str(csv_folder), "--batch-size", "32", "--epochs", "4"]
+    more += ["--reward-epochs", "0"]
     assert train.main(arguments(out, *more)) == 0
     output = capsys.readouterr().out
     assert "train 18, validation 2" in output
@@ -239,7 +243,8 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(
     assert 0 < state["step"] < 6  # in the middle of the epoch
     assert train.main(arguments(out, "--resume")) == 0
     output = capsys.readouterr().out
-    assert [m[1] for line in output.splitlines() if (m := EPOCH_LINE.match(line))] == ["02"]
+    epochs = [m[1] for line in output.splitlines() if (m := EPOCH_LINE.match(line))]
+    assert epochs == ["02", "03"]
     _assert_same_run(out, whole[0])
 
 
@@ -258,7 +263,7 @@ def test_a_killed_run_goes_on_from_its_last_save(
 
 
 @pytest.mark.usefixtures("no_curves")
-@pytest.mark.parametrize(("recipe", "steps"), [("seed", [1, 3]), ("best", [2, 4])])
+@pytest.mark.parametrize(("recipe", "steps"), [("seed", [1, 3]), ("best", [2, 4, 5])])
 def test_a_stop_after_any_step_changes_nothing(
     arguments: MakeArguments,
     tmp_path: Path,
@@ -315,7 +320,7 @@ def test_resume_with_other_settings_is_refused_by_their_names(
 def test_more_epochs_are_the_same_run_where_the_schedule_allows(
     arguments: MakeArguments, tmp_path: Path
 ) -> None:
-    out, more = tmp_path / "run", ["--recipe", "seed", "--limit", "10"]
+    out, more = tmp_path / "run", ["--recipe", "seed", "--limit", "10", "--reward-epochs", "0"]
     assert train.main(arguments(out, *more, "--epochs", "1")) == 0
     assert train.main(arguments(out, *more, "--epochs", "3", "--resume")) == 0
     whole = tmp_path / "whole"

@@ -1,0 +1,218 @@
+"""A training run: all that changes while it goes on, its stages, and its way to disk and back.
+
+Knows no loop and no loss. First captions are read (cross-entropy), then, where the settings ask
+for it, written and rewarded (self-critical training).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from captioner import checkpoint as checkpoints
+from captioner.config import TrainConfig
+from captioner.errors import TrainingError
+from captioner.model import CaptionModel
+from captioner.preparation import Prepared, choose_device
+from captioner.self_critical import Reward
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return an exponential moving average for ``AveragedModel``.
+
+    Its memory grows with the steps up to ``decay``, so that the random start is soon forgotten.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor | int) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for average, current in zip(averages, currents, strict=True):
+            average.lerp_(current, 1 - now)
+
+    return update
+
+
+class Run:
+    """All that changes while training, and its way to disk and back."""
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path) -> None:
+        """Start with seeded random weights."""
+        self.config, self.prepared, self.folder = config, prepared, folder
+        self.device = choose_device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = CaptionModel(
+            config.model_config(
+                vocabulary_size=len(prepared.vocabulary),
+                encoder_channels=prepared.encoder["channels"],
+            )
+        )
+        with torch.no_grad():
+            if prepared.matrix is not None:
+                self.model.embedding.weight.copy_(prepared.matrix)
+            self.model.attn.Wh.weight *= config.attention_gain
+            self.model.attn.v.weight *= config.attention_gain
+        self.model.to(self.device)
+        # The epoch at which self-critical training began; None while it has not.
+        self.rewarded_from: int | None = None
+        self.reward: Reward | None = None
+        self._begin(config.learning_rate, config.weight_decay, config.batch_size)
+        # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)
+        # and over how many words (or captions).
+        self.epoch, self.step, self.summed, self.count = 0, 0, 0.0, 0
+        self.best, self.bad_epochs = math.inf, 0
+        self.rows: list[dict[str, float]] = []
+
+    def _begin(self, learning_rate: float, weight_decay: float, batch_size: int) -> None:
+        """Start a stage on the weights as they are."""
+        self.batch_size = batch_size
+        self.steps_an_epoch = math.ceil(self.prepared.photos / batch_size)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=_ema(self.config.ema_decay))
+            if self.config.ema_decay
+            else None
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=learning_rate, weight_decay=weight_decay
+        )
+        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
+
+    def begin_rewards(self, epoch: int) -> None:
+        """Turn to self-critical training; ``epoch`` is the first."""
+        self.rewarded_from = epoch
+        self.reward = Reward(self.prepared.train_references, self.prepared.vocabulary)
+        self._begin(self.config.reward_learning_rate, 0.0, self.config.reward_batch_size)
+
+    def goes_on(self) -> bool:
+        """Say whether there is another epoch; after the last of cross-entropy turn to rewards."""
+        config = self.config
+        if self.rewarded_from is not None:
+            last = self.rewarded_from + config.reward_epochs
+            return self.epoch < last and self.bad_epochs < config.patience
+        if self.epoch < config.epochs and self.bad_epochs < config.patience:
+            return True
+        if not config.reward_epochs:
+            return False
+        # On from the best epoch, which is not always the last.
+        best = checkpoints.load(self.folder / "checkpoint").model
+        self.model.load_state_dict(best.state_dict())
+        self.begin_rewards(self.epoch)
+        self.bad_epochs = 0
+        self.save()
+        return True
+
+    @property
+    def scored(self) -> CaptionModel:
+        """The weights that are scored and shipped: the averaged ones, if there are any."""
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            state = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in state.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        return tensors
+
+    def save(self) -> None:
+        """Write everything that going on needs; the files are replaced in one step."""
+        partial = self.folder / "state.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        # clone: tied weights would share memory, which safetensors refuses.
+        tensors = {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+        save_file(tensors, partial / "state.safetensors")
+        numbers = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "summed": self.summed,
+            "count": self.count,
+            "best": self.best,
+            "bad_epochs": self.bad_epochs,
+            "rewarded_from": self.rewarded_from,
+            "rows": self.rows,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "plateau": {
+                name: getattr(self.plateau, name)
+                for name in ("best", "num_bad_epochs", "last_epoch", "cooldown_counter")
+            },
+            "config": self.config.to_dict(),
+            "vocabulary": self.prepared.vocabulary.idx2word,
+            "caches": self.prepared.caches,
+        }
+        (partial / "state.json").write_text(json.dumps(numbers))
+        state, old = self.folder / "state", self.folder / "state.old"
+        if state.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            state.replace(old)
+        partial.replace(state)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self) -> None:
+        """Go back to the last save; without one, stay at the start."""
+        state = self.folder / "state"
+        if not state.exists():
+            state = self.folder / "state.old"  # killed between the two renames of a save
+        if not state.exists():
+            return
+        try:
+            numbers = json.loads((state / "state.json").read_text())
+            tensors = load_file(state / "state.safetensors", device=str(self.device))
+            kept = numbers["config"]
+        except Exception as error:
+            raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
+        ours = self.config.to_dict()
+        # Another device is the same run, and so are the same photos and weights in another place.
+        elsewhere = ("device", "data", "encoder_weights")
+        changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
+        if changed == ["epochs"] and self.config.schedule == "plateau":
+            changed = []
+        if changed:
+            raise TrainingError(
+                f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
+                "with the same ones, or choose another --out"
+            )
+        same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
+        # The caches go by the photos, the encoder and its weights.
+        if not same_words or numbers["caches"] != self.prepared.caches:
+            raise TrainingError(
+                f"{self.folder} was started on other photos, captions or encoder weights: give the "
+                "same ones, or choose another --out"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
+
+        if numbers["rewarded_from"] is not None:
+            self.begin_rewards(numbers["rewarded_from"])
+        self.model.load_state_dict(part("model."))
+        if self.average is not None:
+            self.average.load_state_dict(part("average."))
+        optimizer = self.optimizer.state_dict()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            number, field = name.split(".", 1)
+            moments.setdefault(int(number), {})[field] = value
+        optimizer["state"] = moments
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
+        for name, value in numbers["plateau"].items():
+            setattr(self.plateau, name, value)
+        self.epoch, self.step = numbers["epoch"], numbers["step"]
+        self.summed, self.count = numbers["summed"], numbers["count"]
+        self.best, self.bad_epochs = numbers["best"], numbers["bad_epochs"]
+        self.rows = numbers["rows"]

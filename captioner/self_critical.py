@@ -1,0 +1,112 @@
+"""Self-critical training (Rennie et al. 2017): draw captions, and make the better ones likelier.
+
+The reward is CIDEr-D against the photo's own captions. Knows nothing of runs or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captioner.config import BOS, EOS, PAD, UNK
+from captioner.metrics import CiderD
+from captioner.model import CaptionModel
+from captioner.vocab import Vocabulary, clean
+
+_END = "<eos>"
+# Nobody wants to read these. They are taken out before the softmax: taken out after it, their
+# share of the probability would be pushed up unseen.
+_NEVER = (PAD, BOS, UNK)
+
+
+def _policy(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities (..., V) of what may be drawn."""
+    logits = logits.float().clone()
+    logits[..., list(_NEVER)] = -torch.inf
+    return (logits / temperature).log_softmax(dim=-1)
+
+
+class Reward:
+    """CIDEr-D of drawn captions, 0 to 10, with the end as a word: breaking off costs."""
+
+    def __init__(self, references: Sequence[Sequence[str]], vocabulary: Vocabulary) -> None:
+        """Weigh n-grams by their rarity among ``references``, which photos have in their order."""
+        ended = [[f"{clean(text)} {_END}" for text in texts] for texts in references]
+        self._cider = CiderD(ended)
+        self._vocabulary = vocabulary
+
+    def __call__(self, photos: Sequence[int], captions: Tensor) -> Tensor:
+        """Return (B, K) rewards of captions (B, K, T) of the photos with these numbers."""
+        rows = []
+        for photo, some in zip(photos, captions.tolist(), strict=True):
+            texts = [
+                self._vocabulary.untokenize(ids) + (f" {_END}" if EOS in ids else "")
+                for ids in some
+            ]
+            rows.append([self._cider.score(photo, text) for text in texts])
+        return torch.tensor(rows)
+
+
+@torch.no_grad()
+def draw(
+    model: CaptionModel,
+    features: Tensor,
+    *,
+    samples: int,
+    temperature: float,
+    max_length: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw captions from the policy, without gradients.
+
+    Args:
+        model: as it is; dropout belongs off.
+        features: (B, P, C).
+        samples: K, captions a photo.
+        temperature: below 1 the likelier words are drawn still more often.
+        max_length: T at most; a caption that has not ended by then has no ``<eos>``.
+        generator: of the random numbers.
+
+    Returns:
+        ids (B, K, T): ``<bos>``, words, ``<eos>``, padding.
+    """
+    state, memory = model.start(features, samples)
+    words = torch.full((len(features), samples), BOS, device=features.device)
+    ended = torch.zeros_like(words, dtype=torch.bool)
+    ids = [words]
+    for _ in range(max_length - 1):
+        logits, _, state = model.step(words, state, memory)
+        chances = _policy(logits, temperature).exp()
+        words = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(words)
+        ids.append(words.masked_fill(ended, PAD))
+        ended |= words == EOS
+        if ended.all():
+            break
+    return torch.stack(ids, dim=-1)
+
+
+def loss(
+    model: CaptionModel, features: Tensor, captions: Tensor, rewards: Tensor, *, temperature: float
+) -> Tensor:
+    """Return a scalar whose gradient is the policy's (REINFORCE), negative.
+
+    Each caption's baseline is the mean reward of the photo's other captions (Luo 2020), so that
+    what all captions of a photo have in common moves nothing.
+
+    Args:
+        model: the one that drew.
+        features: (B, P, C).
+        captions: ids (B, K, T) from ``draw``, K of at least 2.
+        rewards: (B, K).
+        temperature: the one of the drawing.
+    """
+    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    advantage = (rewards - others).to(features.device)
+    logits, _ = model(features, captions)
+    is_target = captions[:, :, 1:] != PAD
+    targets = captions[:, :, 1:][is_target]
+    chosen = _policy(logits, temperature).gather(1, targets[:, None]).squeeze(1)
+    weights = advantage[..., None].expand(is_target.shape)[is_target]
+    return -(weights * chosen).sum() / advantage.numel()
