@@ -9,9 +9,8 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from captioner.caption import Caption
 from captioner.overlay import page as standalone_page
 from captioner.serving import LAUNCH
 from captioner.viewer import AttentionViewer, View
@@ -41,15 +40,22 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """An empty page; no script in it may throw."""
+@pytest.fixture(scope="session")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One visitor, who has the page's scripts in the cache from the second visit on."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """An empty page; no script in it may throw."""
     page = context.new_page()
     thrown: list[str] = []
     page.on("pageerror", lambda error: thrown.append(str(error)))
     yield page
-    context.close()
+    page.close()
     assert not thrown
 
 
@@ -88,13 +94,11 @@ def show(page: Page) -> Iterator[Callable[[View], Page]]:
 
 @pytest.fixture
 def open_standalone(page: Page, tmp_path: Path) -> Callable[[View], Page]:
-    """``open_standalone(view)``: the page of ``captioner.overlay``, opened as a file, offline."""
+    """``open_standalone(view)``: the page of ``captioner.overlay``, opened as a file."""
 
     def open_file(view: View) -> Page:
         path = tmp_path / "caption.html"
-        caption: Caption = view.caption
-        path.write_bytes(standalone_page(view.photo, caption))
-        page.context.set_offline(True)
+        path.write_bytes(standalone_page(view.photo, view.caption))
         page.goto(path.as_uri())
         page.locator(".word").first.wait_for()
         return page

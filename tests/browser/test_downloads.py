@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -24,12 +23,10 @@ def take(page: Page, kind: str) -> bytes:
     return download.value.path().read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("kind", "start"),
-    [("png", b"\x89PNG\r\n\x1a\n"), ("gif", b"GIF89a"), ("html", b"<!doctype html>")],
-)
-def test_a_file_comes_down_and_is_what_it_is_called(cat: Page, kind: str, start: bytes) -> None:
-    assert take(cat, kind).startswith(start)
+def test_a_file_comes_down_and_is_what_it_is_called(cat: Page) -> None:
+    assert take(cat, "png").startswith(b"\x89PNG\r\n\x1a\n")
+    assert take(cat, "gif").startswith(b"GIF89a")
+    assert take(cat, "html").startswith(b"<!doctype html>")
     expect(cat.locator(".taken")).to_have_text("Saved.")
 
 

@@ -109,16 +109,25 @@ def test_a_photo_taken_away_takes_its_caption_along(cat: Page) -> None:
     expect(cat.locator(".viewer .filled")).to_be_hidden()
 
 
+def test_a_photo_taken_away_at_once_leaves_nothing(visit: Page, tmp_path: Path) -> None:
+    photo = tmp_path / "large.jpg"
+    drawing(4000, 3000).save(photo)
+    visit.locator("input[type=file]").first.set_input_files(photo)
+    visit.get_by_label("Remove Image").click()
+    visit.wait_for_load_state("networkidle")
+    expect(visit.locator(".viewer .empty")).to_be_visible()
+
+
 def test_a_broken_upload_says_what_is_wrong_and_the_next_photo_works(
-    visit: Page, captioner: Captioner, example_photos: list[Path], tmp_path: Path
+    cat: Page, captioner: Captioner, example_photos: list[Path], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
-    visit.locator("input[type=file]").first.set_input_files(bad)
-    expect(visit.get_by_text("not a photo that can be read")).to_be_visible(timeout=15_000)
-    expect(visit.locator(".viewer .filled")).to_be_hidden()
-    bring(visit, example_photos[0])
-    expect_words(visit, captioner.caption(example_photos[0]).text)
+    cat.locator("input[type=file]").first.set_input_files(bad)
+    expect(cat.get_by_text("not a photo that can be read")).to_be_visible(timeout=15_000)
+    expect(cat.locator(".viewer .empty")).to_be_visible()
+    bring(cat, example_photos[0])
+    expect_words(cat, captioner.caption(example_photos[0]).text)
 
 
 def test_two_visitors_never_see_each_others_photo_or_caption(

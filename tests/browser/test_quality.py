@@ -76,7 +76,14 @@ def test_the_standalone_page_has_no_barrier(
 
 
 def expect_no_sideways_scroll(page: Page, width: int) -> None:
+    """Nothing is wider than the screen, not even where a box of its own would cut it off."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    parts = page.locator(".viewer :is(button, select, input, p, h2, img, canvas):visible")
+    outside = """(all, width) => all.filter((each) => {
+        const { left, right } = each.getBoundingClientRect();
+        return left < 0 || right > width;
+    }).map((each) => each.className || each.tagName)"""
+    assert parts.evaluate_all(outside, width) == []
 
 
 def test_a_narrow_page_never_scrolls_sideways(page: Page, served_page: str) -> None:
