@@ -246,7 +246,7 @@ class TrainConfig(_Config):
     reward_batch_size: int = 64
     reward_samples: int = 5
     reward_temperature: float = 0.5
-    reward_learning_rate: float = 3e-5
+    reward_learning_rate: float = 5e-5
     seed: int = 0
     device: str = "auto"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -322,8 +322,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.997,
         "bfloat16": True,
-        "reward_epochs": 5,
-        "reward_learning_rate": 5e-5,
         "model": {
             "feature_norm": True,
             "word_query": True,
