@@ -68,14 +68,11 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         upload.failure(lambda: (None, None), None, [photo, attention], **model)
         photo.clear(lambda: None, None, attention, **model)
         shelf.click(answers.example, [shelf, *settings], [photo, attention], **newest)
-        for setting in settings:
-            changed = setting.release if isinstance(setting, gr.Slider) else setting.input
-            changed(answers.caption, brought, attention, **newest)
+        # `change`, not `release`: that one knows no keyboard. The presets come through it as well.
+        gr.on([each.change for each in settings], answers.caption, brought, attention, **newest)
         for preset, options in ((report, DecodingOptions.report()), (default, DecodingOptions())):
             values = viewer.setting_values(options)
-            preset.click(lambda values=values: values, None, settings, **model).then(
-                answers.caption, brought, attention, **newest
-            )
+            preset.click(lambda values=values: values, None, settings, **model)
         attention.steer(answers.steer, brought, attention, **model)
         typed = [photo, text, *settings]
         gr.on([write.click, text.submit], answers.write_on, typed, attention, **model)

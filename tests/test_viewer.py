@@ -125,11 +125,19 @@ def test_a_photo_gets_the_caption_that_the_settings_ask_for(
 
 def test_without_a_photo_there_is_nothing_to_show(answers: Answers) -> None:
     assert answers.caption(None, *DEFAULT) is None
-    assert answers.write_on(None, "a dog", *DEFAULT) is None
-    assert answers.read(None, "a dog") is None
-    assert answers.steer(None, steering("a dog", 1), *DEFAULT) is None
-    assert answers.steer(None, steering("a dog", whole=True), *DEFAULT) is None
     assert answers.brought(None, *DEFAULT)[1] is None
+
+
+def test_words_without_a_photo_are_told_what_is_missing(answers: Answers) -> None:
+    calls: list[Callable[[], View | None]] = [
+        lambda: answers.write_on(None, "a dog", *DEFAULT),
+        lambda: answers.read(None, "a dog"),
+        lambda: answers.steer(None, steering("a dog", 1), *DEFAULT),
+        lambda: answers.steer(None, steering("a dog", whole=True), *DEFAULT),
+    ]
+    for call in calls:
+        with pytest.raises(gr.Error, match="bring one first"):
+            call()
 
 
 def test_a_beginning_is_written_on_and_marked_as_given(

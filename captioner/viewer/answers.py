@@ -32,6 +32,12 @@ class Model(Protocol):
         """Read a caption."""
 
 
+def _ask_for_a_photo(text: str) -> None:
+    """Tell a visitor who has typed something why nothing comes of it."""
+    if text.strip():
+        raise ImageError("there is no photo to write about: bring one first")
+
+
 class Answers:
     """Event handlers; ``settings`` are the values of ``captioner.viewer.controls()``."""
 
@@ -70,8 +76,9 @@ class Answers:
 
     @told
     def write_on(self, photo: Image.Image | None, text: str, *settings: Any) -> View | None:
-        """Write on from a beginning."""
+        """Write on from a beginning; without one, write a caption."""
         if photo is None:
+            _ask_for_a_photo(text)
             return None
         options = dataclasses.replace(decoding_options(*settings), prefix=text)
         return View(photo, self._model.caption(photo, options))
@@ -79,7 +86,10 @@ class Answers:
     @told
     def read(self, photo: Image.Image | None, text: str) -> View | None:
         """Read a whole caption."""
-        return None if photo is None else View(photo, self._model.score(photo, text))
+        if photo is None:
+            _ask_for_a_photo(text)
+            return None
+        return View(photo, self._model.score(photo, text))
 
     @told
     def steer(self, photo: Image.Image | None, event: gr.EventData, *settings: Any) -> View | None:

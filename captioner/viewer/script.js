@@ -169,12 +169,13 @@ function mountViewer(root, { steer, take, restore } = {}) {
     find(".detail").textContent =
       `${percent(word.probability)} sure${word.known ? "" : " of a word it does not know"}. ` +
       `Looks at about ${Math.round(word.cells)} of ${cells} cells, most at the ${word.place} (${percent(strongest)} there).`;
-    const list = find(".alternatives");
-    list.replaceChildren(
+    const before = chosen().words.slice(0, at);
+    find(".alternatives").replaceChildren(
       ...word.alternatives.map((other) => {
         const same = other.text === word.text;
-        // The first word cannot be the end, and <unk> is no word to go on from.
-        const open = steer && !same && other.text !== "<unk>" && !(other.text === "<eos>" && at === 0);
+        // The first word cannot be the end, and from a word that the model lacks nothing goes on.
+        const possible = other.text === "<eos>" ? at > 0 : other.text !== "<unk>" && before.every((each) => each.known);
+        const open = steer && !same && possible;
         const node = open ? button("bar") : make("span", "bar");
         node.style.setProperty("--share", other.probability);
         node.append(make("span", "", plain(other.text)), make("span", "number", percent(other.probability)));

@@ -111,3 +111,11 @@ def test_a_beginning_is_typed_and_sent(cat: Page) -> None:
     tab_to(cat, "button.sm")
     cat.keyboard.press("Enter")
     expect(cat.locator(".word.given .text")).to_have_text(["two", "women"])
+
+
+def test_a_settings_slider_works_by_keyboard(cat: Page) -> None:
+    cat.get_by_role("button", name="Settings").click()
+    cat.get_by_label("range slider for Captions").focus()
+    cat.keyboard.press("ArrowLeft")
+    cat.keyboard.press("ArrowLeft")
+    expect(cat.locator(".beam")).to_have_count(1, timeout=15_000)

@@ -195,3 +195,19 @@ def test_steering_follows_the_settings(cat: Page, captioner: Captioner, cat_phot
     expect(cat.locator(".beam .text")).to_have_text(
         [beam.text for beam in captioner.caption(cat_photo, options).beams]
     )
+
+
+def test_no_alternative_is_offered_that_cannot_be_written_on(cat: Page) -> None:
+    cat.get_by_label("Your own words").fill("a zorblax on the grass")
+    cat.get_by_role("button", name="Read it as it is").click()
+    expect_words(cat, "a zorblax on the grass")
+    cat.locator(".word").nth(4).click()
+    expect(cat.locator(".alternatives button[title^=Write]")).to_have_count(0)
+    cat.locator(".word").nth(1).click()
+    expect(cat.locator(".alternatives button[title^=Write]")).not_to_have_count(0)
+
+
+def test_words_without_a_photo_are_told_what_is_missing(visit: Page) -> None:
+    visit.get_by_label("Your own words").fill("a dog")
+    visit.get_by_role("button", name="Read it as it is").click()
+    expect(visit.get_by_text("bring one first")).to_be_visible(timeout=15_000)
