@@ -68,11 +68,16 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         upload.failure(lambda: (None, None), None, [photo, attention], **model)
         photo.clear(lambda: None, None, attention, **model)
         shelf.click(answers.example, [shelf, *settings], [photo, attention], **newest)
-        # `change`, not `release`: that one knows no keyboard. The presets come through it as well.
-        gr.on([each.change for each in settings], answers.caption, brought, attention, **newest)
+        # `input` is the keyboard's and the mouse's, `release` that of a slider's number and reset.
+        # `change` would also fire when the settings are unfolded.
+        chosen = [each.input for each in settings]
+        chosen += [each.release for each in settings if isinstance(each, gr.Slider)]
+        gr.on(chosen, answers.caption, brought, attention, **newest)
         for preset, options in ((report, DecodingOptions.report()), (default, DecodingOptions())):
             values = viewer.setting_values(options)
-            preset.click(lambda values=values: values, None, settings, **model)
+            preset.click(lambda values=values: values, None, settings, **model).then(
+                answers.caption, brought, attention, **newest
+            )
         attention.steer(answers.steer, brought, attention, **model)
         typed = [photo, text, *settings]
         gr.on([write.click, text.submit], answers.write_on, typed, attention, **model)
