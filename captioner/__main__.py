@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, DecodingOptions
+from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, FORMATS, DecodingOptions
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     caption.add_argument(
         "--format",
-        choices=("png", "gif", "json", "html"),
+        choices=FORMATS,
         default="png",
         help="of those files: a sheet, an animation, every number, or a web page that works "
         "offline; default %(default)s",

@@ -11,6 +11,8 @@ from captioner.errors import ConfigError
 
 DEFAULT_SOURCE = "AnyModal/flickr30k"
 FEATURES_FOLDER = Path("runs/features")
+# What a caption can be taken away as, see ``captioner.overlay``.
+FORMATS = ("png", "gif", "json", "html")
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
 # fmt: off

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from captioner.errors import ImageError
 
 MAX_PIXELS = 60_000_000
+DISPLAY_SIDE = 1024  # pixels of the longer side, for a browser
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .avif".split())  # noqa: SIM905
 
 with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-heif is there
@@ -189,7 +190,7 @@ def preprocess(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def display_jpeg(photo: Image.Image, *, side: int = 1024, most: int = 250_000) -> bytes:
+def display_jpeg(photo: Image.Image, *, side: int = DISPLAY_SIDE, most: int = 250_000) -> bytes:
     """Return a JPEG for a browser, without metadata.
 
     Args:

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from captioner.caption import Beam, Caption, Word
+from captioner.config import FORMATS
 from captioner.errors import ConfigError
 
 # Perceptually even, and read alike by people who do not see red or green.
 COLORS = "inferno"
-FORMATS = ("png", "gif", "json", "html")
 _THUMBNAIL = 480
 _PAGE = 1024
 _COLUMNS = 5

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from captioner.caption import Beam, Caption, Word
+from captioner.config import FORMATS
 from captioner.errors import ConfigError
-from captioner.overlay import FORMATS, blend, comparison, gif, page, render, sheet
+from captioner.overlay import blend, comparison, gif, page, render, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,13 +13,11 @@ from PIL import Image
 from captioner.caption import Caption
 from captioner.config import DecodingOptions
 from captioner.errors import ImageError
-from captioner.images import open_photo
+from captioner.images import DISPLAY_SIDE, open_photo
 from captioner.viewer.attention import View
 from captioner.viewer.photos import BROWSER_FORMATS
 from captioner.viewer.problems import told
 from captioner.viewer.settings import decoding_options, setting_values
-
-_SHOWN = 1024  # pixels of an example's longer side, as ``display_jpeg`` makes them
 
 
 class Model(Protocol):
@@ -48,7 +46,7 @@ class Answers:
         # Only examples are kept, which belong to nobody: a click is answered at once.
         self._shown = [open_photo(path) for path in examples]
         for photo in self._shown:
-            photo.thumbnail((_SHOWN, _SHOWN))
+            photo.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
         self._caption_example = functools.lru_cache(maxsize=256)(
             lambda number, options: model.caption(open_photo(examples[number]), options)
         )
