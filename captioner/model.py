@@ -5,10 +5,11 @@ Ids and vectors only: knows no words, no photos and no search.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
 
 from captioner.config import PAD, ModelConfig
 
@@ -50,8 +51,12 @@ class Attention(nn.Module):
         Returns:
             context (B, W, C), and attention (B, W, P) whose rows sum to 1.
         """
-        asked = self.Wh(query)[:, :, None]  # (B, W, 1, A)
-        scores = self.v(torch.tanh(memory.keys[:, None] + asked)).squeeze(-1)  # (B, W, P)
+        return self.look(memory, self.Wh(query))
+
+    def look(self, memory: Memory, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what ``forward`` does, from ``asked = Wh(query)``, (B, W, A), on."""
+        keys = memory.keys[:, None] + asked[:, :, None]  # (B, W, P, A)
+        scores = self.v(torch.tanh(keys)).squeeze(-1)  # (B, W, P)
         attention = scores.float().softmax(dim=-1)
         return attention.to(memory.features.dtype) @ memory.features, attention
 
@@ -93,7 +98,7 @@ class CaptionModel(nn.Module):
             captions: W.
         """
         if self.config.feature_norm:
-            features = nn.functional.layer_norm(features, features.shape[-1:])
+            features = layer_norm(features, features.shape[-1:])
         # Dropout1d drops dim 1 of (B, C, P).
         features = self.feature_dropout(features.transpose(1, 2)).transpose(1, 2)
         memory = Memory(features, self.attn.Wf(features))
@@ -110,9 +115,13 @@ class CaptionModel(nn.Module):
         """Return the (gated) context (B, W, C) and the attention (B, W, P)."""
         query = torch.cat([hidden, word], dim=-1) if self.config.word_query else hidden
         context, attention = self.attn(memory, query)
+        return self._gate(context, hidden), attention
+
+    def _gate(self, context: Tensor, hidden: Tensor) -> Tensor:
+        """Return the context (..., C), gated by the hidden state if the config says so."""
         if self.config.context_gate:
             context = torch.sigmoid(self.gate(hidden)) * context
-        return context, attention
+        return context
 
     def _output(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Return logits (..., V) from word vectors (..., E), hidden (..., H), context (..., C)."""
@@ -144,30 +153,92 @@ class CaptionModel(nn.Module):
     def forward(self, features: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Read given captions (teacher forcing).
 
+        What does not depend on the step before is computed for all steps at once; captions that
+        have ended are left out of the rest.
+
         Args:
             features: (B, P, C).
             captions: ids (B, K, T), padded with 0 at the end; K captions of each photo.
 
         Returns:
             logits (N, V) of the N ids that follow another one and are no padding, in the order
-            of ``captions[:, :, 1:][captions[:, :, 1:] != 0]``; and attention (B, K, T - 1, P).
+            of ``captions[:, :, 1:][captions[:, :, 1:] != 0]``; and attention (B, K, T - 1, P),
+            zero at padding.
         """
-        _, K, T = captions.shape
-        words = self.dropout(self.embedding(captions[:, :, :-1]))
-        is_target = captions[:, :, 1:] != PAD
-        (hidden, cell), memory = self.start(features, K)
+        B, K, T = captions.shape
+        lengths = (captions[:, :, 1:] != PAD).sum(dim=-1).flatten()
+        order = lengths.argsort(descending=True, stable=True)
+        # How many captions still run at each step; sorted, they are the first ones.
+        steps = torch.arange(T - 1, device=lengths.device)
+        running = [count for count in (lengths[:, None] > steps).sum(dim=0).tolist() if count]
+        # Where each word stands in captions (B * K, T - 1), step by step.
+        places = torch.cat([order[:count] * (T - 1) + t for t, count in enumerate(running)])
+        words = self.dropout(self.embedding(captions[:, :, :-1].flatten()[places]))
+        state, memory = self.start(features)
+        photos = order // K
+        hidden, cell = state.hidden[photos, 0], state.cell[photos, 0].float()
+        memory = Memory(memory.features[photos], memory.keys[photos])
+
+        H, E = self.config.hidden_size, self.config.embedding_size
+        lstm, Wh = self.lstm, self.attn.Wh
+        recurrent = _Deferred(torch.cat([lstm.weight_ih[:, E:], lstm.weight_hh], dim=1))
+        summand = linear(words, lstm.weight_ih[:, :E], lstm.bias_ih + lstm.bias_hh)
+        gates = torch.split(recurrent.collect(summand), running)
+        asking = _Deferred(Wh.weight[:, :H])
+        seen = words if self.config.word_query else words[:, :0]
+        queries = torch.split(asking.collect(linear(seen, Wh.weight[:, H:], Wh.bias)), running)
         hiddens, contexts, attentions = [], [], []
-        for step in range(T - 1):
-            context, attention = self._look(words[:, :, step], hidden, memory)
-            # Captions that have ended are left out of the large products.
-            running = is_target[:, :, step]
-            inputs = torch.cat([words[:, :, step], context], dim=-1)[running]
-            new_hidden, new_cell = self.lstm(inputs, (hidden[running], cell[running]))
-            hidden = hidden.to(new_hidden.dtype).index_put((running,), new_hidden)
-            cell = cell.to(new_cell.dtype).index_put((running,), new_cell)
+        for count, gate, query in zip(running, gates, queries, strict=True):
+            if count < len(hidden):
+                hidden, cell = hidden[:count], cell[:count]
+                memory = Memory(memory.features[:count], memory.keys[:count])
+            context, attention = self.attn.look(memory, (asking(hidden) + query)[:, None])
+            context = self._gate(context.squeeze(1), hidden)
+            # As nn.LSTMCell.
+            i, f, g, o = (recurrent(torch.cat([context, hidden], dim=1)) + gate).chunk(4, dim=1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            hidden = (torch.sigmoid(o) * torch.tanh(cell)).to(hidden.dtype)
             hiddens.append(hidden)
             contexts.append(context)
-            attentions.append(attention)
-        hidden, context = torch.stack(hiddens, dim=2), torch.stack(contexts, dim=2)
-        logits = self._output(words[is_target], hidden[is_target], context[is_target])
-        return logits, torch.stack(attentions, dim=2)
+            attentions.append(attention.squeeze(1))
+        logits = self._output(words, torch.cat(hiddens), torch.cat(contexts))
+        maps = attentions[0].new_zeros(B * K * (T - 1), attentions[0].shape[-1])
+        maps = maps.index_copy(0, places, torch.cat(attentions))
+        return logits[places.argsort()], maps.view(B, K, T - 1, -1)
+
+
+class _Deferred:
+    """A weight that is used at every step, and whose gradient is one product over all of them.
+
+    Autograd would make and add one at each step. ``collect`` must be given what the results are
+    added to: the gradients of that are theirs, and it gets them when all steps have theirs.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._detached = weight, weight.detach()
+        self._inputs: list[Tensor] = []
+
+    def collect(self, summand: Tensor) -> Tensor:
+        """Return ``summand`` (N, out), all steps after each other."""
+        result: Tensor = _Collect.apply(summand, self._weight, self._inputs)
+        return result
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Multiply one step's ``inputs`` (n, in)."""
+        self._inputs.append(inputs.detach())
+        return linear(inputs, self._detached)
+
+
+class _Collect(torch.autograd.Function):
+    """Nothing forward; backward the gradient of a ``_Deferred`` weight."""
+
+    @staticmethod
+    def forward(ctx: Any, summand: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs, ctx.dtype = inputs, weight.dtype
+        return summand.view_as(summand)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        inputs = torch.cat(ctx.inputs)
+        ctx.inputs.clear()
+        return gradient, (gradient.to(inputs.dtype).T @ inputs).to(ctx.dtype), None

@@ -148,7 +148,7 @@ def test_attention_is_a_share_of_one_for_each_cell(options: dict[str, bool]) -> 
     _, attention = make_model(**options)(make_features(), CAPTIONS)
 
     assert (attention >= 0).all()
-    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, 6))
+    torch.testing.assert_close(attention.sum(dim=-1), IS_TARGET.float())
 
 
 @every_combination
@@ -160,6 +160,27 @@ def test_step_by_step_equals_reading_at_once(options: dict[str, bool]) -> None:
 
     torch.testing.assert_close(logits, step_logits[IS_TARGET])
     torch.testing.assert_close(attention[IS_TARGET], step_attention[IS_TARGET])
+
+
+@every_combination
+def test_gradients_are_those_of_reading_step_by_step(options: dict[str, bool]) -> None:
+    model = make_model(**options)
+    targets = CAPTIONS[:, :, 1:][IS_TARGET]
+
+    def gradients(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, targets).backward()  # type: ignore[no-untyped-call]
+        parameters = model.named_parameters()
+        return {name: part.grad.clone() for name, part in parameters if part.grad is not None}
+
+    at_once = gradients(model(make_features(), CAPTIONS)[0])
+    by_step = gradients(read_step_by_step(model, make_features(), CAPTIONS)[0][IS_TARGET])
+
+    assert at_once.keys() == by_step.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in by_step.items():
+        torch.testing.assert_close(at_once[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        # A photo's share of attention does not see a number added to all scores.
+        assert name == "attn.v.bias" or gradient.abs().max() > 0
 
 
 @every_option
@@ -273,7 +294,8 @@ def test_attention_and_words_depend_on_the_photo(options: dict[str, bool]) -> No
 
     half = len(logits) // 2
     assert (logits[:half] - logits[half:]).abs().amax(dim=1).min() > 1e-5
-    assert (attention[0] - attention[1]).abs().amax(dim=-1).min() > 1e-4
+    apart = (attention[0] - attention[1]).abs().amax(dim=-1)
+    assert apart[IS_TARGET[0]].min() > 1e-4
 
 
 def test_seed_starts_from_zeros_and_mean_start_from_the_photo() -> None:
@@ -414,4 +436,4 @@ def test_bfloat16_training_stays_close() -> None:
 
     torch.testing.assert_close(rough.float(), logits, atol=0.1, rtol=0.05)
     torch.testing.assert_close(rough_attention.float(), attention, atol=0.05, rtol=0)
-    torch.testing.assert_close(rough_attention.float().sum(dim=-1), torch.ones(2, 3, 6))
+    torch.testing.assert_close(rough_attention.float().sum(dim=-1), IS_TARGET.float())
