@@ -177,7 +177,8 @@ class CaptionModel(nn.Module):
         state, memory = self.start(features)
         photos = order // K
         hidden, cell = state.hidden[photos, 0], state.cell[photos, 0].float()
-        memory = Memory(memory.features[photos], memory.keys[photos])
+        # Under autocast the keys are bfloat16 already; the features would be cast at each step.
+        memory = Memory(memory.features.to(memory.keys.dtype)[photos], memory.keys[photos])
 
         H, E = self.config.hidden_size, self.config.embedding_size
         lstm, Wh = self.lstm, self.attn.Wh
