@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, EncoderError
@@ -60,7 +62,39 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, (kind, text) in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the recipe's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        help="any other field of TrainConfig, or, as model.NAME, of ModelConfig (see "
+        "captioner/config.py), as in --set label_smoothing=0 --set model.dropout=0.5",
+    )
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; a value that is no JSON is taken as it stands."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _config(recipe: str, options: dict[str, Any], settings: list[tuple[str, Any]]) -> TrainConfig:
+    """Return the recipe under what was given; ``settings`` come last."""
+    changes = {name: value for name, value in options.items() if value is not None}
+    model = dict(TrainConfig.from_recipe(recipe).model)
+    for name, value in settings:
+        if name.startswith("model."):
+            model[name.removeprefix("model.")] = value
+        else:
+            changes[name] = value
+    return TrainConfig.from_recipe(recipe, **{"model": model, **changes})
 
 
 def _stop(signum: int, _: object) -> None:
@@ -73,12 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
     out, resume, cache = options.pop("out"), options.pop("resume"), options.pop("cache")
-    recipe = options.pop("recipe")
+    recipe, settings = options.pop("recipe"), options.pop("set")
     # Once the training loop runs, it takes signals itself and saves where it stands.
     handler = signal.signal(signal.SIGTERM, _stop)
     try:
-        given = {name: value for name, value in options.items() if value is not None}
-        fit(TrainConfig.from_recipe(recipe, **given), out, resume=resume, cache=cache)
+        fit(_config(recipe, options, settings), out, resume=resume, cache=cache)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

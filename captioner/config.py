@@ -73,6 +73,8 @@ class ModelConfig(_Config):
         embedding_size: E.
         hidden_size: H, of the LSTM.
         attention_size: width of the additive attention.
+        feature_size: length of each cell's vector after a learned projection (linear, ReLU) that
+            attention, LSTM and output read it through; 0 is none.
         feature_norm: bring each cell's vector to mean 0 and deviation 1 (Ba et al. 2016).
         word_query: the attention also asks with the word before, which the hidden state has not
             seen yet when it looks.
@@ -89,6 +91,7 @@ class ModelConfig(_Config):
     embedding_size: int = 256
     hidden_size: int = 512
     attention_size: int = 256
+    feature_size: int = 0
     feature_norm: bool = False
     word_query: bool = False
     mean_start: bool = False
@@ -106,6 +109,7 @@ class ModelConfig(_Config):
             embedding_size=(1, 10**5),
             hidden_size=(1, 10**5),
             attention_size=(1, 10**5),
+            feature_size=(0, 10**5),
             dropout=(0, 0.95),
             feature_dropout=(0, 0.95),
         )

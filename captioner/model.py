@@ -15,7 +15,10 @@ from captioner.config import PAD, ModelConfig
 
 
 class Memory(NamedTuple):
-    """What stays the same for a photo at every step: features (B, P, C) and keys (B, P, A)."""
+    """What stays the same for a photo at every step: features (B, P, C) and keys (B, P, A).
+
+    With ``feature_size`` the features are the projected ones, and C here and below is their size.
+    """
 
     features: Tensor
     keys: Tensor
@@ -69,6 +72,9 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config = config
         C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size
+        if config.feature_size:
+            self.projection = nn.Linear(C, config.feature_size)
+            C = config.feature_size
         self.embedding = nn.Embedding(config.vocabulary_size, E, padding_idx=PAD)
         query_size = H + E if config.word_query else H
         self.attn = Attention(C, query_size, config.attention_size)
@@ -101,6 +107,8 @@ class CaptionModel(nn.Module):
             features = layer_norm(features, features.shape[-1:])
         # Dropout1d drops dim 1 of (B, C, P).
         features = self.feature_dropout(features.transpose(1, 2)).transpose(1, 2)
+        if self.config.feature_size:
+            features = torch.relu(self.projection(features))
         memory = Memory(features, self.attn.Wf(features))
         if self.config.mean_start:
             mean = features.mean(dim=1)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -189,15 +189,18 @@ def _git_commit() -> str | None:
         return None
 
 
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    """Write the settings, versions and commit beside what comes of them."""
+def _write_record(config: TrainConfig, folder: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
     packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
     record = {
         "config": config.to_dict(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "git_commit": _git_commit(),
+        "epochs": list(rows),
     }
-    (folder / _RECORD).write_text(json.dumps(record, indent=1))
+    partial = folder / f"{_RECORD}.part"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(folder / _RECORD)
 
 
 class _Watch:
@@ -239,8 +242,8 @@ def fit(
 ) -> dict[str, float]:
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 
-    Beside it: run.json (settings, versions, commit), metrics.csv, curves.png, tensorboard/, and
-    state/, from which ``resume`` goes on.
+    Beside it: run.json (settings, versions, commit, figures), metrics.csv, curves.png,
+    tensorboard/, and state/, from which ``resume`` goes on.
 
     Returns:
         the figures of the best epoch.
@@ -267,13 +270,14 @@ def fit(
 def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[str, float]:
     """Do what ``fit`` says, alone in ``folder``."""
     if not (folder / _RECORD).exists():
-        _write_config(config, folder)  # a run that is killed before its first save can be resumed
+        # A run that is killed before its first save can be resumed.
+        _write_record(config, folder, [])
     prepared = prepare(config, cache)
     print(facts(prepared, config), flush=True)
     run = Run(config, prepared, folder)
     if resume:
         run.restore()
-        _write_config(config, folder)
+        _write_record(config, folder, run.rows)
     free = config.select_by == "cider"
     options = dataclasses.replace(
         DecodingOptions() if free else DecodingOptions.report(), max_length=config.max_length
@@ -297,6 +301,7 @@ def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[s
             }
             _finish_epoch(run, row)
             logbook.add(row)
+            _write_record(config, folder, run.rows)
             run.save()
             print(_line(row, run.bad_epochs), flush=True)
             watch.after_step()

@@ -14,6 +14,7 @@ from captioner.model import Attention, CaptionModel, Memory
 VOCABULARY, CHANNELS, CELLS, HIDDEN, EMBEDDING = 23, 6, 9, 10, 7
 
 NAMES = (
+    "feature_size",
     "feature_norm",
     "word_query",
     "mean_start",
@@ -22,7 +23,10 @@ NAMES = (
     "tied_embedding",
 )
 COMBINATIONS = [
-    dict(zip(NAMES, flags, strict=True))
+    {
+        name: 4 * flag if name == "feature_size" else flag
+        for name, flag in zip(NAMES, flags, strict=True)
+    }
     for flags in itertools.product([False, True], repeat=len(NAMES))
     if flags[-2] or not flags[-1]
 ]
@@ -37,7 +41,7 @@ every_combination = pytest.mark.parametrize("options", COMBINATIONS, ids=name_of
 # None, each alone, all together.
 every_option = pytest.mark.parametrize(
     "options",
-    [each for each in COMBINATIONS if sum(each.values()) <= 1 or each == ALL_ON],
+    [each for each in COMBINATIONS if sum(map(bool, each.values())) <= 1 or each == ALL_ON],
     ids=name_of,
 )
 
@@ -235,6 +239,8 @@ def test_a_step_by_hand(options: dict[str, bool]) -> None:
         features = (features - mean) / (
             features.var(dim=-1, keepdim=True, correction=0) + 1e-5
         ).sqrt()
+    if options["feature_size"]:
+        features = (features @ model.projection.weight.T + model.projection.bias).clamp(min=0)
     query = torch.cat([hidden, word]) if options["word_query"] else hidden
     scores = model.attn.v(torch.tanh(model.attn.Wf(features) + model.attn.Wh(query)))[:, 0]
     torch.testing.assert_close(attention[0, 0], scores.softmax(dim=0))

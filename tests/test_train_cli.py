@@ -108,6 +108,9 @@ def test_best_writes_all_its_files(
     if (ROOT / ".git").exists():
         assert re.match(r"[0-9a-f]{7,}|v?\d", record["git_commit"])
     assert [row["epoch"] for row in _table(folder)] == ["1", "2", "3"]
+    assert [row["CIDEr"] for row in record["epochs"]] == [
+        float(row["CIDEr"]) for row in _table(folder)
+    ]
     with Image.open(folder / "curves.png") as image:
         image.load()
     assert next((folder / "tensorboard").iterdir()).stat().st_size > 100
@@ -409,6 +412,10 @@ def test_arguments_that_argparse_refuses_exit_with_2(
         (["--encoder-weights", "no/such.file"], "there is no weights file"),
         (["--epochs", "0"], "epochs is 0"),
         (["--batch-size", "-1"], "batch_size is -1"),
+        (["--set", "label_smoothing=2"], "label_smoothing is 2"),
+        (["--set", "model.dropout=high"], "dropout is 'high'"),
+        (["--set", "model.width=1"], "ModelConfig does not know: width"),
+        (["--set", "colour=red"], "TrainConfig does not know: colour"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--limit", "-3"], "limit is -3"),
         (["--seed", "-1"], "seed is -1"),
