@@ -200,7 +200,9 @@ class TrainConfig(_Config):
         word2vec: start the embedding from gensim's Word2Vec of the training captions.
         attention_gain: times which the attention's ``Wh`` and ``v`` start larger. At 1 the maps of
             a short training stay nearly even and alike for all words.
-        flips: also show each photo mirrored, with "left" and "right" swapped in its captions.
+        views: how many views of each photo there are, of which an epoch shows one: 1 the photo as
+            it is; 2 also mirrored, "left" and "right" swapped in its captions; each further one a
+            random part of it, half of them mirrored.
         batch_size: photos a step.
         epochs: at most so many.
         patience: epochs without a better score before training stops.
@@ -236,7 +238,7 @@ class TrainConfig(_Config):
     min_count: int = 5
     word2vec: bool = True
     attention_gain: float = 1.0
-    flips: bool = False
+    views: int = 1
     batch_size: int = 32
     epochs: int = 30
     patience: int = 3
@@ -264,6 +266,7 @@ class TrainConfig(_Config):
             max_length=(3, 200),
             min_count=(1, math.inf),
             attention_gain=(0.01, 100),
+            views=(1, 100),
             batch_size=(1, 10**6),
             epochs=(1, 10**6),
             patience=(1, 10**6),
@@ -316,7 +319,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation": "split",
         "select_by": "cider",
         "attention_gain": 4.0,
-        "flips": True,
+        "views": 2,
         "batch_size": 32,
         "epochs": 7,
         "patience": 3,

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import RandomResizedCrop
 
 from captioner.config import DEFAULT_SOURCE, PAD
 from captioner.errors import ConfigError, DataError, ImageError, first_line
@@ -263,16 +264,37 @@ def mirror_text(text: str) -> str:
     return " ".join(_SIDES.get(word, word) for word in clean(text).split())
 
 
+def is_mirrored(view: int, row: int) -> bool:
+    """Say whether ``view_of`` mirrors the photo in this row: view 1 all of them, crops half."""
+    return view == 1 or (view > 1 and np.random.default_rng((view, row)).random() < 0.5)
+
+
+def view_of(image: Image.Image, view: int, row: int) -> Image.Image:
+    """Return the photo as it is (view 0), mirrored (1), or a random part of it (2 and on).
+
+    A part has 55 to 95 % of the area and three quarters to four thirds of the shape. The same view
+    of the same row is always the same part.
+    """
+    if view > 1:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(view * 1_000_003 + row)
+            top, left, height, width = RandomResizedCrop.get_params(
+                image, scale=[0.55, 0.95], ratio=[3 / 4, 4 / 3]
+            )
+        image = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(image) if is_mirrored(view, row) else image
+
+
 class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
     """Photos as an encoder's input; an unreadable one is (row, None)."""
 
     def __init__(
-        self, photos: CaptionedPhotos, transform: Transform, *, flip: bool = False, start: int = 0
+        self, photos: CaptionedPhotos, transform: Transform, *, view: int = 0, start: int = 0
     ) -> None:
-        """Serve the rows from ``start`` on, mirrored if ``flip``."""
+        """Serve the rows from ``start`` on, as ``view_of`` shows them."""
         self.photos = photos
         self.transform = transform
-        self.flip = flip
+        self.view = view
         self.start = start
 
     def __len__(self) -> int:
@@ -281,10 +303,10 @@ class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
         row = self.start + index
         try:
-            pixels = torch.from_numpy(self.transform(self.photos.photo(row)))
+            photo = view_of(self.photos.photo(row), self.view, row)
         except ImageError:
             return row, None
-        return row, pixels.flip(-1) if self.flip else pixels
+        return row, torch.from_numpy(self.transform(photo))
 
 
 class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

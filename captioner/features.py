@@ -55,31 +55,31 @@ def cache_features(
     photos: CaptionedPhotos,
     folder: Path = FEATURES_FOLDER,
     *,
-    flip: bool = False,
+    view: int = 0,
     device: str = "cpu",
     batch_size: int = 32,
 ) -> Features:
     """Return the features of ``photos``, extracting only what is not on disk yet.
 
     The cache is keyed by the photos' contents and order, the encoder with its weights and
-    transform, and ``flip``; a change of any makes a new one. A killed run goes on where it last
-    saved, and a second process waits for the first.
+    transform, and ``view`` (see ``data.view_of``); a change of any makes a new one. A killed run
+    goes on where it last saved, and a second process waits for the first.
 
     Raises:
         DataError: the disk is too small, or no photo can be opened.
         EncoderError: the features are too large for float16.
     """
-    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "flip": flip}
+    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "view": view}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = encoder.name.replace(":", "-").replace("/", "-")
-    home = folder / f"{name}-{photos.split}{'-flip' if flip else ''}-{digest}"
+    home = folder / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make {home}: {error.strerror}; choose another --cache") from error
     shape = (len(photos), GRID * GRID, encoder.channels)
     with filelock.FileLock(home / ".lock"):
-        unreadable = _extract(encoder, photos, home, shape, flip, device, batch_size)
+        unreadable = _extract(encoder, photos, home, shape, view, device, batch_size)
     if len(unreadable) == len(photos):
         raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
     if unreadable:
@@ -94,7 +94,7 @@ def _extract(
     photos: CaptionedPhotos,
     home: Path,
     shape: tuple[int, int, int],
-    flip: bool,
+    view: int,
     device: str,
     batch_size: int,
 ) -> list[int]:
@@ -121,12 +121,12 @@ def _extract(
         np.lib.format.open_memmap(array_path, mode="w+", dtype=np.float16, shape=shape).flush()
     array = np.lib.format.open_memmap(array_path, mode="r+")
     loader = torch.utils.data.DataLoader(
-        PhotoDataset(photos, encoder.transform, flip=flip, start=done),
+        PhotoDataset(photos, encoder.transform, view=view, start=done),
         batch_size=batch_size,
         collate_fn=list,
     )
     encoder = encoder.to(device)
-    label = f"features, {encoder.name}, {photos.split}{', mirrored' if flip else ''}"
+    label = f"features, {encoder.name}, {photos.split}{f', view {view}' if view else ''}"
     saved = done
 
     def save() -> None:

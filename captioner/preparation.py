@@ -18,6 +18,7 @@ from captioner.data import (
     CaptionDataset,
     CaptionedPhotos,
     PhotoDataset,
+    is_mirrored,
     load_captions,
     mirror_text,
 )
@@ -38,7 +39,7 @@ class Prepared:
 
     Attributes:
         vocabulary: of the training captions.
-        train: the training photos as they are and, with ``flips``, mirrored.
+        train: the training photos, once for each of their views.
         photos: how many photos an epoch goes through.
         train_references: the captions of each photo of ``train``.
         example: the first photo's first caption.
@@ -128,8 +129,8 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     encoder = load_encoder(config.encoder, config.encoder_weights)
     device = str(choose_device(config.device))
 
-    def features_of(photos: CaptionedPhotos, flip: bool = False) -> Features:
-        return cache_features(encoder, photos, cache, flip=flip, device=device)
+    def features_of(photos: CaptionedPhotos, view: int = 0) -> Features:
+        return cache_features(encoder, photos, cache, view=view, device=device)
 
     features = features_of(photos)
     same = validation_photos is photos
@@ -164,18 +165,20 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
             features.array, rows, captions, vocabulary, max_length=config.max_length
         )
 
-    train: Dataset[Batch] = join(features, train_rows, captions)
-    train_references = captions
-    if config.flips:
-        mirrored = [[mirror_text(text) for text in some] for some in captions]
-        flipped = features_of(photos, True)
-        caches.append(flipped.folder.name)
-        train = ConcatDataset([train, join(flipped, train_rows, mirrored)])
-        train_references = captions + mirrored
+    train, train_references = [join(features, train_rows, captions)], list(captions)
+    for view in range(1, config.views):
+        seen = features_of(photos, view)
+        caches.append(seen.folder.name)
+        told = [
+            [mirror_text(text) for text in some] if is_mirrored(view, row) else some
+            for row, some in zip(train_rows, captions, strict=True)
+        ]
+        train.append(join(seen, train_rows, told))
+        train_references += told
     validation = join(validation_features, validation_rows, [some[:count] for some in references])
     return Prepared(
         vocabulary=vocabulary,
-        train=train,
+        train=ConcatDataset(train),
         photos=len(train_rows),
         train_references=train_references,
         example=captions[0][0],

@@ -73,12 +73,12 @@ def learning_rate_at(step: int, total: int, highest: float, warmup: float = 0.0)
 def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
     """Return the order in which an epoch goes through the training set.
 
-    Each photo once; with ``flips`` either as it is or mirrored (``photos`` places further on).
+    Each photo once, in one of its views (``photos`` places apart).
     """
     random = np.random.default_rng((config.seed, epoch))
     order = random.permutation(photos)
-    if config.flips:
-        order = order + photos * random.integers(0, 2, photos)
+    if config.views > 1:
+        order = order + photos * random.integers(0, config.views, photos)
     return order.tolist()
 
 

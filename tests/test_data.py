@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioner.data import CaptionDataset, PhotoDataset, load_captions, mirror_text
+from captioner.data import (
+    CaptionDataset,
+    PhotoDataset,
+    is_mirrored,
+    load_captions,
+    mirror_text,
+    view_of,
+)
 from captioner.errors import ConfigError, DataError, ImageError
 from captioner.images import Transform
 from captioner.vocab import Vocabulary, clean
@@ -410,7 +417,7 @@ def test_photos_become_the_encoders_input_and_broken_ones_none(
     rows[1]["image"]["bytes"] = b"broken"
     photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
     transform = Transform(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-    dataset, mirrored = PhotoDataset(photos, transform), PhotoDataset(photos, transform, flip=True)
+    dataset, mirrored = PhotoDataset(photos, transform), PhotoDataset(photos, transform, view=1)
     assert len(dataset) == 3
     assert dataset[1] == (1, None)
     row, pixels = dataset[2]
@@ -424,6 +431,32 @@ def test_photos_become_the_encoders_input_and_broken_ones_none(
     later = PhotoDataset(photos, transform, start=2)
     assert len(later) == 1
     assert later[0][0] == 2
+
+
+def test_views_are_the_photo_its_mirror_image_and_random_parts() -> None:
+    # Red tells the column, green the row of every pixel.
+    ramp = np.zeros((200, 200, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200), np.arange(200)[:, None]
+    photo = Image.fromarray(ramp)
+
+    assert view_of(photo, 0, 7) is photo
+    assert np.array_equal(np.asarray(view_of(photo, 1, 7)), ramp[:, ::-1])
+    mirrored = 0
+    for row in range(100):
+        part = np.asarray(view_of(photo, 2, row)).astype(int)
+        assert np.array_equal(part, np.asarray(view_of(photo, 2, row)))
+        assert not np.array_equal(part, np.asarray(view_of(photo, 3, row)))
+        height, width, _ = part.shape
+        assert 0.54 < width * height / 200**2 < 0.96
+        assert 0.74 < width / height < 1.35
+        step = -1 if is_mirrored(2, row) else 1
+        mirrored += step == -1
+        # A piece of the photo, not scaled and not turned.
+        assert (np.diff(part[..., 0], axis=1) == step).all()
+        assert (np.diff(part[..., 1], axis=0) == 1).all()
+    assert 35 < mirrored < 65
+    assert is_mirrored(1, 3)
+    assert not is_mirrored(0, 3)
 
 
 def test_captions_are_joined_to_their_features_and_filled_up() -> None:

@@ -45,8 +45,8 @@ class Disguise:
 def test_lite2_gives_a_grid_without_gradient(lite2: Encoder) -> None:
     images = _noise().requires_grad_()
     grid = lite2(images)
-    assert grid.shape == (2, 1280, 7, 7)
-    assert lite2.channels == 1280
+    assert grid.shape == (2, 1504, 7, 7)
+    assert lite2.channels == 1504
     assert not grid.requires_grad
     assert not any(parameter.requires_grad for parameter in lite2.parameters())
 
@@ -68,18 +68,37 @@ def test_lite2_equals_the_original_implementation_at_its_own_size(lite2: Encoder
     original.load_state_dict(torch.load(path, weights_only=True))
     original.eval()
     images = _noise(1, 260)
+    stem, head = [], []
+    original._bn0.register_forward_hook(lambda *call: stem.append(call[-1]))
     with torch.inference_mode():
-        expected = original.extract_features(images)
+        head = original.extract_features(images)
         found = lite2.backbone(images)
-    assert found.shape == expected.shape == (1, 1280, 9, 9)
-    assert expected.std() > 0.1
-    # Exactly; the rest is for machines that sum a convolution in another order.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert head.shape == (1, 1280, 9, 9)
+    assert head.std() > 0.1
+    # Channels 0..1279 are the head's, 1280..1311 the stem's; each level of a cell is normed.
+    for level, start in ((head, 0), (original._swish(stem[0]), 1280)):
+        cells = nn.functional.adaptive_avg_pool2d(level, 7)
+        expected = (cells - cells.mean(1, keepdim=True)) / cells.std(1, keepdim=True, correction=0)
+        part = found[:, start : start + level.shape[1]]
+        # Exactly; the rest is for machines that sum a convolution in another order.
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-3)
+
+
+def test_lite2_keeps_earlier_levels_that_know_colours(lite2: Encoder) -> None:
+    red, green = (Image.new("RGB", (9, 9), colour) for colour in ("red", "green"))
+    grids = [lite2(torch.from_numpy(lite2.transform(image))[None])[0] for image in (red, green)]
+    for start, channels in ((0, 1280), (1280, 32), (1312, 24), (1336, 48), (1384, 120)):
+        level = torch.stack([grid[start : start + channels] for grid in grids])
+        torch.testing.assert_close(level.mean(dim=1), torch.zeros(2, 7, 7), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            level.std(dim=1, correction=0), torch.ones(2, 7, 7), rtol=0, atol=1e-2
+        )
+        assert (level[0] - level[1]).abs().mean() > 0.1
 
 
 def test_lite2_knows_its_own_transform(lite2: Encoder) -> None:
     grey = lite2.transform(Image.new("RGB", (300, 200), (127, 127, 127)))
-    assert grey.shape == (3, 224, 224)
+    assert grey.shape == (3, 288, 288)
     assert abs(grey).max() < 1e-6
     white = lite2.transform(Image.new("RGB", (10, 20), "white"))
     assert white == pytest.approx(1.0)
@@ -89,7 +108,7 @@ def test_lite2_knows_its_own_transform(lite2: Encoder) -> None:
         for y in (0, 192):
             image.paste("white", (x, y, x + 32, y + 32))
     pixels = lite2.transform(image)
-    corners = [pixels[:, y, x].mean() for x in (4, 219) for y in (8, 215)]
+    corners = [pixels[:, y, x].mean() for x in (4, 283) for y in (8, 279)]
     assert min(corners) > 0.9
 
 
@@ -97,9 +116,9 @@ def test_the_spec_is_the_same_each_time_and_survives_json(lite2: Encoder) -> Non
     spec = load_encoder("efficientnet_lite2").spec()
     assert spec == lite2.spec()
     assert spec["name"] == "efficientnet_lite2"
-    assert spec["channels"] == 1280
+    assert spec["channels"] == 1504
     assert spec["grid"] == [7, 7]
-    assert spec["transform"]["size"] == 224
+    assert spec["transform"]["size"] == 288
     assert spec["transform"]["mean"] == pytest.approx([127 / 255] * 3)
     assert len(spec["sha256"]) == 64
     assert json.loads(json.dumps(spec))["sha256"] == lite2.sha256

@@ -77,7 +77,7 @@ def test_ten_photos_are_learned_by_heart(
         data=str(folder),
         encoder="efficientnet_lite2",
         captions="first",
-        flips=False,
+        views=1,
         batch_size=5,
         epochs=40,
         learning_rate=5e-3 if recipe == "best" else 3e-3,
@@ -182,15 +182,15 @@ def test_an_epoch_goes_through_each_photo_once(photos: int) -> None:
         assert epoch_order(TrainConfig(seed=1), photos, 0) != orders[0]
 
 
-def test_with_flips_each_photo_comes_in_either_version() -> None:
-    config = TrainConfig(flips=True)
+def test_each_photo_comes_once_an_epoch_in_one_of_its_views() -> None:
+    config = TrainConfig(views=3)
     orders = [epoch_order(config, 200, epoch) for epoch in range(4)]
     for order in orders:
         assert sorted(place % 200 for place in order) == list(range(200))
-        mirrored = sum(place >= 200 for place in order)
-        assert 60 < mirrored < 140
+        for view in range(3):
+            assert 40 < sum(place // 200 == view for place in order) < 95
     seen = {place for order in orders for place in order}
-    assert len(seen) > 300  # most photos were shown in both versions
+    assert len(seen) > 400  # most photos were shown in several views
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
