@@ -203,6 +203,10 @@ class TrainConfig(_Config):
         views: how many views of each photo there are, of which an epoch shows one: 1 the photo as
             it is; 2 also mirrored, "left" and "right" swapped in its captions; each further one a
             random part of it, half of them mirrored.
+        text: folder of Parquet with more captions (``alt_text``), without photos, or None.
+            Word2Vec reads them too; the vocabulary stays that of the training captions.
+        text_epochs: the decoder first reads them and the training captions so many times, with
+            zeros in place of a photo.
         batch_size: photos a step.
         epochs: at most so many.
         patience: epochs without a better score before training stops.
@@ -239,6 +243,8 @@ class TrainConfig(_Config):
     word2vec: bool = True
     attention_gain: float = 1.0
     views: int = 1
+    text: str | None = None
+    text_epochs: int = 0
     batch_size: int = 32
     epochs: int = 30
     patience: int = 3
@@ -267,6 +273,7 @@ class TrainConfig(_Config):
             min_count=(1, math.inf),
             attention_gain=(0.01, 100),
             views=(1, 100),
+            text_epochs=(0, 10**6),
             batch_size=(1, 10**6),
             epochs=(1, 10**6),
             patience=(1, 10**6),
@@ -291,6 +298,8 @@ class TrainConfig(_Config):
             schedule=("plateau", "cosine"),
             device=("auto", "cpu", "cuda", "mps"),
         )
+        if self.text_epochs and self.text is None:
+            raise ConfigError("text_epochs needs text: captions to read")
         self.model_config(vocabulary_size=5, encoder_channels=1)
 
     def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:

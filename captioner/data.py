@@ -259,6 +259,25 @@ def load_captions(
     return photos
 
 
+def load_texts(source: str) -> list[list[str]]:
+    """Read captions without photos: Parquet files with the column ``alt_text``, five a row or so.
+
+    Raises:
+        DataError: they cannot be read, or hold no caption.
+    """
+    try:
+        (table,) = datasets.load_dataset(source, split=["train"])
+        rows = [_texts(value) for value in table["alt_text"]]
+    except Exception as error:
+        raise DataError(
+            f"cannot read captions from {source} ({first_line(error)[:160]}); give a folder of "
+            "Parquet files with the column alt_text"
+        ) from error
+    if not any(rows):
+        raise DataError(f"{source} holds no caption")
+    return [row for row in rows if row]
+
+
 def mirror_text(text: str) -> str:
     """Swap "left" and "right", as in the caption of a mirrored photo."""
     return " ".join(_SIDES.get(word, word) for word in clean(text).split())

@@ -20,6 +20,7 @@ from captioner.data import (
     PhotoDataset,
     is_mirrored,
     load_captions,
+    load_texts,
     mirror_text,
 )
 from captioner.encoders import Encoder, check_encoder_name, load_encoder
@@ -41,6 +42,7 @@ class Prepared:
         vocabulary: of the training captions.
         train: the training photos, once for each of their views.
         photos: how many photos an epoch goes through.
+        text: captions with zeros in place of their photo, or None.
         train_references: the captions of each photo of ``train``.
         example: the first photo's first caption.
         validation: the validation photos with the captions that the loss is taken on.
@@ -54,6 +56,7 @@ class Prepared:
     vocabulary: Vocabulary
     train: Dataset[Batch]
     photos: int
+    text: CaptionDataset | None
     train_references: list[list[str]]
     example: str
     validation: CaptionDataset
@@ -151,12 +154,14 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     references = [validation_captions[row] for row in validation_rows]
     texts = [text for some in captions for text in some]
     vocabulary = Vocabulary.build(texts, config.min_count)
+    more = [] if config.text is None else load_texts(config.text)
     matrix = None
     if config.word2vec:
         from captioner.embeddings import word2vec_matrix
 
         size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
-        matrix = word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
+        read = [*texts, *(text for some in more for text in some)]
+        matrix = word2vec_matrix(read, vocabulary, size=size, seed=config.seed)
 
     def join(
         features: Features, rows: Sequence[int], captions: Sequence[Sequence[str]]
@@ -175,11 +180,19 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
         ]
         train.append(join(seen, train_rows, told))
         train_references += told
+    text = None
+    if config.text_epochs:
+        nothing = np.broadcast_to(np.float16(0), (1, *features.array.shape[1:]))
+        told = more + captions
+        text = CaptionDataset(
+            nothing, [0] * len(told), told, vocabulary, max_length=config.max_length
+        )
     validation = join(validation_features, validation_rows, [some[:count] for some in references])
     return Prepared(
         vocabulary=vocabulary,
         train=ConcatDataset(train),
         photos=len(train_rows),
+        text=text,
         train_references=train_references,
         example=captions[0][0],
         validation=validation,

@@ -1,7 +1,8 @@
 """A training run: all that changes while it goes on, its stages, and its way to disk and back.
 
-Knows no loop and no loss. First captions are read (cross-entropy), then, where the settings ask
-for it, written and rewarded (self-critical training).
+Knows no loop and no loss. Captions are read (cross-entropy), after captions without photos where
+there are any, and then, where the settings ask for it, written and rewarded (self-critical
+training).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from captioner.errors import TrainingError
 from captioner.model import CaptionModel
 from captioner.preparation import Prepared, choose_device
 from captioner.self_critical import Reward
+
+# The stages of a run.
+TEXT, CAPTIONS, REWARDS = "text", "captions", "rewards"
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -62,50 +66,57 @@ class Run:
             self.model.attn.Wh.weight *= config.attention_gain
             self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
-        # The epoch at which self-critical training began; None while it has not.
-        self.rewarded_from: int | None = None
         self.reward: Reward | None = None
-        self._begin(config.learning_rate, config.weight_decay, config.batch_size)
+        self.begin(TEXT if config.text_epochs else CAPTIONS, 0)
         # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)
         # and over how many words (or captions).
         self.epoch, self.step, self.summed, self.count = 0, 0, 0.0, 0
         self.best, self.bad_epochs = math.inf, 0
         self.rows: list[dict[str, float]] = []
 
-    def _begin(self, learning_rate: float, weight_decay: float, batch_size: int) -> None:
-        """Start a stage on the weights as they are."""
-        self.batch_size = batch_size
-        self.steps_an_epoch = math.ceil(self.prepared.photos / batch_size)
+    def begin(self, stage: str, epoch: int) -> None:
+        """Start a stage on the weights as they are; ``epoch`` is its first."""
+        config, prepared = self.config, self.prepared
+        self.stage, self.stage_from = stage, epoch
+        self.dataset, self.photos, self.views = prepared.train, prepared.photos, config.views
+        self.batch_size = config.batch_size
+        rate, decay = config.learning_rate, config.weight_decay
+        if stage == TEXT:
+            assert prepared.text is not None
+            self.dataset, self.photos, self.views = prepared.text, len(prepared.text), 1
+        if stage == REWARDS:
+            self.reward = Reward(prepared.train_references, prepared.vocabulary)
+            self.batch_size = config.reward_batch_size
+            rate, decay = config.reward_learning_rate, 0.0
+        self.stage_epochs = {
+            TEXT: config.text_epochs,
+            CAPTIONS: config.epochs,
+            REWARDS: config.reward_epochs,
+        }[stage]
+        self.steps_an_epoch = math.ceil(self.photos / self.batch_size)
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=_ema(self.config.ema_decay))
-            if self.config.ema_decay
+            AveragedModel(self.model, multi_avg_fn=_ema(config.ema_decay))
+            if config.ema_decay
             else None
         )
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=learning_rate, weight_decay=weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=decay)
         self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
 
-    def begin_rewards(self, epoch: int) -> None:
-        """Turn to self-critical training; ``epoch`` is the first."""
-        self.rewarded_from = epoch
-        self.reward = Reward(self.prepared.train_references, self.prepared.vocabulary)
-        self._begin(self.config.reward_learning_rate, 0.0, self.config.reward_batch_size)
-
     def goes_on(self) -> bool:
-        """Say whether there is another epoch; after the last of cross-entropy turn to rewards."""
-        config = self.config
-        if self.rewarded_from is not None:
-            last = self.rewarded_from + config.reward_epochs
-            return self.epoch < last and self.bad_epochs < config.patience
-        if self.epoch < config.epochs and self.bad_epochs < config.patience:
+        """Say whether there is another epoch; after the last of a stage turn to the next one."""
+        left = self.epoch < self.stage_from + self.stage_epochs
+        if left and (self.bad_epochs < self.config.patience or self.stage == TEXT):
             return True
-        if not config.reward_epochs:
+        if self.stage == TEXT:
+            self.model.load_state_dict(self.scored.state_dict())
+            self.begin(CAPTIONS, self.epoch)
+        elif self.stage == CAPTIONS and self.config.reward_epochs:
+            # On from the best epoch, which is not always the last.
+            best = checkpoints.load(self.folder / "checkpoint").model
+            self.model.load_state_dict(best.state_dict())
+            self.begin(REWARDS, self.epoch)
+        else:
             return False
-        # On from the best epoch, which is not always the last.
-        best = checkpoints.load(self.folder / "checkpoint").model
-        self.model.load_state_dict(best.state_dict())
-        self.begin_rewards(self.epoch)
         self.bad_epochs = 0
         self.save()
         return True
@@ -139,7 +150,8 @@ class Run:
             "count": self.count,
             "best": self.best,
             "bad_epochs": self.bad_epochs,
-            "rewarded_from": self.rewarded_from,
+            "stage": self.stage,
+            "stage_from": self.stage_from,
             "rows": self.rows,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "plateau": {
@@ -173,7 +185,7 @@ class Run:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
         ours = self.config.to_dict()
         # Another device is the same run, and so are the same photos and weights in another place.
-        elsewhere = ("device", "data", "encoder_weights")
+        elsewhere = ("device", "data", "encoder_weights", "text")
         changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
@@ -197,8 +209,8 @@ class Run:
                 if name.startswith(prefix)
             }
 
-        if numbers["rewarded_from"] is not None:
-            self.begin_rewards(numbers["rewarded_from"])
+        if numbers["stage"] != self.stage:
+            self.begin(numbers["stage"], numbers["stage_from"])
         self.model.load_state_dict(part("model."))
         if self.average is not None:
             self.average.load_state_dict(part("average."))

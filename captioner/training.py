@@ -35,7 +35,7 @@ from captioner.evaluation import cross_entropy_of, write_captions
 from captioner.logbook import Logbook
 from captioner.metrics import score_captions
 from captioner.preparation import Batch, facts, prepare
-from captioner.run import Run
+from captioner.run import CAPTIONS, REWARDS, TEXT, Run
 
 _SAVE_SECONDS = 120
 _RECORD = "run.json"
@@ -70,24 +70,24 @@ def learning_rate_at(step: int, total: int, highest: float, warmup: float = 0.0)
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def epoch_order(config: TrainConfig, photos: int, epoch: int) -> list[int]:
-    """Return the order in which an epoch goes through the training set.
+def epoch_order(photos: int, views: int, *, seed: int, epoch: int) -> list[int]:
+    """Return the order in which an epoch goes through a training set.
 
     Each photo once, in one of its views (``photos`` places apart).
     """
-    random = np.random.default_rng((config.seed, epoch))
+    random = np.random.default_rng((seed, epoch))
     order = random.permutation(photos)
-    if config.views > 1:
-        order = order + photos * random.integers(0, config.views, photos)
+    if views > 1:
+        order = order + photos * random.integers(0, views, photos)
     return order.tolist()
 
 
 def _batches(run: Run) -> Iterator[tuple[list[int], Batch]]:
     """Yield what is left of the epoch: numbers in the training set, and what is there."""
-    order = epoch_order(run.config, run.prepared.photos, run.epoch)
+    order = epoch_order(run.photos, run.views, seed=run.config.seed, epoch=run.epoch)
     left = order[run.step * run.batch_size :]
     numbers = [left[at : at + run.batch_size] for at in range(0, len(left), run.batch_size)]
-    loader = DataLoader(run.prepared.train, batch_size=run.batch_size, sampler=left)
+    loader = DataLoader(run.dataset, batch_size=run.batch_size, sampler=left)
     yield from zip(numbers, loader, strict=True)
 
 
@@ -132,10 +132,9 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         training the mean reward of a drawn caption.
     """
     config, device = run.config, run.device
-    rewarded = run.rewarded_from is not None
+    rewarded = run.stage == REWARDS
     run.model.train(not rewarded)  # what is drawn is what would be written: without dropout
-    epochs = config.reward_epochs if rewarded else config.epochs
-    total = epochs * run.steps_an_epoch
+    total = run.stage_epochs * run.steps_an_epoch
     name = "reward" if rewarded else "loss"
     bar = tqdm(
         _batches(run),
@@ -146,7 +145,7 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         leave=False,
     )
     for numbers, (features, captions) in bar:
-        done = (run.epoch - (run.rewarded_from or 0)) * run.steps_an_epoch + run.step
+        done = (run.epoch - run.stage_from) * run.steps_an_epoch + run.step
         # Seeded a step, so that a resumed run draws the dropout that it would have drawn.
         torch.manual_seed(config.seed * 1_000_003 + done)
         features = features.to(device).float()
@@ -155,7 +154,7 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
             run.optimizer.param_groups[0]["lr"] = rate
             loss, summed, count = _write(run, features, numbers)
         else:
-            if config.schedule == "cosine":
+            if config.schedule == "cosine" or run.stage == TEXT:
                 rate = learning_rate_at(done, total, config.learning_rate, config.warmup)
                 run.optimizer.param_groups[0]["lr"] = rate
             loss, summed, count = _read(run, features, captions.to(device))
@@ -286,7 +285,7 @@ def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[s
     with _Watch(run) as watch:
         while run.goes_on():
             started = time.monotonic()
-            figure = "train_loss" if run.rewarded_from is None else "reward"
+            figure = "reward" if run.stage == REWARDS else "train_loss"
             trained = train_one_epoch(run, watch.after_step)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
@@ -319,7 +318,7 @@ def _badness(config: TrainConfig, row: dict[str, float]) -> float:
 def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     """Keep the row and, if it is the best so far, the checkpoint; move on to the next epoch."""
     run.rows.append(row)
-    if run.config.schedule == "plateau" and run.rewarded_from is None:
+    if run.config.schedule == "plateau" and run.stage == CAPTIONS:
         run.plateau.step(row["val_loss"])
     badness = _badness(run.config, row)
     if badness < run.best:
