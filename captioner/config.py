@@ -341,6 +341,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.997,
         "bfloat16": True,
         "model": {
+            "feature_size": 512,
             "feature_norm": True,
             "word_query": True,
             "context_gate": True,
