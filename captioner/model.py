@@ -185,15 +185,16 @@ class CaptionModel(nn.Module):
         state, memory = self.start(features)
         photos = order // K
         hidden, cell = state.hidden[photos, 0], state.cell[photos, 0].float()
-        # Under autocast the keys are bfloat16 already; the features would be cast at each step.
-        memory = Memory(memory.features.to(memory.keys.dtype)[photos], memory.keys[photos])
+        # Under autocast the keys are bfloat16 already; the rest would be cast at each step.
+        dtype = memory.keys.dtype
+        memory = Memory(memory.features.to(dtype)[photos], memory.keys[photos])
 
         H, E = self.config.hidden_size, self.config.embedding_size
         lstm, Wh = self.lstm, self.attn.Wh
-        recurrent = _Deferred(torch.cat([lstm.weight_ih[:, E:], lstm.weight_hh], dim=1))
+        recurrent = _Deferred(torch.cat([lstm.weight_ih[:, E:], lstm.weight_hh], dim=1).to(dtype))
         summand = linear(words, lstm.weight_ih[:, :E], lstm.bias_ih + lstm.bias_hh)
         gates = torch.split(recurrent.collect(summand), running)
-        asking = _Deferred(Wh.weight[:, :H])
+        asking = _Deferred(Wh.weight[:, :H].to(dtype))
         seen = words if self.config.word_query else words[:, :0]
         queries = torch.split(asking.collect(linear(seen, Wh.weight[:, H:], Wh.bias)), running)
         hiddens, contexts, attentions = [], [], []
@@ -210,10 +211,11 @@ class CaptionModel(nn.Module):
             hiddens.append(hidden)
             contexts.append(context)
             attentions.append(attention.squeeze(1))
-        logits = self._output(words, torch.cat(hiddens), torch.cat(contexts))
+        back = places.argsort()
+        logits = self._output(words[back], torch.cat(hiddens)[back], torch.cat(contexts)[back])
         maps = attentions[0].new_zeros(B * K * (T - 1), attentions[0].shape[-1])
         maps = maps.index_copy(0, places, torch.cat(attentions))
-        return logits[places.argsort()], maps.view(B, K, T - 1, -1)
+        return logits, maps.view(B, K, T - 1, -1)
 
 
 class _Deferred:
