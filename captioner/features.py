@@ -24,6 +24,7 @@ from captioner.errors import DataError, EncoderError
 
 log = logging.getLogger(__name__)
 
+_STATE = "state.json"
 _SAVE_EVERY = 512
 _SPARE_BYTES = 200_000_000
 
@@ -50,6 +51,25 @@ def _write_state(path: Path, state: dict[str, object]) -> None:
     partial.replace(path)
 
 
+def _home(encoder: Encoder, photos: CaptionedPhotos, folder: Path, view: int) -> Path:
+    """Return the folder of a cache."""
+    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "view": view}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    name = encoder.name.replace(":", "-").replace("/", "-")
+    return folder / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
+
+
+def count_missing(
+    encoder: Encoder, photos: CaptionedPhotos, folder: Path = FEATURES_FOLDER, *, view: int = 0
+) -> int:
+    """Return how many photos ``cache_features`` would have to pass through the encoder."""
+    try:
+        state = json.loads((_home(encoder, photos, folder, view) / _STATE).read_text())
+        return len(photos) - int(state["done"])
+    except (OSError, ValueError, KeyError):
+        return len(photos)
+
+
 def cache_features(
     encoder: Encoder,
     photos: CaptionedPhotos,
@@ -69,10 +89,7 @@ def cache_features(
         DataError: the disk is too small, or no photo can be opened.
         EncoderError: the features are too large for float16.
     """
-    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "view": view}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    name = encoder.name.replace(":", "-").replace("/", "-")
-    home = folder / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
+    home = _home(encoder, photos, folder, view)
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,7 +116,7 @@ def _extract(
     batch_size: int,
 ) -> list[int]:
     """Fill ``features.npy`` from the last saved row on; return the unreadable rows."""
-    array_path, state_path = home / "features.npy", home / "state.json"
+    array_path, state_path = home / "features.npy", home / _STATE
     done, unreadable = 0, []
     if state_path.is_file() and array_path.is_file():
         try:

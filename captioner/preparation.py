@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +26,8 @@ from captioner.data import (
 )
 from captioner.encoders import Encoder, check_encoder_name, load_encoder
 from captioner.errors import DataError, TrainingError
-from captioner.features import Features, cache_features
+from captioner.features import Features, cache_features, count_missing
+from captioner.forecast import Work, forecast
 from captioner.vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -125,18 +127,36 @@ def _batch_of_photos(
     return tuple(torch.stack(pixels).shape)
 
 
-def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
-    """Load the photos, build the vocabulary, and extract what features are not cached yet."""
+def prepare(
+    config: TrainConfig,
+    cache: Path = FEATURES_FOLDER,
+    announce: Callable[[str], object] = log.info,
+) -> Prepared:
+    """Load the photos, build the vocabulary, and extract what features are not cached yet.
+
+    ``announce`` is told at the start about how long the run will take.
+    """
     check_encoder_name(config.encoder)
     (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
     encoder = load_encoder(config.encoder, config.encoder_weights)
-    device = str(choose_device(config.device))
+    device = choose_device(config.device)
+    same = validation_photos is photos
+    more = [] if config.text is None else load_texts(config.text)
+    passes = sum(count_missing(encoder, photos, cache, view=view) for view in range(config.views))
+    work = Work(
+        passes=passes + (0 if same else count_missing(encoder, validation_photos, cache)),
+        photos=len(train_rows),
+        captions=1 if config.captions == "first" else max(map(len, photos.captions())),
+        texts=len(more),
+        validation=len(validation_rows),
+        words=len(Vocabulary.build(itertools.chain(*photos.captions()), config.min_count)),
+    )
+    announce(forecast(config, encoder, work, device))
 
     def features_of(photos: CaptionedPhotos, view: int = 0) -> Features:
-        return cache_features(encoder, photos, cache, view=view, device=device)
+        return cache_features(encoder, photos, cache, view=view, device=str(device))
 
     features = features_of(photos)
-    same = validation_photos is photos
     validation_features = features if same else features_of(validation_photos)
     caches = [features.folder.name, validation_features.folder.name]
     all_captions = list(photos.captions())
@@ -154,7 +174,6 @@ def prepare(config: TrainConfig, cache: Path = FEATURES_FOLDER) -> Prepared:
     references = [validation_captions[row] for row in validation_rows]
     texts = [text for some in captions for text in some]
     vocabulary = Vocabulary.build(texts, config.min_count)
-    more = [] if config.text is None else load_texts(config.text)
     matrix = None
     if config.word2vec:
         from captioner.embeddings import word2vec_matrix

@@ -271,7 +271,7 @@ def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[s
     if not (folder / _RECORD).exists():
         # A run that is killed before its first save can be resumed.
         _write_record(config, folder, [])
-    prepared = prepare(config, cache)
+    prepared = prepare(config, cache, lambda text: print(text, flush=True))
     print(facts(prepared, config), flush=True)
     run = Run(config, prepared, folder)
     if resume:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import train
 from captioner import checkpoint as checkpoints
 from captioner.encoders import load_encoder
+from captioner.model import CaptionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 MakeRow = Callable[..., dict[str, Any]]
@@ -131,6 +132,7 @@ def test_best_writes_all_its_files(
 def test_best_prints_the_facts_and_a_line_an_epoch(whole: tuple[Path, str]) -> None:
     folder, output = whole
     assert "train 24, validation 8" in output
+    assert re.match(r"it will take about .* for 2 epochs, \d+ s for 1 epoch of rewards\n", output)
     assert "(4, 3, 224, 224) -> features (4, 49, 96), captions (4, 5, 20)" in output
     ids = re.search(r"its ids +\[(.*)\]", output)
     assert ids is not None
@@ -298,6 +300,47 @@ def test_a_stop_after_any_step_changes_nothing(
         _assert_same_run(out, tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("no_curves")
+def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    write_parquet: Write,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{"alt_text": [f"a red circle on the {side}"] * 5} for side in ("left", "right") * 10]
+    text = write_parquet(tmp_path / "text", {"train": rows})
+    more = ["--limit", "10", "--batch-size", "5", "--epochs", "1"]
+    more += ["--set", f"text={text}", "--set", "text_epochs=2"]
+    seen = []
+    really_read = CaptionModel.forward
+
+    def look(model: CaptionModel, features: torch.Tensor, captions: torch.Tensor) -> Any:
+        if model.training:
+            seen.append(bool(features.any()))
+        return really_read(model, features, captions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionModel, "forward", look)
+        assert train.main(arguments(tmp_path / "whole", *more)) == 0
+    # 20 rows without photos and 10 with captions of their own are 6 steps, twice.
+    assert seen == [False] * 12 + [True] * 2
+    assert [row["epoch"] for row in _table(tmp_path / "whole")] == ["1", "2", "3", "4"]
+    really_step = torch.optim.AdamW.step
+    left = iter(range(1, 100))
+
+    def step_and_ask(optimizer: torch.optim.AdamW, *rest: Any) -> Any:
+        if next(left) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return really_step(optimizer, *rest)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step_and_ask)
+        assert train.main(arguments(out, *more)) == 128 + signal.SIGINT
+    assert train.main(arguments(out, *more, "--resume")) == 0
+    _assert_same_run(out, tmp_path / "whole")
+
+
 def test_a_finished_run_is_left_as_it_is(whole: tuple[Path, str], arguments: MakeArguments) -> None:
     folder, _ = whole
     files = [folder / "metrics.csv", folder / "checkpoint/model.safetensors"]
@@ -416,6 +459,7 @@ def test_arguments_that_argparse_refuses_exit_with_2(
         (["--set", "model.dropout=high"], "dropout is 'high'"),
         (["--set", "model.width=1"], "ModelConfig does not know: width"),
         (["--set", "colour=red"], "TrainConfig does not know: colour"),
+        (["--set", "text_epochs=1"], "text_epochs needs text"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--limit", "-3"], "limit is -3"),
         (["--seed", "-1"], "seed is -1"),
