@@ -78,15 +78,15 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
 
     def write() -> None:
         given, temperature = features(config.reward_batch_size), config.reward_temperature
-        captions = self_critical.draw(
-            model,
-            given,
-            samples=config.reward_samples,
-            temperature=temperature,
-            max_length=length,
-        )
-        rewards = torch.rand(captions.shape[:2])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+            captions = self_critical.draw(
+                model,
+                given,
+                samples=config.reward_samples,
+                temperature=temperature,
+                max_length=length,
+            )
+            rewards = torch.rand(captions.shape[:2])
             loss = self_critical.loss(model, given, captions, rewards, temperature=temperature)
         learn(loss)
 

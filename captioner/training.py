@@ -105,13 +105,14 @@ def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, floa
     """Return the self-critical loss of drawn captions, their summed reward, and how many."""
     assert run.reward is not None
     config = run.config
-    captions = self_critical.draw(
-        run.model,
-        features,
-        samples=config.reward_samples,
-        temperature=config.reward_temperature,
-        max_length=config.max_length,
-    )
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+        captions = self_critical.draw(
+            run.model,
+            features,
+            samples=config.reward_samples,
+            temperature=config.reward_temperature,
+            max_length=config.max_length,
+        )
     rewards = run.reward(numbers, captions)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss = self_critical.loss(
