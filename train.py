@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="seed",
         help="seed: as the original report; best: what pays; default %(default)s",
     )
+    parser.add_argument(
+        "--text",
+        metavar="FOLDER",
+        help="Parquet files with more captions (alt_text) and no photos, to be read first",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="default %(default)s")
     parser.add_argument("--limit", type=int, default=0, help="at most so many photos a split")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
@@ -85,11 +90,16 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _config(recipe: str, options: dict[str, Any], settings: list[tuple[str, Any]]) -> TrainConfig:
-    """Return the recipe under what was given; ``settings`` come last."""
-    changes = {name: value for name, value in options.items() if value is not None}
+def config_of(options: dict[str, Any]) -> TrainConfig:
+    """Return the settings that the parsed arguments stand for; those of ``--set`` come last."""
+    changes = {
+        name: value
+        for name, value in options.items()
+        if value is not None and name not in ("recipe", "set", "out", "resume", "cache")
+    }
+    recipe = options["recipe"]
     model = dict(TrainConfig.from_recipe(recipe).model)
-    for name, value in settings:
+    for name, value in options["set"]:
         if name.startswith("model."):
             model[name.removeprefix("model.")] = value
         else:
@@ -106,12 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     logging.basicConfig(format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
-    out, resume, cache = options.pop("out"), options.pop("resume"), options.pop("cache")
-    recipe, settings = options.pop("recipe"), options.pop("set")
     # Once the training loop runs, it takes signals itself and saves where it stands.
     handler = signal.signal(signal.SIGTERM, _stop)
     try:
-        fit(_config(recipe, options, settings), out, resume=resume, cache=cache)
+        out, resume, cache = (options[name] for name in ("out", "resume", "cache"))
+        fit(config_of(options), out, resume=resume, cache=cache)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

@@ -206,7 +206,7 @@ class TrainConfig(_Config):
         text: folder of Parquet with more captions (``alt_text``), without photos, or None.
             Word2Vec reads them too; the vocabulary stays that of the training captions.
         text_epochs: the decoder first reads them and the training captions so many times, with
-            zeros in place of a photo.
+            zeros in place of a photo. Without ``text`` none.
         batch_size: photos a step.
         epochs: at most so many.
         patience: epochs without a better score before training stops.
@@ -244,7 +244,7 @@ class TrainConfig(_Config):
     attention_gain: float = 1.0
     views: int = 1
     text: str | None = None
-    text_epochs: int = 0
+    text_epochs: int = 1
     batch_size: int = 32
     epochs: int = 30
     patience: int = 3
@@ -298,8 +298,6 @@ class TrainConfig(_Config):
             schedule=("plateau", "cosine"),
             device=("auto", "cpu", "cuda", "mps"),
         )
-        if self.text_epochs and self.text is None:
-            raise ConfigError("text_epochs needs text: captions to read")
         self.model_config(vocabulary_size=5, encoder_channels=1)
 
     def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:
@@ -328,9 +326,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation": "split",
         "select_by": "cider",
         "attention_gain": 4.0,
-        "views": 2,
+        "views": 3,
         "batch_size": 32,
-        "epochs": 7,
+        "epochs": 8,
         "patience": 3,
         "learning_rate": 1e-3,
         "schedule": "cosine",
@@ -340,6 +338,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.997,
         "bfloat16": True,
+        "reward_epochs": 6,
+        "reward_learning_rate": 1e-4,
         "model": {
             "feature_size": 512,
             "feature_norm": True,

@@ -100,7 +100,8 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
     scoring = _seconds(score) / _SCORED * work.validation
     parts = {
         f"the features of {work.passes:,} photos": _seconds(see) / _PHOTOS * work.passes,
-        f"{_epochs(config.text_epochs)} of text": config.text_epochs
+        f"{_epochs(config.text_epochs)} of text": bool(work.texts)
+        * config.text_epochs
         * (step * (work.texts + work.photos) + scoring),
         _epochs(config.epochs): config.epochs * (step * work.photos + scoring),
     }

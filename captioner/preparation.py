@@ -200,7 +200,7 @@ def prepare(
         train.append(join(seen, train_rows, told))
         train_references += told
     text = None
-    if config.text_epochs:
+    if more and config.text_epochs:
         nothing = np.broadcast_to(np.float16(0), (1, *features.array.shape[1:]))
         told = more + captions
         text = CaptionDataset(

@@ -67,7 +67,7 @@ class Run:
             self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
         self.reward: Reward | None = None
-        self.begin(TEXT if config.text_epochs else CAPTIONS, 0)
+        self.begin(CAPTIONS if prepared.text is None else TEXT, 0)
         # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)
         # and over how many words (or captions).
         self.epoch, self.step, self.summed, self.count = 0, 0, 0.0, 0
