@@ -255,7 +255,12 @@ def model_card(checkpoint: Checkpoint) -> str:
             f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
             "",
             f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
-            f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`.",
+            f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`"
+            + (
+                f", after reading the captions of `{recipe['text']}`."
+                if recipe.get("text")
+                else "."
+            ),
             "",
             "## Scores on the validation photos",
             "",

@@ -325,11 +325,10 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     if badness < run.best:
         run.best, run.bad_epochs = badness, 0
         # Where the files lay on this machine is nobody else's business.
-        data = Path(run.config.data)
-        recipe = {
-            **run.config.to_dict(),
-            "data": data.resolve().name if data.exists() else str(data),
-        }
+        recipe = run.config.to_dict()
+        for name in ("data", "text"):
+            if recipe[name] is not None and Path(recipe[name]).exists():
+                recipe[name] = Path(recipe[name]).resolve().name
         del recipe["encoder_weights"]
         checkpoints.save(
             run.folder / "checkpoint",

@@ -340,6 +340,9 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
         assert train.main(arguments(out, *more)) == 128 + signal.SIGINT
     assert train.main(arguments(out, *more, "--resume")) == 0
     _assert_same_run(out, tmp_path / "whole")
+    card = (out / "checkpoint/README.md").read_text()
+    assert "after reading the captions of `text`." in card
+    assert str(tmp_path) not in card + (out / "checkpoint/config.json").read_text()
 
 
 def test_a_finished_run_is_left_as_it_is(whole: tuple[Path, str], arguments: MakeArguments) -> None:
