@@ -111,7 +111,7 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
             reward * work.photos + scoring
         )
     named = ", ".join(f"{_minutes(part)} for {name}" for name, part in parts.items() if part)
-    return f"it will take about {_minutes(sum(parts.values()))}: {named}"
+    return f"the whole run takes about {_minutes(sum(parts.values()))}: {named}"
 
 
 def _epochs(count: int) -> str:

@@ -27,7 +27,7 @@ def test_it_names_what_is_to_be_done_and_adds_it_up(tiny_encoder: MakeEncoder) -
         float(number) * (60 if unit == "min" else 1)
         for number, unit in re.findall(r"(\d+) (min|s)\b", text)
     ]
-    assert text.startswith("it will take about ")
+    assert text.startswith("the whole run takes about ")
     for part in (
         "features of 50,000 photos",
         "1 epoch of text",
@@ -41,4 +41,6 @@ def test_it_names_what_is_to_be_done_and_adds_it_up(tiny_encoder: MakeEncoder) -
 
 def test_what_is_not_to_be_done_is_not_named(tiny_encoder: MakeEncoder) -> None:
     work = Work(passes=0, photos=100, captions=1, texts=0, validation=2, words=30)
-    assert re.fullmatch(r"it will take about \d+ s: \d+ s for 3 epochs", say(tiny_encoder(), work))
+    assert re.fullmatch(
+        r"the whole run takes about \d+ s: \d+ s for 3 epochs", say(tiny_encoder(), work)
+    )

@@ -132,7 +132,9 @@ def test_best_writes_all_its_files(
 def test_best_prints_the_facts_and_a_line_an_epoch(whole: tuple[Path, str]) -> None:
     folder, output = whole
     assert "train 24, validation 8" in output
-    assert re.match(r"it will take about .* for 2 epochs, \d+ s for 1 epoch of rewards\n", output)
+    assert re.match(
+        r"the whole run takes about .* for 2 epochs, \d+ s for 1 epoch of rewards\n", output
+    )
     assert "(4, 3, 224, 224) -> features (4, 49, 96), captions (4, 5, 20)" in output
     ids = re.search(r"its ids +\[(.*)\]", output)
     assert ids is not None
