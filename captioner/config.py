@@ -206,7 +206,7 @@ class TrainConfig(_Config):
         text: folder of Parquet with more captions (``alt_text``), without photos, or None.
             Word2Vec reads them too; the vocabulary stays that of the training captions.
         text_epochs: the decoder first reads them and the training captions so many times, with
-            zeros in place of a photo. Without ``text`` none.
+            the mean cell of all photos in place of a photo. Without ``text`` none.
         batch_size: photos a step.
         epochs: at most so many.
         patience: epochs without a better score before training stops.

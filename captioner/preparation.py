@@ -44,7 +44,7 @@ class Prepared:
         vocabulary: of the training captions.
         train: the training photos, once for each of their views.
         photos: how many photos an epoch goes through.
-        text: captions with zeros in place of their photo, or None.
+        text: captions with the mean cell in place of their photo, or None.
         train_references: the captions of each photo of ``train``.
         example: the first photo's first caption.
         validation: the validation photos with the captions that the loss is taken on.
@@ -201,7 +201,9 @@ def prepare(
         train_references += told
     text = None
     if more and config.text_epochs:
-        nothing = np.broadcast_to(np.float16(0), (1, *features.array.shape[1:]))
+        some = features.array[train_rows[:: max(1, len(train_rows) // 1000)]]
+        nothing = some.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
+        nothing = np.broadcast_to(nothing, (1, *features.array.shape[1:]))
         told = more + captions
         text = CaptionDataset(
             nothing, [0] * len(told), told, vocabulary, max_length=config.max_length

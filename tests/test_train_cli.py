@@ -318,7 +318,7 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
 
     def look(model: CaptionModel, features: torch.Tensor, captions: torch.Tensor) -> Any:
         if model.training:
-            seen.append(bool(features.any()))
+            seen.append(bool((features != features[:1, :1]).any()))
         return really_read(model, features, captions)
 
     with monkeypatch.context() as patch:
