@@ -178,10 +178,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     transform = Transform(
         mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", size=288
     )
-    plain = name.endswith("_plain")
-    if "_" in name.removeprefix("efficientnet_"):
-        transform = dataclasses.replace(transform, size=224)
-    return Encoder(name, _Grid(model) if plain else _Levels(model), transform)
+    return Encoder(name, _Levels(model), transform)
 
 
 def _timm(name: str, weights: str | None) -> Encoder:
@@ -259,8 +256,6 @@ def _normed(grid: Tensor) -> Tensor:
 ENCODERS: dict[str, Callable[[str, str | None], Encoder]] = {
     "resnet50": _resnet50,
     "efficientnet_lite2": _efficientnet_lite2,
-    "efficientnet_lite2_plain": _efficientnet_lite2,
-    "efficientnet_lite2_224": _efficientnet_lite2,
 }
 
 
