@@ -84,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="N",
             help="1 is greedy; default %(default)s",
         )
+        command.add_argument(
+            "--no-bans",
+            action="store_true",
+            help="allow stutter, <unk> and ends on 'a' or 'of', as the original report does",
+        )
     return parser
 
 
@@ -193,7 +198,8 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         f"{conditions['references_a_photo']} references each; {conditions['tokenization']}"
     )
     print(f"cross-entropy {result.cross_entropy:.4f} nats a word, unsmoothed")
-    search = f"beam {options.beam_size}, bans" if options.beam_size > 1 else "greedy, bans"
+    search = f"beam {options.beam_size}" if options.beam_size > 1 else "greedy"
+    search += ", no bans" if arguments.no_bans else ", bans"
     print(f"{'':18} {search:>16} {'greedy, no bans':>16}")
     for name, value in result.scores.items():
         digits = 4 if name in ("repetition", "distinct_captions") else 1
@@ -217,7 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parsed = build_parser().parse_args(arguments)
     try:
-        return int(parsed.run(parsed, DecodingOptions(beam_size=parsed.beam_size)))
+        options = DecodingOptions.report() if parsed.no_bans else DecodingOptions()
+        options = dataclasses.replace(options, beam_size=parsed.beam_size)
+        return int(parsed.run(parsed, options))
     except (ConfigError, CheckpointError, EncoderError) as error:
         print(f"captioner: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from captioner import Captioner
+from captioner import Captioner, DecodingOptions
 from captioner.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,17 @@ def test_a_line_a_photo_and_folders_are_walked(
         for photo in sorted(example_photos[:2], key=lambda photo: photo.name)
     ]
     assert lines == wanted
+
+
+def test_without_bans_it_decodes_as_the_report_does(
+    captioner: Captioner, example_photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = [str(photo) for photo in example_photos]
+    assert main(["caption", *photos, "--beam-size", "1", "--no-bans"]) == 0
+    told = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    wanted = captioner.caption_batch(photos, DecodingOptions.report())
+    assert told == [caption.text for caption in wanted]
+    assert told != [caption.text for caption in captioner.caption_batch(photos)]
 
 
 def test_json_holds_every_number(
