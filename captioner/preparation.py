@@ -127,6 +127,13 @@ def _batch_of_photos(
     return tuple(torch.stack(pixels).shape)
 
 
+def _nothing(features: Features, rows: Sequence[int]) -> np.ndarray:
+    """Return features (1, P, C) that show nothing: the mean cell of a thousand photos."""
+    some = features.array[rows[:: max(1, len(rows) // 1000)]]
+    cell = some.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
+    return np.broadcast_to(cell, (1, *features.array.shape[1:]))
+
+
 def prepare(
     config: TrainConfig,
     cache: Path = FEATURES_FOLDER,
@@ -143,13 +150,16 @@ def prepare(
     same = validation_photos is photos
     more = [] if config.text is None else load_texts(config.text)
     passes = sum(count_missing(encoder, photos, cache, view=view) for view in range(config.views))
+    passes += 0 if same else count_missing(encoder, validation_photos, cache)
+    all_captions = list(photos.captions())
+    count = 1 if config.captions == "first" else None
     work = Work(
-        passes=passes + (0 if same else count_missing(encoder, validation_photos, cache)),
+        passes=passes,
         photos=len(train_rows),
-        captions=1 if config.captions == "first" else max(map(len, photos.captions())),
+        captions=count or max(map(len, all_captions)),
         texts=len(more),
         validation=len(validation_rows),
-        words=len(Vocabulary.build(itertools.chain(*photos.captions()), config.min_count)),
+        words=len(Vocabulary.build(itertools.chain(*all_captions), config.min_count)),
     )
     announce(forecast(config, encoder, work, device))
 
@@ -159,7 +169,6 @@ def prepare(
     features = features_of(photos)
     validation_features = features if same else features_of(validation_photos)
     caches = [features.folder.name, validation_features.folder.name]
-    all_captions = list(photos.captions())
     validation_captions = all_captions if same else list(validation_photos.captions())
     readable, validation_readable = set(features.readable), set(validation_features.readable)
     train_rows = [row for row in train_rows if row in readable]
@@ -169,7 +178,6 @@ def prepare(
             f"{len(validation_rows)} photos to validate on are too few, at least 2 are needed: "
             "use more photos"
         )
-    count = 1 if config.captions == "first" else None
     captions = [all_captions[row][:count] for row in train_rows]
     references = [validation_captions[row] for row in validation_rows]
     texts = [text for some in captions for text in some]
@@ -201,12 +209,13 @@ def prepare(
         train_references += told
     text = None
     if more and config.text_epochs:
-        some = features.array[train_rows[:: max(1, len(train_rows) // 1000)]]
-        nothing = some.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
-        nothing = np.broadcast_to(nothing, (1, *features.array.shape[1:]))
         told = more + captions
         text = CaptionDataset(
-            nothing, [0] * len(told), told, vocabulary, max_length=config.max_length
+            _nothing(features, train_rows),
+            [0] * len(told),
+            told,
+            vocabulary,
+            max_length=config.max_length,
         )
     validation = join(validation_features, validation_rows, [some[:count] for some in references])
     return Prepared(
