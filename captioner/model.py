@@ -184,10 +184,15 @@ class CaptionModel(nn.Module):
         words = self.dropout(self.embedding(captions[:, :, :-1].flatten()[places]))
         state, memory = self.start(features)
         photos = order // K
-        hidden, cell = state.hidden[photos, 0], state.cell[photos, 0].float()
+
+        def of_each(x: Tensor) -> Tensor:
+            # Not x[photos], whose gradient is added up in another order each time.
+            return x.index_select(0, photos)
+
+        hidden, cell = of_each(state.hidden[:, 0]), of_each(state.cell[:, 0].float())
         # Under autocast the keys are bfloat16 already; the rest would be cast at each step.
         dtype = memory.keys.dtype
-        memory = Memory(memory.features.to(dtype)[photos], memory.keys[photos])
+        memory = Memory(of_each(memory.features.to(dtype)), of_each(memory.keys))
 
         H, E = self.config.hidden_size, self.config.embedding_size
         lstm, Wh = self.lstm, self.attn.Wh

@@ -80,7 +80,7 @@ def test_ten_photos_are_learned_by_heart(
         captions="first",
         views=1,
         batch_size=5,
-        epochs=40,
+        epochs=60,
         learning_rate=5e-3 if recipe == "best" else 3e-3,
         label_smoothing=0.0,
         ema_decay=0.9 if recipe == "best" else 0.0,

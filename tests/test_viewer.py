@@ -383,7 +383,7 @@ def test_how_it_works_names_the_real_sizes() -> None:
 def test_how_it_works_fits_the_shipped_model(captioner: Captioner) -> None:
     checkpoint = captioner.checkpoint
     text = viewer.how_it_works(checkpoint.model.config, checkpoint.encoder)
-    for part in ("efficientnet_lite2", "224 x 224", "7 x 7", "1,280", "512 units"):
+    for part in ("efficientnet_lite2", "288 x 288", "7 x 7", "1,504", "512 units"):
         assert part in text
     assert f"{len(checkpoint.vocabulary):,} words" in text
 
