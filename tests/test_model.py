@@ -187,23 +187,6 @@ def test_gradients_are_those_of_reading_step_by_step(options: dict[str, bool]) -
         assert name == "attn.v.bias" or gradient.abs().max() > 0
 
 
-def test_gradients_are_the_same_bits_each_time() -> None:
-    # Large enough that the work is shared among threads.
-    config = ModelConfig(vocabulary_size=50, encoder_channels=256, feature_size=64)
-    torch.manual_seed(0)
-    model = CaptionModel(config)
-    features, captions = torch.randn(16, 49, 256), torch.randint(4, 50, (16, 5, 12))
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        loss_of(model, features, captions).backward()  # type: ignore[no-untyped-call]
-        return [part.grad.clone() for part in model.parameters() if part.grad is not None]
-
-    first = gradients()
-    for _ in range(5):
-        assert all(map(torch.equal, gradients(), first))
-
-
 @every_option
 def test_photos_and_captions_do_not_see_each_other(options: dict[str, bool]) -> None:
     model = make_model(**options)

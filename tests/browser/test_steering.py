@@ -186,8 +186,8 @@ def test_a_beam_of_one_gives_one_caption(cat: Page, captioner: Captioner, cat_ph
     number.fill("1")
     number.press("Tab")
     greedy = dataclasses.replace(DecodingOptions(), beam_size=1)
+    expect(cat.locator(".beam")).to_have_count(1, timeout=30_000)
     expect_words(cat, captioner.caption(cat_photo, greedy).text)
-    expect(cat.locator(".beam")).to_have_count(1)
 
 
 def test_steering_follows_the_settings(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
