@@ -185,7 +185,7 @@ class Run:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
         ours = self.config.to_dict()
         # Another device is the same run, and so are the same photos and weights in another place.
-        elsewhere = ("device", "data", "encoder_weights", "text")
+        elsewhere = ("device", "data", "encoder_weights")
         changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []

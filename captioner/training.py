@@ -7,6 +7,7 @@ comes to what it would have come to without the stop.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -113,8 +114,7 @@ def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, floa
             temperature=config.reward_temperature,
             max_length=config.max_length,
         )
-    rewards = run.reward(numbers, captions)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+        rewards = run.reward(numbers, captions)
         loss = self_critical.loss(
             run.model, features, captions, rewards, temperature=config.reward_temperature
         )
@@ -180,8 +180,9 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
     return run.summed / run.count
 
 
+@functools.cache  # a run goes on with the code it started with, whatever is committed meanwhile
 def _git_commit() -> str | None:
-    """Return the commit that the code stands at, if it is a git checkout."""
+    """Return the commit that the code stood at when first asked, if it is a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

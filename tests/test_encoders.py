@@ -68,7 +68,7 @@ def test_lite2_equals_the_original_implementation_at_its_own_size(lite2: Encoder
     original.load_state_dict(torch.load(path, weights_only=True))
     original.eval()
     images = _noise(1, 260)
-    stem, head = [], []
+    stem: list[Tensor] = []
     original._bn0.register_forward_hook(lambda *call: stem.append(call[-1]))
     with torch.inference_mode():
         head = original.extract_features(images)
