@@ -224,6 +224,7 @@ class TrainConfig(_Config):
         reward_batch_size: photos a step of it.
         reward_samples: captions drawn of each photo.
         reward_temperature: of the drawing, and of what is learned.
+        reward_feature_dropout: share of the encoder's channels that are zeroed for a step of it.
         reward_learning_rate: at its first step; it falls to zero as a half cosine.
         seed: of everything random.
         device: "auto", "cpu", "cuda" or "mps".
@@ -260,6 +261,7 @@ class TrainConfig(_Config):
     reward_batch_size: int = 64
     reward_samples: int = 5
     reward_temperature: float = 0.5
+    reward_feature_dropout: float = 0.0
     reward_learning_rate: float = 5e-5
     seed: int = 0
     device: str = "auto"
@@ -287,6 +289,7 @@ class TrainConfig(_Config):
             reward_batch_size=(1, 10**6),
             reward_samples=(2, 1000),
             reward_temperature=(0.05, 10),
+            reward_feature_dropout=(0, 0.95),
             reward_learning_rate=(1e-12, 10),
             seed=(0, 2**32 - 1),
         )
@@ -327,6 +330,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "select_by": "cider",
         "attention_gain": 4.0,
         "views": 3,
+        "text_epochs": 2,
         "batch_size": 32,
         "epochs": 8,
         "patience": 3,

@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner.errors import EncoderError, first_line
 from captioner.images import Transform
@@ -37,14 +39,23 @@ class Encoder(nn.Module):
         sha256: of the weights as loaded; the same for every file format that holds them.
     """
 
-    def __init__(self, name: str, backbone: nn.Module, transform: Transform) -> None:
-        """Freeze ``backbone``, which maps (B, 3, S, S) to (B, C, h, w)."""
+    def __init__(
+        self, name: str, backbone: nn.Module, transform: Transform, *, fold: bool = False
+    ) -> None:
+        """Freeze ``backbone``, which maps (B, 3, S, S) to (B, C, h, w).
+
+        With ``fold`` its batch-norms go into the convolutions before them, which is faster; each
+        must directly follow the convolution that it is defined after.
+        """
         super().__init__()
         self.name = name
         self.transform = transform
         self.sha256 = _digest(backbone.state_dict())
-        self.backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.eval()
+        self.backbone = backbone
+        self.requires_grad_(False).eval()
+        if fold:
+            _fold_batchnorms(backbone)
+        self.to(memory_format=torch.channels_last)
         self.channels = self._probe()
 
     def _probe(self) -> int:
@@ -86,6 +97,17 @@ class Encoder(nn.Module):
             "transform": dataclasses.asdict(self.transform),
             "sha256": self.sha256,
         }
+
+
+def _fold_batchnorms(module: nn.Module) -> None:
+    """Put each batch-norm into the convolution before it; an activation of its own stays."""
+    children = list(module.named_children())
+    for (name, conv), (next_name, norm) in pairwise(children):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, next_name, getattr(norm, "act", nn.Identity()))
+    for _, child in children:
+        _fold_batchnorms(child)
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
@@ -155,7 +177,7 @@ def _resnet50(name: str, weights: str | None) -> Encoder:
         _fit(model, _read_weights(weights), str(weights))
     backbone = nn.Sequential(*list(model.children())[:-2])
     transform = Transform(mean=_IMAGENET_MEAN, std=_IMAGENET_STD, interpolation="bilinear")
-    return Encoder(name, backbone, transform)
+    return Encoder(name, backbone, transform, fold=True)
 
 
 def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
@@ -178,7 +200,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     transform = Transform(
         mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", size=288
     )
-    return Encoder(name, _Levels(model), transform)
+    return Encoder(name, _Levels(model), transform, fold=True)
 
 
 def _timm(name: str, weights: str | None) -> Encoder:

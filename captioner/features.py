@@ -77,7 +77,7 @@ def cache_features(
     *,
     view: int = 0,
     device: str = "cpu",
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Features:
     """Return the features of ``photos``, extracting only what is not on disk yet.
 
@@ -95,6 +95,8 @@ def cache_features(
     except OSError as error:
         raise DataError(f"cannot make {home}: {error.strerror}; choose another --cache") from error
     shape = (len(photos), GRID * GRID, encoder.channels)
+    # A few photos at a time stay in a CPU's cache.
+    batch_size = batch_size or (4 if device == "cpu" else 32)
     with filelock.FileLock(home / ".lock"):
         unreadable = _extract(encoder, photos, home, shape, view, device, batch_size)
     if len(unreadable) == len(photos):

@@ -56,8 +56,8 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
         config.model_config(vocabulary_size=work.words, encoder_channels=encoder.channels)
     ).to(device)
 
-    def features(photos: int) -> torch.Tensor:
-        return torch.randn(photos, GRID * GRID, encoder.channels, device=device)
+    def features(photos: int, cells: int = GRID * GRID) -> torch.Tensor:
+        return torch.randn(photos, cells, encoder.channels, device=device)
 
     def learn(loss: torch.Tensor) -> None:
         model.zero_grad()
@@ -66,14 +66,14 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
     def see() -> None:
         encoder.to(device)(torch.randn(_PHOTOS, 3, size, size, device=device))
 
-    def read() -> None:
+    def read(cells: int = GRID * GRID) -> None:
         captions = torch.randint(
             4, work.words, (config.batch_size, work.captions, length), device=device
         )
         captions[..., 0] = BOS
         captions[..., -1] = EOS
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-            logits, _ = model(features(config.batch_size), captions)
+            logits, _ = model(features(config.batch_size, cells), captions)
         learn(cross_entropy(logits.float(), captions[..., 1:].flatten()))
 
     def write() -> None:
@@ -97,12 +97,13 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
         decode(model.step, state, memory, dataclasses.replace(options, max_length=length))
 
     step = _seconds(read) / config.batch_size
+    text_step = _seconds(lambda: read(cells=1)) / config.batch_size if work.texts else 0.0
     scoring = _seconds(score) / _SCORED * work.validation
     parts = {
         f"the features of {work.passes:,} photos": _seconds(see) / _PHOTOS * work.passes,
         f"{_epochs(config.text_epochs)} of text": bool(work.texts)
         * config.text_epochs
-        * (step * (work.texts + work.photos) + scoring),
+        * (text_step * (work.texts + work.photos) + scoring),
         _epochs(config.epochs): config.epochs * (step * work.photos + scoring),
     }
     if config.reward_epochs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from captioner.config import BOS, EOS, PAD, UNK
 from captioner.metrics import CiderD
-from captioner.model import CaptionModel
+from captioner.model import CaptionModel, Memory, State
 from captioner.vocab import Vocabulary, clean
 
 _END = "<eos>"
@@ -49,6 +49,16 @@ class Reward:
         return torch.tensor(rows)
 
 
+def _draw_one(chances: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an id (N, 1) from each row of probabilities (N, V).
+
+    As ``torch.multinomial``, which draws V random numbers a row where one does.
+    """
+    sums = chances.double().cumsum(dim=-1)
+    point = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, point * sums[:, -1:], right=True)
+
+
 @torch.no_grad()
 def draw(
     model: CaptionModel,
@@ -72,19 +82,28 @@ def draw(
     Returns:
         ids (B, K, T): ``<bos>``, words, ``<eos>``, padding.
     """
-    state, memory = model.start(features, samples)
-    words = torch.full((len(features), samples), BOS, device=features.device)
-    ended = torch.zeros_like(words, dtype=torch.bool)
-    ids = [words]
-    for _ in range(max_length - 1):
+    state, memory = model.start(features)
+    # A row for each caption, so that those that have ended can be left out.
+    photos = torch.arange(len(features), device=features.device).repeat_interleave(samples)
+    dtype = memory.keys.dtype  # under autocast bfloat16; the rest would be cast at each step
+    memory = Memory(memory.features.to(dtype)[photos], memory.keys[photos])
+    state = State(state.hidden[photos], state.cell[photos])
+    words = torch.full((len(photos), 1), BOS, device=features.device)
+    ids = torch.full((len(photos), max_length), PAD, device=features.device)
+    ids[:, 0] = BOS
+    running = torch.arange(len(photos), device=features.device)
+    for length in range(1, max_length):
         logits, _, state = model.step(words, state, memory)
-        chances = _policy(logits, temperature).exp()
-        words = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(words)
-        ids.append(words.masked_fill(ended, PAD))
-        ended |= words == EOS
-        if ended.all():
+        words = _draw_one(_policy(logits.squeeze(1), temperature).exp(), generator)
+        ids[running, length] = words.squeeze(1)
+        left = (words.squeeze(1) != EOS).nonzero().squeeze(1)
+        if not len(left):
             break
-    return torch.stack(ids, dim=-1)
+        if len(left) < len(running):
+            running, words = running[left], words[left]
+            state = State(*(part[left] for part in state))
+            memory = Memory(*(part[left] for part in memory))
+    return ids[:, : length + 1].view(len(features), samples, -1)
 
 
 def loss(

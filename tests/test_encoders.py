@@ -51,6 +51,10 @@ def test_lite2_gives_a_grid_without_gradient(lite2: Encoder) -> None:
     assert not any(parameter.requires_grad for parameter in lite2.parameters())
 
 
+def test_no_batchnorm_is_left_to_compute(lite2: Encoder) -> None:
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in lite2.modules())
+
+
 def test_an_encoder_stays_in_eval(lite2: Encoder) -> None:
     images = _noise()
     before = lite2(images)
@@ -80,7 +84,7 @@ def test_lite2_equals_the_original_implementation_at_its_own_size(lite2: Encoder
         cells = nn.functional.adaptive_avg_pool2d(level, 7)
         expected = (cells - cells.mean(1, keepdim=True)) / cells.std(1, keepdim=True, correction=0)
         part = found[:, start : start + level.shape[1]]
-        # Exactly; the rest is for machines that sum a convolution in another order.
+        # The batch-norms are folded into the convolutions, which rounds otherwise.
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-3)
 
 

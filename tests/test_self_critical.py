@@ -68,6 +68,20 @@ def test_the_same_generator_draws_the_same(features: torch.Tensor) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_words_are_drawn_as_often_as_the_policy_says(features: torch.Tensor) -> None:
+    model = small_model()
+    model.fc.weight.data *= 20  # so that there is something to tell apart
+    captions = draw(model, features[:1], samples=20_000, temperature=0.5, max_length=3)
+    with torch.no_grad():
+        logits, _ = model(features[:1], torch.tensor([[[BOS, EOS]]]))
+    allowed = torch.ones(len(VOCABULARY), dtype=torch.bool)
+    allowed[[PAD, BOS, UNK]] = False
+    chances = (logits[0].masked_fill(~allowed, -torch.inf) / 0.5).softmax(-1)
+    share = captions[0, :, 1].bincount(minlength=len(VOCABULARY)) / 20_000
+    assert chances.max() > 2 / len(VOCABULARY)
+    torch.testing.assert_close(share, chances, rtol=0, atol=0.015)
+
+
 def test_a_photos_own_caption_earns_more_than_anothers() -> None:
     reward = Reward(REFERENCES, VOCABULARY)
     own, other = reward([0], ids_of("a black dog runs in the snow", "a brown cat sits"))[0]
