@@ -11,14 +11,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, FORMATS, DecodingOptions
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
-
-if TYPE_CHECKING:
-    from captioner.caption import Caption
-    from captioner.predictor import Captioner
 
 _BATCH = 16
 
@@ -36,9 +31,23 @@ def build_parser() -> argparse.ArgumentParser:
     caption = commands.add_parser(
         "caption",
         help="caption photos and folders of photos",
-        description="Print a line a photo: its path, a tab, its caption.",
+        description="Print a line a photo: its path, a tab, its caption. With --output write a "
+        "table instead, of any number of photos; the same command goes on where it was stopped.",
     )
-    caption.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photo or folder")
+    caption.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="photo or folder")
+    caption.add_argument(
+        "--data",
+        metavar="HUB_ID|FOLDER",
+        help="the photos of a data set (Parquet, column image) instead of PATH; with --output",
+    )
+    caption.add_argument("--split", default="train", help="of --data; default %(default)s")
+    caption.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write photo, filename, caption, log_probability and error as Parquet files into "
+        "this folder, as in --output captions.parquet",
+    )
     caption.add_argument("--json", action="store_true", help="one JSON object a line: every number")
     caption.add_argument(
         "--heatmaps", type=Path, metavar="DIR", help="also write a file with the maps of each photo"
@@ -100,10 +109,12 @@ def _photos_in(path: Path) -> Iterator[tuple[Path, Path]]:
         yield path, Path(path.name)
         return
     found = False
-    for each in sorted(path.rglob("*")):
-        if each.suffix.lower() in SUFFIXES and each.is_file():
-            found = True
-            yield each, each.relative_to(path)
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for each in (Path(folder, name) for name in sorted(names)):
+            if each.suffix.lower() in SUFFIXES and each.is_file():
+                found = True
+                yield each, each.relative_to(path)
     if not found:
         raise ImageError(f"{path} holds no photo ({' '.join(sorted(SUFFIXES))})")
 
@@ -127,21 +138,14 @@ def _free_name(path: Path, taken: set[Path]) -> Path:
     return free
 
 
-def _captions_of(
-    captioner: Captioner, paths: list[Path], options: DecodingOptions
-) -> list[Caption | None]:
-    """Caption photos together; one that cannot be read is told and passed over."""
-    try:
-        return list(captioner.caption_batch(paths, options))
-    except ImageError as error:
-        if len(paths) == 1:
-            print(f"captioner: {error}", file=sys.stderr)
-            return [None]
-        return [_captions_of(captioner, [path], options)[0] for path in paths]
-
-
 def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     """Caption what is named; what cannot be read is told and passed over."""
+    if arguments.output:
+        return _caption_all(arguments, options)
+    if arguments.data:
+        raise ConfigError("--data needs --output, a folder for the captions")
+    if not arguments.paths:
+        raise ConfigError("give a PATH: a photo or a folder of photos")
     from captioner.images import open_photo
     from captioner.predictor import Captioner
 
@@ -157,10 +161,11 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             print(f"captioner: {error}", file=sys.stderr)
     for start in range(0, len(photos), _BATCH):
         batch = photos[start : start + _BATCH]
-        captions = _captions_of(captioner, [path for path, _ in batch], options)
+        captions = captioner.caption_each([path for path, _ in batch], options)
         for (path, place), caption in zip(batch, captions, strict=True):
-            if caption is None:
+            if isinstance(caption, ImageError):
                 failed = True
+                print(f"captioner: {caption}", file=sys.stderr)
                 continue
             if arguments.json:
                 print(json.dumps({"path": str(path), **caption.to_dict()}), flush=True)
@@ -173,6 +178,30 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
                 data = render(open_photo(path), caption, arguments.format)
                 _write(_free_name(target, taken), data)
     return 1 if failed else 0
+
+
+def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int:
+    """Write the captions of any number of photos as Parquet; say how many there are."""
+    if bool(arguments.paths) == bool(arguments.data):
+        raise ConfigError("--output takes either PATHs or --data: give one of them")
+    if arguments.json or arguments.heatmaps:
+        raise ConfigError("--output writes no maps: leave --json and --heatmaps away")
+    from captioner import bulk
+    from captioner.predictor import Captioner
+
+    if arguments.data:
+        photos = bulk.photos_of(arguments.data, arguments.split)
+    else:
+        # Walked once before, so that a folder that holds no photo is told at the start.
+        for named in arguments.paths:
+            next(_photos_in(named))
+        photos = bulk.photos_at(
+            lambda: (p for named in arguments.paths for p, _ in _photos_in(named))
+        )
+    captioner = Captioner.load(arguments.checkpoint, arguments.encoder_weights)
+    rows, errors = bulk.caption_all(captioner, photos, arguments.output, options)
+    print(f"{rows} photos in {arguments.output}, {errors} of them with an error")
+    return 1 if errors else 0
 
 
 def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:

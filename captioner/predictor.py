@@ -15,7 +15,7 @@ from captioner.caption import Beam, Caption, Word
 from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
 from captioner.decoding import Hypothesis, beam_search, decode
 from captioner.encoders import Encoder, load_encoder
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, open_photo
 from captioner.vocab import SPECIALS, clean
 
@@ -99,6 +99,17 @@ class Captioner:
 
         given = tuple(range(len(prefix)))
         return [dataclasses.replace(caption, given=given) for caption in self._run(photos, search)]
+
+    def caption_each(
+        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+    ) -> list[Caption | ImageError]:
+        """Caption several photos at once; where one cannot be opened, its error stands for it."""
+        try:
+            return list(self.caption_batch(photos, options))
+        except ImageError as error:
+            if len(photos) == 1:
+                return [error]
+            return [each for photo in photos for each in self.caption_each([photo], options)]
 
     def score(self, photo: Photo, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.

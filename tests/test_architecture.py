@@ -43,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "viewer": {"caption", "images"},
     "serving": set(),
     "predictor": {"checkpoint", "encoders", "decoding", "caption"},
+    "bulk": {"predictor"},
     "logbook": set(),
     "forecast": {"model", "decoding", "encoders", "self_critical"},
     "preparation": _TRAINING | {"forecast"},
@@ -53,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     # The names that are public, each loaded when it is used.
     "__init__": {"caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
-    "__main__": {"predictor", "overlay", "evaluation"},
+    "__main__": {"predictor", "overlay", "evaluation", "bulk"},
 }
 
 # Scripts hold layout and arguments only: for them the drawing is meant word by word.

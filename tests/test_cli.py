@@ -141,7 +141,6 @@ def test_bad_settings_are_one_line_and_code_two(
     "arguments",
     [
         [],
-        ["caption"],
         ["paint"],
         ["caption", "--nonsense", "x"],
         ["caption", "x.jpg", "--format", "bmp"],

@@ -1,0 +1,206 @@
+"""``python -m captioner caption --output``: any number of photos, and on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner import Captioner, bulk
+from captioner.__main__ import main
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def table(folder: Path) -> dict[str, Row]:
+    """Return the rows by photo, and make sure that none comes twice."""
+    rows = pq.read_table(folder).to_pylist()
+    assert len({row["photo"] for row in rows}) == len(rows)
+    return {row["photo"]: row for row in rows}
+
+
+@pytest.fixture
+def album(tmp_path: Path, example_photos: list[Path]) -> Path:
+    """Four photos in two folders, one of them broken, and a name that is no valid text."""
+    folder = tmp_path / "album"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(example_photos[0], folder / "b.png")
+    shutil.copy(example_photos[1], folder / "deep" / "a.png")
+    shutil.copy(example_photos[0], os.fsencode(folder) + b"/\xff.png")
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / "notes.txt").write_text("no photo either")
+    return folder
+
+
+def test_every_photo_gets_a_row_and_broken_ones_their_error(
+    captioner: Captioner, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "captions.parquet"
+    assert main(["caption", str(album), "--output", str(output)]) == 1
+    assert f"4 photos in {output}, 1 of them with an error" in capsys.readouterr().out
+    rows = table(output)
+    whole = captioner.caption(album / "b.png")
+    assert rows[f"{album}/b.png"] == {
+        "photo": f"{album}/b.png",
+        "filename": "b.png",
+        "caption": whole.text,
+        "log_probability": pytest.approx(whole.log_probability, abs=1e-4),
+        "error": None,
+    }
+    assert rows[f"{album}/deep/a.png"]["caption"] == captioner.caption(album / "deep/a.png").text
+    assert rows[f"{album}/\\xff.png"]["caption"] == whole.text
+    broken = rows[f"{album}/broken.jpg"]
+    assert broken["caption"] is None
+    assert "is not a photo that can be read" in broken["error"]
+
+
+def test_what_has_a_row_is_not_captioned_again(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "captions.parquet"
+    main(["caption", str(album / "b.png"), "--output", str(output)])
+    before = table(output)
+    asked: list[Any] = []
+    really = Captioner.caption_each
+
+    def look(self: Captioner, photos: list[Any], *rest: Any) -> Any:
+        asked.extend(photos)
+        return really(self, photos, *rest)
+
+    monkeypatch.setattr(Captioner, "caption_each", look)
+    main(["caption", str(album), "--output", str(output)])
+    assert len(asked) >= 3  # the broken one stops its batch, and all are tried one by one
+    assert album / "b.png" not in asked
+    assert before.items() <= table(output).items()
+    assert len(table(output)) == 4
+
+
+def test_the_photos_of_a_data_set_need_no_captions(
+    captioner: Captioner,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
+    tmp_path: Path,
+) -> None:
+    rows = [{name: hub_row(n)[name] for name in ("image", "filename")} for n in range(5)]
+    rows[2]["image"] = None
+    rows[3]["filename"] = rows[4]["filename"]  # photos go by their row, not by their name
+    data = write_parquet(tmp_path / "data", {"train": rows})
+    output = tmp_path / "captions"
+    arguments = ["caption", "--data", str(data), "--output", str(output), "--beam-size", "1"]
+    assert main(arguments) == 1
+    found = table(output)
+    assert list(found) == ["0", "1", "2", "3", "4"]
+    assert [row["filename"] for row in found.values()] == [row["filename"] for row in rows]
+    assert [bool(row["error"]) for row in found.values()] == [False, False, True, False, False]
+    greedy = captioner.caption(rows[4]["image"]["bytes"], bulk.DecodingOptions(beam_size=1))
+    assert found["4"]["caption"] == greedy.text
+    assert main(arguments) == 1
+    assert table(output) == found
+
+
+def test_a_killed_job_goes_on_and_equals_an_uninterrupted_one(
+    example_photos: list[Path], tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(60):
+        shutil.copy(example_photos[number % len(example_photos)], photos / f"{number:02}.png")
+    code = (
+        "import sys; from captioner import bulk; from captioner.__main__ import main; "
+        "bulk._PART = 16; sys.exit(main(sys.argv[1:]))"
+    )
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+
+    def command(folder: Path) -> list[str]:
+        return [sys.executable, "-c", code, "caption", str(photos), "--output", str(folder)]
+
+    process = subprocess.Popen(command(output), cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 16 <= len(table(output)) < 60
+    (output / ".old.parquet.part").write_bytes(b"what a kill left")
+    for folder in (output, whole):
+        subprocess.run(command(folder), cwd=ROOT, check=True, capture_output=True)
+    assert not list(output.glob(".*.part"))
+    found, wanted = table(output), table(whole)
+    assert len(wanted) == 60
+    assert found.keys() == wanted.keys()
+    for photo, row in wanted.items():
+        assert found[photo]["caption"] == row["caption"]
+        assert found[photo]["log_probability"] == pytest.approx(row["log_probability"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give a PATH"),
+        (["--data", "somewhere"], "--data needs --output"),
+        (["--output", "out"], "either PATHs or --data"),
+        (["photo.jpg", "--data", "somewhere", "--output", "out"], "either PATHs or --data"),
+        (["photo.jpg", "--output", "out", "--json"], "writes no maps"),
+        (["photo.jpg", "--output", "out", "--heatmaps", "maps"], "writes no maps"),
+    ],
+)
+def test_arguments_that_mean_nothing_exit_with_2(
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_in_the_way_is_named_and_left(
+    album: Path,
+    tmp_path: Path,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(photos: list[str], output: Path) -> str:
+        assert main(["caption", *photos, "--output", str(output)]) == 1
+        return capsys.readouterr().err
+
+    file = tmp_path / "file.parquet"
+    file.write_text("mine")
+    assert "is a file" in told([str(album)], file)
+    other = tmp_path / "other"
+    other.mkdir()
+    pq.write_table(pa.table({"mine": [1]}), other / "mine.parquet")
+    assert "is no file of captions" in told([str(album)], other)
+    (other / "mine.parquet").write_bytes(b"PAR1 cut off")
+    assert "is damaged: delete it" in told([str(album)], other)
+    assert file.read_text() == "mine"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no photo" in told([str(empty)], tmp_path / "out")
+    assert "cannot read the split" in told(["--data", str(tmp_path / "nowhere")], tmp_path / "out")
+    data = write_parquet(tmp_path / "data", {"train": [{"alt_text": hub_row(0)["alt_text"]}]})
+    assert "no column 'image'" in told(["--data", str(data)], tmp_path / "out")
+
+
+def test_a_second_job_does_not_write_into_the_same_folder(
+    captioner: Captioner, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with bulk.filelock.FileLock(output / ".lock"), pytest.raises(bulk.DataError, match="another"):
+        bulk.caption_all(captioner, bulk.photos_at(lambda: []), output, bulk.DecodingOptions())
