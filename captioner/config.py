@@ -224,7 +224,6 @@ class TrainConfig(_Config):
         reward_batch_size: photos a step of it.
         reward_samples: captions drawn of each photo.
         reward_temperature: of the drawing, and of what is learned.
-        reward_feature_dropout: share of the encoder's channels that are zeroed for a step of it.
         reward_learning_rate: at its first step; it falls to zero as a half cosine.
         seed: of everything random.
         device: "auto", "cpu", "cuda" or "mps".
@@ -261,7 +260,6 @@ class TrainConfig(_Config):
     reward_batch_size: int = 64
     reward_samples: int = 5
     reward_temperature: float = 0.5
-    reward_feature_dropout: float = 0.0
     reward_learning_rate: float = 5e-5
     seed: int = 0
     device: str = "auto"
@@ -289,7 +287,6 @@ class TrainConfig(_Config):
             reward_batch_size=(1, 10**6),
             reward_samples=(2, 1000),
             reward_temperature=(0.05, 10),
-            reward_feature_dropout=(0, 0.95),
             reward_learning_rate=(1e-12, 10),
             seed=(0, 2**32 - 1),
         )

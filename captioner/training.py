@@ -24,7 +24,7 @@ import filelock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout1d
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -106,9 +106,6 @@ def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, floa
     """Return the self-critical loss of drawn captions, their summed reward, and how many."""
     assert run.reward is not None
     config = run.config
-    # The same channels for drawing and learning, which the model's own dropout would not give.
-    channels = features.transpose(1, 2)
-    features = dropout1d(channels, config.reward_feature_dropout).transpose(1, 2)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
         captions = self_critical.draw(
             run.model,
