@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ class Prepared:
         references: all captions of each validation photo.
         matrix: start of the embedding, or None.
         encoder: the encoder's ``spec()``.
-        caches: names of the feature caches, which change with the photos and the encoder.
+        sources: what was read, in names that change with the photos, the encoder and the text.
         pixels: shape of a batch of photos as the encoder takes them.
     """
 
@@ -65,7 +67,7 @@ class Prepared:
     references: list[list[str]]
     matrix: Tensor | None
     encoder: dict[str, Any]
-    caches: list[str]
+    sources: list[str]
     pixels: tuple[int, ...]
 
 
@@ -170,7 +172,8 @@ def prepare(
 
     features = features_of(photos)
     validation_features = features if same else features_of(validation_photos)
-    caches = [features.folder.name, validation_features.folder.name]
+    sources = [features.folder.name, validation_features.folder.name]
+    sources += [hashlib.sha256(json.dumps(more).encode()).hexdigest()] if more else []
     validation_captions = all_captions if same else list(validation_photos.captions())
     readable, validation_readable = set(features.readable), set(validation_features.readable)
     train_rows = [row for row in train_rows if row in readable]
@@ -202,7 +205,7 @@ def prepare(
     train, train_references = [join(features, train_rows, captions)], list(captions)
     for view in range(1, config.views):
         seen = features_of(photos, view)
-        caches.append(seen.folder.name)
+        sources.append(seen.folder.name)
         told = [
             [mirror_text(text) for text in some] if is_mirrored(view, row) else some
             for row, some in zip(train_rows, captions, strict=True)
@@ -231,6 +234,6 @@ def prepare(
         references=references,
         matrix=matrix,
         encoder=encoder.spec(),
-        caches=caches,
+        sources=sources,
         pixels=_batch_of_photos(photos, train_rows, encoder, config.batch_size),
     )

@@ -160,7 +160,7 @@ class Run:
             },
             "config": self.config.to_dict(),
             "vocabulary": self.prepared.vocabulary.idx2word,
-            "caches": self.prepared.caches,
+            "sources": self.prepared.sources,
         }
         (partial / "state.json").write_text(json.dumps(numbers))
         state, old = self.folder / "state", self.folder / "state.old"
@@ -184,8 +184,8 @@ class Run:
         except Exception as error:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
         ours = self.config.to_dict()
-        # Another device is the same run, and so are the same photos and weights in another place.
-        elsewhere = ("device", "data", "encoder_weights")
+        # Another device is the same run, and so are the same files in another place.
+        elsewhere = ("device", "data", "text", "encoder_weights")
         changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
@@ -195,8 +195,8 @@ class Run:
                 "with the same ones, or choose another --out"
             )
         same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
-        # The caches go by the photos, the encoder and its weights.
-        if not same_words or numbers["caches"] != self.prepared.caches:
+        # The sources go by the photos, the encoder, its weights and the text.
+        if not same_words or numbers["sources"] != self.prepared.sources:
             raise TrainingError(
                 f"{self.folder} was started on other photos, captions or encoder weights: give the "
                 "same ones, or choose another --out"

@@ -308,6 +308,7 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
     tmp_path: Path,
     write_parquet: Write,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [{"alt_text": [f"a red circle on the {side}"] * 5} for side in ("left", "right") * 10]
     text = write_parquet(tmp_path / "text", {"train": rows})
@@ -340,7 +341,13 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step_and_ask)
         assert train.main(arguments(out, *more)) == 128 + signal.SIGINT
-    assert train.main(arguments(out, *more, "--resume")) == 0
+    # The same text may lie elsewhere by now, but it must be the same.
+    other = write_parquet(tmp_path / "other", {"train": rows[:-1]})
+    assert train.main(arguments(out, *more, "--text", str(other), "--resume")) == 1
+    assert "started on other photos, captions" in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    moved = text.rename(tmp_path / "elsewhere" / "text")
+    assert train.main(arguments(out, *more, "--text", str(moved), "--resume")) == 0
     _assert_same_run(out, tmp_path / "whole")
     card = (out / "checkpoint/README.md").read_text()
     assert "after reading the captions of `text`." in card

@@ -50,7 +50,7 @@ def _prepared(features: np.ndarray, captions: list[list[str]], encoder: dict[str
         references=captions,
         matrix=None,
         encoder=encoder,
-        caches=[],
+        sources=[],
         pixels=(1, 3, 224, 224),
     )
 
