@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioner import Captioner, bulk
+from captioner import Captioner, DecodingOptions, bulk
 from captioner.__main__ import main
+from captioner.errors import DataError
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def album(tmp_path: Path, example_photos: list[Path]) -> Path:
     (folder / "deep").mkdir(parents=True)
     shutil.copy(example_photos[0], folder / "b.png")
     shutil.copy(example_photos[1], folder / "deep" / "a.png")
-    shutil.copy(example_photos[0], os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(example_photos[0], folder / os.fsdecode(b"\xff.png"))
     (folder / "broken.jpg").write_bytes(b"no photo")
     (folder / "notes.txt").write_text("no photo either")
     return folder
@@ -103,7 +105,7 @@ def test_the_photos_of_a_data_set_need_no_captions(
     assert list(found) == ["0", "1", "2", "3", "4"]
     assert [row["filename"] for row in found.values()] == [row["filename"] for row in rows]
     assert [bool(row["error"]) for row in found.values()] == [False, False, True, False, False]
-    greedy = captioner.caption(rows[4]["image"]["bytes"], bulk.DecodingOptions(beam_size=1))
+    greedy = captioner.caption(rows[4]["image"]["bytes"], DecodingOptions(beam_size=1))
     assert found["4"]["caption"] == greedy.text
     assert main(arguments) == 1
     assert table(output) == found
@@ -202,5 +204,5 @@ def test_a_second_job_does_not_write_into_the_same_folder(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    with bulk.filelock.FileLock(output / ".lock"), pytest.raises(bulk.DataError, match="another"):
-        bulk.caption_all(captioner, bulk.photos_at(lambda: []), output, bulk.DecodingOptions())
+    with filelock.FileLock(output / ".lock"), pytest.raises(DataError, match="another"):
+        bulk.caption_all(captioner, bulk.photos_at(lambda: []), output, DecodingOptions())
