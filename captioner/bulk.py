@@ -178,11 +178,13 @@ def _caption_all(
     left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
     batches = left.iter(batch_size=_BATCH)
     with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
-        while some := list(itertools.islice(batches, _PART // _BATCH)):
+        while True:
             tables = []
-            for batch in some:
+            for batch in itertools.islice(batches, _PART // _BATCH):
                 tables.append(_caption(captioner, options, batch))
                 bar.update(len(tables[-1]))
+            if not tables:
+                break
             # Whole or not at all: a file that is being written has another name.
             name = f"{uuid.uuid4().hex}.parquet"
             partial = output / f".{name}.part"
