@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),  # why there is no caption
     ]
 )
-_BATCH = 16  # photos captioned at once
+_BATCH = 64  # photos captioned at once
 _PART = 512  # photos a file, and at most lost by a kill
 
 

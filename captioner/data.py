@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ _LOCAL_WAY = (
     "photos beside a captions.csv (image,caption)"
 )
 _SIDES = {"left": "right", "right": "left"}
+# torch draws from one generator, whatever the thread.
+_DRAWING = threading.Lock()
 
 
 class CaptionedPhotos:
@@ -295,7 +298,7 @@ def view_of(image: Image.Image, view: int, row: int) -> Image.Image:
     of the same row is always the same part.
     """
     if view > 1:
-        with torch.random.fork_rng(devices=[]):
+        with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(view * 1_000_003 + row)
             top, left, height, width = RandomResizedCrop.get_params(
                 image, scale=[0.55, 0.95], ratio=[3 / 4, 4 / 3]
@@ -307,20 +310,16 @@ def view_of(image: Image.Image, view: int, row: int) -> Image.Image:
 class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
     """Photos as an encoder's input; an unreadable one is (row, None)."""
 
-    def __init__(
-        self, photos: CaptionedPhotos, transform: Transform, *, view: int = 0, start: int = 0
-    ) -> None:
-        """Serve the rows from ``start`` on, as ``view_of`` shows them."""
+    def __init__(self, photos: CaptionedPhotos, transform: Transform, *, view: int = 0) -> None:
+        """Serve the photos as ``view_of`` shows them."""
         self.photos = photos
         self.transform = transform
         self.view = view
-        self.start = start
 
     def __len__(self) -> int:
-        return len(self.photos) - self.start
+        return len(self.photos)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
-        row = self.start + index
+    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
         try:
             photo = view_of(self.photos.photo(row), self.view, row)
         except ImageError:

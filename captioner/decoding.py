@@ -92,7 +92,7 @@ def penalties(history: Tensor, size: int, rules: Rules) -> Tensor:
         result.scatter_add_(-1, trigrams[..., 2], same * _BANNED)
     if rules.never_last:
         last = torch.tensor(rules.never_last, device=history.device)
-        bad = torch.isin(history[..., -1], last)
+        bad = (history[..., -1:] == last).any(dim=-1)
         result[..., EOS] += bad * _BANNED
     return result
 

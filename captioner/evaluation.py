@@ -15,7 +15,7 @@ from captioner.checkpoint import Checkpoint
 from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, PAD, DecodingOptions
 from captioner.data import CaptionDataset, CaptionedPhotos, load_captions
 from captioner.decoding import decode
-from captioner.encoders import load_encoder
+from captioner.encoders import choose_device, load_encoder
 from captioner.features import cache_features
 from captioner.metrics import score_captions
 from captioner.model import CaptionModel
@@ -111,6 +111,7 @@ def evaluate_checkpoint(
     encoder_weights: str | None = None,
     limit: int = 0,
     cache: Path = FEATURES_FOLDER,
+    device: str = "cpu",
 ) -> Evaluation:
     """Score a checkpoint on one split, every photo against all of its references.
 
@@ -120,6 +121,7 @@ def evaluate_checkpoint(
     photos = load_captions(source, split, limit=limit)
     encoder = load_encoder(str(checkpoint.encoder["name"]), encoder_weights)
     checkpoint.check_encoder(encoder.spec())
+    checkpoint.model.to(encoder.to(choose_device(device)).device)
     features = cache_features(encoder, photos, cache)
     all_references, all_names = list(photos.captions()), photos.names()
     references = [all_references[row] for row in features.readable]

@@ -5,8 +5,10 @@ The backbone is frozen, so every photo passes it once. Knows nothing of captions
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -21,10 +23,14 @@ from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
 from captioner.errors import DataError, EncoderError
+from captioner.images import map_ahead
+from captioner.processes import Processes
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.json"
+_ARRAY, _DONE = "features.npy", "done.npy"
+# What ``done.npy`` says of a photo.
+_TODO, _READ, _UNREADABLE = range(3)
 _SAVE_EVERY = 512
 _SPARE_BYTES = 200_000_000
 
@@ -44,13 +50,6 @@ class Features:
     folder: Path
 
 
-def _write_state(path: Path, state: dict[str, object]) -> None:
-    """Replace a small JSON file in one step."""
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(state))
-    partial.replace(path)
-
-
 def _home(encoder: Encoder, photos: CaptionedPhotos, folder: Path, view: int) -> Path:
     """Return the folder of a cache."""
     key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "view": view}
@@ -63,11 +62,17 @@ def count_missing(
     encoder: Encoder, photos: CaptionedPhotos, folder: Path = FEATURES_FOLDER, *, view: int = 0
 ) -> int:
     """Return how many photos ``cache_features`` would have to pass through the encoder."""
+    done = _read(_home(encoder, photos, folder, view) / _DONE, (len(photos),))
+    return len(photos) if done is None else int((done == _TODO).sum())
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Map an array into memory, read-only; None where there is none of this shape."""
     try:
-        state = json.loads((_home(encoder, photos, folder, view) / _STATE).read_text())
-        return len(photos) - int(state["done"])
-    except (OSError, ValueError, KeyError):
-        return len(photos)
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape else None
 
 
 def cache_features(
@@ -76,103 +81,118 @@ def cache_features(
     folder: Path = FEATURES_FOLDER,
     *,
     view: int = 0,
-    device: str = "cpu",
-    batch_size: int | None = None,
+    processes: Processes | None = None,
 ) -> Features:
     """Return the features of ``photos``, extracting only what is not on disk yet.
 
     The cache is keyed by the photos' contents and order, the encoder with its weights and
     transform, and ``view`` (see ``data.view_of``); a change of any makes a new one. A killed run
-    goes on where it last saved, and a second process waits for the first.
+    goes on where it last saved, and a second one waits for the first. Of several ``processes``
+    each extracts a part; all must call this.
 
     Raises:
         DataError: the disk is too small, or no photo can be opened.
         EncoderError: the features are too large for float16.
     """
+    processes = processes or Processes()
     home = _home(encoder, photos, folder, view)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make {home}: {error.strerror}; choose another --cache") from error
     shape = (len(photos), GRID * GRID, encoder.channels)
-    # A few photos at a time stay in a CPU's cache.
-    batch_size = batch_size or (4 if device == "cpu" else 32)
-    with filelock.FileLock(home / ".lock"):
-        unreadable = _extract(encoder, photos, home, shape, view, device, batch_size)
-    if len(unreadable) == len(photos):
+    with contextlib.ExitStack() as stack:
+        if processes.first:
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(
+                    f"cannot make {home}: {error.strerror}; choose another --cache"
+                ) from error
+            stack.enter_context(filelock.FileLock(home / ".lock"))
+            _begin(home, shape)
+        processes.wait()
+        left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _TODO)
+        processes.wait()  # or this one would count what another has done already
+        if len(left):
+            _extract(encoder, photos, home, left, view, processes)
+        processes.wait()
+    done = np.load(home / _DONE, mmap_mode="r")
+    readable = np.flatnonzero(done == _READ).tolist()
+    if not readable:
         raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
-    if unreadable:
-        log.warning("%s: skipped %d photos that cannot be opened", home.name, len(unreadable))
-    array = np.load(home / "features.npy", mmap_mode="r")
-    readable = np.setdiff1d(np.arange(len(photos)), unreadable).tolist()
-    return Features(array, readable, home)
+    if len(readable) < len(photos) and processes.first:
+        log.warning(
+            "%s: skipped %d photos that cannot be opened", home.name, len(photos) - len(readable)
+        )
+    return Features(np.load(home / _ARRAY, mmap_mode="r"), readable, home)
+
+
+def _begin(home: Path, shape: tuple[int, int, int]) -> None:
+    """Make the two files, unless they are there and whole."""
+    done = _read(home / _DONE, shape[:1])
+    if done is not None and _read(home / _ARRAY, shape) is not None:
+        return
+    if (home / _DONE).exists():
+        log.warning("%s is damaged: extracting the features anew", home)
+        (home / _DONE).unlink()
+    needed = int(np.prod(shape)) * 2
+    free = shutil.disk_usage(home).free
+    if free < needed + _SPARE_BYTES:
+        raise DataError(
+            f"the features of {shape[0]} photos need {needed / 1e9:.1f} GB in {home} and only "
+            f"{free / 1e9:.1f} GB are free: make room, or choose another --cache or a --limit"
+        )
+    open_memmap = np.lib.format.open_memmap
+    open_memmap(home / _ARRAY, mode="w+", dtype=np.float16, shape=shape).flush()
+    # Zero, that is _TODO.
+    open_memmap(home / _DONE, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
 
 
 def _extract(
     encoder: Encoder,
     photos: CaptionedPhotos,
     home: Path,
-    shape: tuple[int, int, int],
+    left: np.ndarray,
     view: int,
-    device: str,
-    batch_size: int,
-) -> list[int]:
-    """Fill ``features.npy`` from the last saved row on; return the unreadable rows."""
-    array_path, state_path = home / "features.npy", home / _STATE
-    done, unreadable = 0, []
-    if state_path.is_file() and array_path.is_file():
-        try:
-            state = json.loads(state_path.read_text())
-            if np.load(array_path, mmap_mode="r").shape == shape:
-                done, unreadable = state["done"], state["unreadable"]
-        except (ValueError, KeyError):
-            log.warning("%s is damaged: extracting the features anew", home)
-    if done == shape[0]:
-        return unreadable
-    if done == 0:
-        needed = int(np.prod(shape)) * 2
-        free = shutil.disk_usage(home).free
-        if free < needed + _SPARE_BYTES:
-            raise DataError(
-                f"the features of {shape[0]} photos need {needed / 1e9:.1f} GB in {home} and only "
-                f"{free / 1e9:.1f} GB are free: make room, or choose another --cache or a --limit"
-            )
-        np.lib.format.open_memmap(array_path, mode="w+", dtype=np.float16, shape=shape).flush()
-    array = np.lib.format.open_memmap(array_path, mode="r+")
-    loader = torch.utils.data.DataLoader(
-        PhotoDataset(photos, encoder.transform, view=view, start=done),
-        batch_size=batch_size,
-        collate_fn=list,
-    )
-    encoder = encoder.to(device)
-    label = f"features, {encoder.name}, {photos.split}{f', view {view}' if view else ''}"
-    saved = done
+    processes: Processes,
+) -> None:
+    """Extract this process's part of the rows that are ``left``."""
+    array = np.lib.format.open_memmap(home / _ARRAY, mode="r+")
+    done = np.lib.format.open_memmap(home / _DONE, mode="r+")
+    own = np.array_split(left, processes.count)[processes.rank]
+    dataset = PhotoDataset(photos, encoder.transform, view=view)
+    seen: list[tuple[int, int]] = []  # rows, and what is to be said of them
 
     def save() -> None:
-        # The rows must be on disk before the count says so.
+        # The features must be on disk before the count says so.
         array.flush()
-        _write_state(
-            state_path, {"done": done, "unreadable": [row for row in unreadable if row < done]}
-        )
+        for row, state in seen:
+            done[row] = state
+        done.flush()
+        seen.clear()
 
-    with tqdm(total=shape[0], initial=done, desc=label, unit="photo", smoothing=0.05) as bar:
+    label = f"features, {encoder.name}, {photos.split}{f', view {view}' if view else ''}"
+    with tqdm(
+        total=len(done),
+        initial=len(done) - len(left),
+        desc=label,
+        unit="photo",
+        smoothing=0.05,
+        disable=not processes.first,
+    ) as bar:
         try:
-            for batch in loader:
+            loaded = map_ahead(dataset.__getitem__, own.tolist())
+            while batch := list(itertools.islice(loaded, encoder.batch_size)):
                 readable = [(row, pixels) for row, pixels in batch if pixels is not None]
-                unreadable += [row for row, pixels in batch if pixels is None]
                 if readable:
-                    grid = encoder(torch.stack([pixels for _, pixels in readable]).to(device))
+                    grid = encoder(torch.stack([pixels for _, pixels in readable]))
                     cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
                     if not cells.isfinite().all():
                         raise EncoderError(
                             f"{encoder.name} gives values that float16 cannot hold: choose another"
                         )
                     array[[row for row, _ in readable]] = cells.numpy()
-                done += len(batch)
-                bar.update(len(batch))
-                if done - saved >= _SAVE_EVERY:
+                seen += [(row, _UNREADABLE if pixels is None else _READ) for row, pixels in batch]
+                # The others are about as far.
+                bar.update(min(len(batch) * processes.count, len(done) - bar.n))
+                if len(seen) >= _SAVE_EVERY:
                     save()
-                    saved = done
         finally:
             save()  # also when it is stopped
-    return unreadable

@@ -49,8 +49,12 @@ def _seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.device) -> str:
-    """Return a line on the time that is left, features first. Draws random numbers."""
+def forecast(config: TrainConfig, encoder: Encoder, work: Work, processes: int = 1) -> str:
+    """Return a line on the time that is left, features first. Draws random numbers.
+
+    All processes are taken to be as fast as this one is now, beside the others.
+    """
+    device = encoder.device
     size, length = encoder.transform.size, min(_LENGTH, config.max_length)
     model = CaptionModel(
         config.model_config(vocabulary_size=work.words, encoder_channels=encoder.channels)
@@ -64,7 +68,7 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
         loss.backward()  # type: ignore[no-untyped-call]
 
     def see() -> None:
-        encoder.to(device)(torch.randn(_PHOTOS, 3, size, size, device=device))
+        encoder(torch.randn(_PHOTOS, 3, size, size))
 
     def read(cells: int = GRID * GRID) -> None:
         captions = torch.randint(
@@ -96,20 +100,24 @@ def forecast(config: TrainConfig, encoder: Encoder, work: Work, device: torch.de
         state, memory = model.start(features(_SCORED))
         decode(model.step, state, memory, dataclasses.replace(options, max_length=length))
 
+    photos = work.photos / processes
     step = _seconds(read) / config.batch_size
     text_step = _seconds(lambda: read(cells=1)) / config.batch_size if work.texts else 0.0
     scoring = _seconds(score) / _SCORED * work.validation
     parts = {
-        f"the features of {work.passes:,} photos": _seconds(see) / _PHOTOS * work.passes,
+        f"the features of {work.passes:,} photos": _seconds(see)
+        / _PHOTOS
+        * work.passes
+        / processes,
         f"{_epochs(config.text_epochs)} of text": bool(work.texts)
         * config.text_epochs
-        * (text_step * (work.texts + work.photos) + scoring),
-        _epochs(config.epochs): config.epochs * (step * work.photos + scoring),
+        * (text_step * (work.texts / processes + photos) + scoring),
+        _epochs(config.epochs): config.epochs * (step * photos + scoring),
     }
     if config.reward_epochs:
         reward = _seconds(write) / config.reward_batch_size
         parts[f"{_epochs(config.reward_epochs)} of rewards"] = config.reward_epochs * (
-            reward * work.photos + scoring
+            reward * photos + scoring
         )
     named = ", ".join(f"{_minutes(part)} for {name}" for name, part in parts.items() if part)
     return f"the whole run takes about {_minutes(sum(parts.values()))}: {named}"

@@ -1,13 +1,23 @@
-"""A training run's figures, an epoch a row: CSV, TensorBoard and curves.png."""
+"""A training run's record (run.json) and figures: CSV, TensorBoard and curves.png."""
 
 from __future__ import annotations
 
 import csv
+import functools
+import json
 import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
+
+from captioner.config import TrainConfig
+
+RECORD = "run.json"
 
 _PANELS = {
     "Cross-entropy, nats a word": ("train_loss", "val_loss"),
@@ -68,3 +78,30 @@ def curves(rows: list[dict[str, float]]) -> Figure:
         if len(names) > 1:
             axes.legend(frameon=False)
     return figure
+
+
+@functools.cache  # a run goes on with the code it started with, whatever is committed meanwhile
+def _git_commit() -> str | None:
+    """Return the commit that the code stood at when first asked, if it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_record(
+    folder: Path, config: TrainConfig, rows: Sequence[dict[str, float]], processes: int
+) -> None:
+    """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
+    packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
+    record = {
+        "config": config.to_dict(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "git_commit": _git_commit(),
+        "processes": processes,
+        "epochs": list(rows),
+    }
+    partial = folder / f"{RECORD}.part"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(folder / RECORD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from captioner import checkpoint as checkpoints
 from captioner.caption import Beam, Caption, Word
 from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
 from captioner.decoding import Hypothesis, beam_search, decode
-from captioner.encoders import Encoder, load_encoder
+from captioner.encoders import GRID, Encoder, choose_device, load_encoder
 from captioner.errors import ConfigError, ImageError
-from captioner.images import Photo, open_photo
+from captioner.images import Photo, map_ahead, open_photo
+from captioner.packed import pack
 from captioner.vocab import SPECIALS, clean
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
-_BATCH = 16
+_BATCH = 64  # photos decoded at once
 
 
 class Captioner:
@@ -36,25 +38,32 @@ class Captioner:
         checkpoint.check_encoder(encoder.spec())
         self.checkpoint = checkpoint
         self.encoder = encoder
+        self._decoder = pack(checkpoint.model.to(encoder.device))
 
     @classmethod
     def load(
         cls,
         path_or_hub_id: str | Path | None = None,
         encoder_weights: str | Path | None = None,
+        *,
+        device: str = "cpu",
     ) -> Captioner:
         """Load a checkpoint and its encoder.
 
         Args:
             path_or_hub_id: a checkpoint's folder or Hub id; None is the one that is shipped.
             encoder_weights: file with the encoder's weights, where they cannot be downloaded.
+            device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest that is there.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged, or of other encoder weights.
             EncoderError: the encoder's weights cannot be had.
+            ConfigError: there is no such device.
         """
+        place = choose_device(device)
         checkpoint = checkpoints.load(path_or_hub_id or SHIPPED_CHECKPOINT)
-        return cls(checkpoint, load_encoder(str(checkpoint.encoder["name"]), encoder_weights))
+        encoder = load_encoder(str(checkpoint.encoder["name"]), encoder_weights)
+        return cls(checkpoint, encoder.to(place))
 
     @property
     def card(self) -> str:
@@ -75,6 +84,16 @@ class Captioner:
         self, photos: Sequence[Photo], options: DecodingOptions | None = None
     ) -> list[Caption]:
         """Caption several photos at once; a search finds for each what it would find alone."""
+        captions = self.caption_each(photos, options)
+        for caption in captions:
+            if isinstance(caption, ImageError):
+                raise caption
+        return [caption for caption in captions if isinstance(caption, Caption)]
+
+    def caption_each(
+        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+    ) -> list[Caption | ImageError]:
+        """Caption several photos at once; where one cannot be opened, its error stands for it."""
         options = options or DecodingOptions()
         prefix = self._ids(options.prefix, options.max_length, "the beginning")
         if UNK in prefix:
@@ -87,9 +106,9 @@ class Captioner:
         bad_endings = self.checkpoint.vocabulary.ids(BAD_ENDINGS)
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
-            state, memory = self.checkpoint.model.start(features)
+            state, memory = self._decoder.start(features)
             return decode(
-                self.checkpoint.model.step,
+                self._decoder.step,
                 state,
                 memory,
                 options,
@@ -98,18 +117,10 @@ class Captioner:
             )
 
         given = tuple(range(len(prefix)))
-        return [dataclasses.replace(caption, given=given) for caption in self._run(photos, search)]
-
-    def caption_each(
-        self, photos: Sequence[Photo], options: DecodingOptions | None = None
-    ) -> list[Caption | ImageError]:
-        """Caption several photos at once; where one cannot be opened, its error stands for it."""
-        try:
-            return list(self.caption_batch(photos, options))
-        except ImageError as error:
-            if len(photos) == 1:
-                return [error]
-            return [each for photo in photos for each in self.caption_each([photo], options)]
+        return [
+            found if isinstance(found, ImageError) else dataclasses.replace(found, given=given)
+            for found in self._run(photos, search)
+        ]
 
     def score(self, photo: Photo, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
@@ -127,13 +138,15 @@ class Captioner:
             raise ConfigError("the caption holds no word: write at least one")
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
-            model = self.checkpoint.model
-            state, memory = model.start(features)
+            state, memory = self._decoder.start(features)
+            step, steps = self._decoder.step, len(ids) + 1
             return beam_search(
-                model.step, state, memory, beam_size=1, max_steps=len(ids) + 1, prefix=[*ids, EOS]
+                step, state, memory, beam_size=1, max_steps=steps, prefix=[*ids, EOS]
             )
 
-        caption = self._run([photo], search)[0]
+        (caption,) = self._run([photo], search)
+        if isinstance(caption, ImageError):
+            raise caption
         words = clean(text).split()
         (beam,) = caption.beams
         shown = tuple(
@@ -158,22 +171,34 @@ class Captioner:
     @torch.inference_mode()
     def _run(
         self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
-    ) -> list[Caption]:
+    ) -> list[Caption | ImageError]:
         """Open, encode, search, translate."""
-        captions = []
-        for start in range(0, len(photos), _BATCH):
-            sizes, pixels = [], []
-            for photo in photos[start : start + _BATCH]:
-                image = open_photo(photo)  # only one is held at its full size
-                sizes.append(image.size)
-                pixels.append(torch.from_numpy(self.encoder.transform(image)))
-            grid = self.encoder(torch.stack(pixels))
-            features = grid.flatten(2).transpose(1, 2)  # (B, P, C)
-            captions += [
-                Caption(tuple(self._beam(each, grid.shape[2:]) for each in found), size)
-                for found, size in zip(search(features), sizes, strict=True)
+        captions: list[Caption | ImageError] = []
+        opened = map_ahead(self._open, photos, ahead=_BATCH)
+        while batch := list(itertools.islice(opened, _BATCH)):
+            seen = [each for each in batch if not isinstance(each, ImageError)]
+            pixels = [each for _, each in seen]
+            grids = [
+                self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
+                for at in range(0, len(pixels), self.encoder.batch_size)
             ]
+            # Features (B, P, C).
+            found = iter(search(torch.cat(grids).flatten(2).transpose(1, 2)) if grids else ())
+            for each in batch:
+                if isinstance(each, ImageError):
+                    captions.append(each)
+                else:
+                    beams = tuple(self._beam(beam, (GRID, GRID)) for beam in next(found))
+                    captions.append(Caption(beams, each[0]))
         return captions
+
+    def _open(self, photo: Photo) -> tuple[tuple[int, int], Tensor] | ImageError:
+        """Return the photo's width and height, and the encoder's input."""
+        try:
+            image = open_photo(photo)
+        except ImageError as error:
+            return error
+        return image.size, torch.from_numpy(self.encoder.transform(image))
 
     def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:
         """Translate one hypothesis; it ends in ``<eos>``."""

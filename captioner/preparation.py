@@ -26,10 +26,11 @@ from captioner.data import (
     load_texts,
     mirror_text,
 )
-from captioner.encoders import Encoder, check_encoder_name, load_encoder
-from captioner.errors import DataError, TrainingError
+from captioner.encoders import Encoder, check_encoder_name, choose_device, load_encoder
+from captioner.errors import DataError
 from captioner.features import Features, cache_features, count_missing
 from captioner.forecast import Work, forecast
+from captioner.processes import Processes
 from captioner.vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -69,20 +70,6 @@ class Prepared:
     encoder: dict[str, Any]
     sources: list[str]
     pixels: tuple[int, ...]
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; "auto" is CUDA, else MPS, else the CPU."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise TrainingError(f"this machine has no {name} device: use --device auto")
-    return torch.device(name)
 
 
 def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
@@ -142,15 +129,18 @@ def prepare(
     config: TrainConfig,
     cache: Path = FEATURES_FOLDER,
     announce: Callable[[str], object] = log.info,
+    processes: Processes | None = None,
 ) -> Prepared:
     """Load the photos, build the vocabulary, and extract what features are not cached yet.
 
-    ``announce`` is told at the start about how long the run will take.
+    ``announce`` is told at the start about how long the run will take. All ``processes`` of a run
+    call this; each extracts a part of the features.
     """
+    processes = processes or Processes()
     check_encoder_name(config.encoder)
     (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
     encoder = load_encoder(config.encoder, config.encoder_weights)
-    device = choose_device(config.device)
+    encoder.to(choose_device(config.device))
     same = validation_photos is photos
     more = [] if config.text is None else load_texts(config.text)
     passes = sum(count_missing(encoder, photos, cache, view=view) for view in range(config.views))
@@ -165,10 +155,10 @@ def prepare(
         validation=len(validation_rows),
         words=len(Vocabulary.build(itertools.chain(*all_captions), config.min_count)),
     )
-    announce(forecast(config, encoder, work, device))
+    announce(forecast(config, encoder, work, processes.count))
 
     def features_of(photos: CaptionedPhotos, view: int = 0) -> Features:
-        return cache_features(encoder, photos, cache, view=view, device=str(device))
+        return cache_features(encoder, photos, cache, view=view, processes=processes)
 
     features = features_of(photos)
     validation_features = features if same else features_of(validation_photos)

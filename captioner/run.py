@@ -22,9 +22,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from captioner import checkpoint as checkpoints
 from captioner.config import TrainConfig
+from captioner.encoders import choose_device
 from captioner.errors import TrainingError
 from captioner.model import CaptionModel
-from captioner.preparation import Prepared, choose_device
+from captioner.preparation import Prepared
+from captioner.processes import Processes
 from captioner.self_critical import Reward
 
 # The stages of a run.
@@ -49,9 +51,16 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
 class Run:
     """All that changes while training, and its way to disk and back."""
 
-    def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path) -> None:
-        """Start with seeded random weights."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        folder: Path,
+        processes: Processes | None = None,
+    ) -> None:
+        """Start with seeded random weights; every one of ``processes`` has the same ones."""
         self.config, self.prepared, self.folder = config, prepared, folder
+        self.processes = processes or Processes()
         self.device = choose_device(config.device)
         torch.manual_seed(config.seed)
         self.model = CaptionModel(
@@ -66,6 +75,8 @@ class Run:
             self.model.attn.Wh.weight *= config.attention_gain
             self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
+        # What reads captions: gradients come to ``model`` as means over the processes.
+        self.reader = self.processes.spread(self.model)
         self.reward: Reward | None = None
         self.begin(CAPTIONS if prepared.text is None else TEXT, 0)
         # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)
@@ -136,7 +147,12 @@ class Run:
         return tensors
 
     def save(self) -> None:
-        """Write everything that going on needs; the files are replaced in one step."""
+        """Write everything that going on needs; the files are replaced in one step.
+
+        All processes hold the same, and the first one writes it.
+        """
+        if not self.processes.first:
+            return
         partial = self.folder / "state.part"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -5,7 +5,7 @@ The reward is CIDEr-D against the photo's own captions. Knows nothing of runs or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,7 +107,12 @@ def draw(
 
 
 def loss(
-    model: CaptionModel, features: Tensor, captions: Tensor, rewards: Tensor, *, temperature: float
+    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    features: Tensor,
+    captions: Tensor,
+    rewards: Tensor,
+    *,
+    temperature: float,
 ) -> Tensor:
     """Return a scalar whose gradient is the policy's (REINFORCE), negative.
 
@@ -115,7 +120,7 @@ def loss(
     what all captions of a photo have in common moves nothing.
 
     Args:
-        model: the one that drew.
+        model: the one that drew; its ``forward``.
         features: (B, P, C).
         captions: ids (B, K, T) from ``draw``, K of at least 2.
         rewards: (B, K).

@@ -6,17 +6,13 @@ comes to what it would have come to without the stop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import json
 import math
-import platform
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +29,13 @@ from captioner import self_critical
 from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
 from captioner.errors import TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
-from captioner.logbook import Logbook
+from captioner.logbook import RECORD, Logbook, write_record
 from captioner.metrics import score_captions
 from captioner.preparation import Batch, facts, prepare
+from captioner.processes import Processes, joined
 from captioner.run import CAPTIONS, REWARDS, TEXT, Run
 
 _SAVE_SECONDS = 120
-_RECORD = "run.json"
 # What a checkpoint remembers of its epoch's row.
 _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
@@ -83,13 +79,20 @@ def epoch_order(photos: int, views: int, *, seed: int, epoch: int) -> list[int]:
     return order.tolist()
 
 
-def _batches(run: Run) -> Iterator[tuple[list[int], Batch]]:
-    """Yield what is left of the epoch: numbers in the training set, and what is there."""
+def _batches(run: Run) -> Iterator[tuple[list[int], bool, Batch]]:
+    """Yield this process's share of what is left of the epoch.
+
+    Numbers in the training set, whether they count, and what is there. Where there are fewer
+    photos than processes, a share is a photo that does not count.
+    """
     order = epoch_order(run.photos, run.views, seed=run.config.seed, epoch=run.epoch)
     left = order[run.step * run.batch_size :]
-    numbers = [left[at : at + run.batch_size] for at in range(0, len(left), run.batch_size)]
-    loader = DataLoader(run.dataset, batch_size=run.batch_size, sampler=left)
-    yield from zip(numbers, loader, strict=True)
+    batches = [left[at : at + run.batch_size] for at in range(0, len(left), run.batch_size)]
+    rank, count = run.processes.rank, run.processes.count
+    shares = [batch[rank::count] or batch[:1] for batch in batches]
+    loader = DataLoader(run.dataset, batch_sampler=shares, pin_memory=run.device.type == "cuda")
+    counts = [len(batch) > rank for batch in batches]
+    yield from zip(shares, counts, loader, strict=True)
 
 
 def _read(run: Run, features: Tensor, captions: Tensor) -> tuple[Tensor, float, int]:
@@ -97,7 +100,7 @@ def _read(run: Run, features: Tensor, captions: Tensor) -> tuple[Tensor, float, 
     config = run.config
     targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
-        logits, _ = run.model(features, captions)
+        logits, _ = run.reader(features, captions)
     loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
     return loss, loss.item() * len(targets), len(targets)
 
@@ -116,7 +119,7 @@ def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, floa
         )
         rewards = run.reward(numbers, captions)
         loss = self_critical.loss(
-            run.model, features, captions, rewards, temperature=config.reward_temperature
+            run.reader, features, captions, rewards, temperature=config.reward_temperature
         )
     return loss, rewards.sum().item(), rewards.numel()
 
@@ -144,12 +147,14 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         desc=f"epoch {run.epoch + 1:02}",
         unit="step",
         leave=False,
+        disable=not run.processes.first,
     )
-    for numbers, (features, captions) in bar:
+    for numbers, counts, (features, captions) in bar:
         done = (run.epoch - run.stage_from) * run.steps_an_epoch + run.step
-        # Seeded a step, so that a resumed run draws the dropout that it would have drawn.
-        torch.manual_seed(config.seed * 1_000_003 + done)
-        features = features.to(device).float()
+        # Seeded a step, so that a resumed run draws the dropout that it would have drawn; each
+        # process its own.
+        torch.manual_seed(config.seed * 1_000_003 + done + (run.processes.rank << 40))
+        features = features.to(device, non_blocking=True).float()
         if rewarded:
             rate = learning_rate_at(done, total, config.reward_learning_rate)
             run.optimizer.param_groups[0]["lr"] = rate
@@ -159,8 +164,11 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
                 rate = learning_rate_at(done, total, config.learning_rate, config.warmup)
                 run.optimizer.param_groups[0]["lr"] = rate
             loss, summed, count = _read(run, features, captions.to(device))
+        own = count if counts else 0
+        summed, total_count = run.processes.total(summed if counts else 0.0, own)
         run.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        # The mean over all words (or captions) from the mean of the processes' gradients.
+        (loss * (own * run.processes.count / total_count)).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip or math.inf)
         if not torch.isfinite(loss + norm):
             kept = run.folder / "checkpoint"
@@ -174,34 +182,10 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
             run.average.update_parameters(run.model)
         run.step += 1
         run.summed += summed
-        run.count += count
+        run.count += int(total_count)
         bar.set_postfix({name: f"{run.summed / run.count:.3f}"})
         after_step()
     return run.summed / run.count
-
-
-@functools.cache  # a run goes on with the code it started with, whatever is committed meanwhile
-def _git_commit() -> str | None:
-    """Return the commit that the code stood at when first asked, if it is a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _write_record(config: TrainConfig, folder: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
-    packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
-    record = {
-        "config": config.to_dict(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "git_commit": _git_commit(),
-        "epochs": list(rows),
-    }
-    partial = folder / f"{_RECORD}.part"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / _RECORD)
 
 
 class _Watch:
@@ -227,14 +211,16 @@ class _Watch:
         self._signum = signum
 
     def after_step(self) -> None:
-        """Save if it is time; stop if asked to."""
-        if self._signum or time.monotonic() - self._saved > _SAVE_SECONDS:
+        """Save if it is time; stop if this process or another was asked to, all at one step."""
+        (asked,) = self._run.processes.total(self._signum)
+        if asked or time.monotonic() - self._saved > _SAVE_SECONDS:
             self._run.save()
             self._saved = time.monotonic()
-        if self._signum:
+        if asked:
+            self._run.processes.wait()  # torchrun ends all when one has ended
             raise Stopped(
                 f"stopped in epoch {self._run.epoch + 1}, all saved: go on with --resume",
-                self._signum,
+                self._signum or signal.SIGTERM,
             )
 
 
@@ -244,7 +230,9 @@ def fit(
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 
     Beside it: run.json (settings, versions, commit, figures), metrics.csv, curves.png,
-    tensorboard/, and state/, from which ``resume`` goes on.
+    tensorboard/, and state/, from which ``resume`` goes on, on any number of processes. Where
+    torchrun started several they share the photos of each batch; all of them need to see
+    ``folder`` and ``cache``, and the first one writes there.
 
     Returns:
         the figures of the best epoch.
@@ -254,61 +242,95 @@ def fit(
             fit the settings.
         Stopped: SIGINT or SIGTERM came; everything is saved.
     """
+    with joined() as processes, contextlib.ExitStack() as stack:
+        if processes.first:
+            stack.enter_context(_claimed(folder, resume))
+        return _fit(config, folder, resume, cache, processes)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Hold ``folder``; ``TrainingError`` where it is taken, or is not what ``resume`` expects."""
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file: choose another --out")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
-    if resume and folder.exists() and any(folder.iterdir()) and not (folder / _RECORD).exists():
+    if resume and folder.exists() and any(folder.iterdir()) and not (folder / RECORD).exists():
         raise TrainingError(f"{folder} holds no run to resume: check --out")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            return _fit(config, folder, resume, cache)
+        lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise TrainingError(f"another process is training in {folder}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _fit(config: TrainConfig, folder: Path, resume: bool, cache: Path) -> dict[str, float]:
-    """Do what ``fit`` says, alone in ``folder``."""
-    if not (folder / _RECORD).exists():
+def _fit(
+    config: TrainConfig, folder: Path, resume: bool, cache: Path, processes: Processes
+) -> dict[str, float]:
+    """Do what ``fit`` says, alone in ``folder`` or one of ``processes``."""
+
+    def say(text: str) -> None:
+        if processes.first:
+            print(text, flush=True)
+
+    def record(rows: Sequence[dict[str, float]]) -> None:
+        if processes.first:
+            write_record(folder, config, rows, processes.count)
+
+    if not (folder / RECORD).exists():
         # A run that is killed before its first save can be resumed.
-        _write_record(config, folder, [])
-    prepared = prepare(config, cache, lambda text: print(text, flush=True))
-    print(facts(prepared, config), flush=True)
-    run = Run(config, prepared, folder)
+        record([])
+    processes.wait()  # until the folder is claimed
+    prepared = prepare(config, cache, say, processes)
+    say(facts(prepared, config))
+    run = Run(config, prepared, folder, processes)
     if resume:
         run.restore()
-        _write_record(config, folder, run.rows)
+        record(run.rows)
     free = config.select_by == "cider"
     options = dataclasses.replace(
         DecodingOptions() if free else DecodingOptions.report(), max_length=config.max_length
     )
-    logbook = Logbook(folder, run.rows)
+    logbook = Logbook(folder, run.rows) if processes.first else None
+
+    def score() -> dict[str, float]:
+        """Return what an epoch's row says of the captions that are written now."""
+        captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
+        return {
+            "val_loss": cross_entropy_of(run.scored, prepared.validation),
+            **score_captions(captions, prepared.references),
+        }
+
     with _Watch(run) as watch:
         while run.goes_on():
             started = time.monotonic()
             figure = "reward" if run.stage == REWARDS else "train_loss"
             trained = train_one_epoch(run, watch.after_step)
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
-            seconds = time.monotonic() - started
+            scores = processes.tell(score() if processes.first else None)
             row = {
                 "epoch": run.epoch + 1,
                 figure: trained,
-                "val_loss": cross_entropy_of(run.scored, prepared.validation),
-                **score_captions(captions, prepared.references),
+                **scores,
                 "learning_rate": learning_rate,
-                "seconds": seconds,
+                "seconds": time.monotonic() - started,
             }
             _finish_epoch(run, row)
-            logbook.add(row)
-            _write_record(config, folder, run.rows)
+            if logbook is not None:
+                logbook.add(row)
+            record(run.rows)
             run.save()
-            print(_line(row, run.bad_epochs), flush=True)
+            say(_line(row, run.bad_epochs))
             watch.after_step()
-    logbook.close()
+    if logbook is not None:
+        logbook.close()
     if run.bad_epochs >= config.patience:
-        print(f"no better epoch for {config.patience} epochs: stopped")
+        say(f"no better epoch for {config.patience} epochs: stopped")
     return min(run.rows, key=lambda row: _badness(config, row))
 
 
@@ -325,26 +347,32 @@ def _finish_epoch(run: Run, row: dict[str, float]) -> None:
     badness = _badness(run.config, row)
     if badness < run.best:
         run.best, run.bad_epochs = badness, 0
-        # Where the files lay on this machine is nobody else's business.
-        recipe = run.config.to_dict()
-        for name in ("data", "text"):
-            if recipe[name] is not None and Path(recipe[name]).exists():
-                recipe[name] = Path(recipe[name]).resolve().name
-        del recipe["encoder_weights"]
-        checkpoints.save(
-            run.folder / "checkpoint",
-            checkpoints.Checkpoint(
-                run.scored,
-                run.prepared.vocabulary,
-                run.config.max_length,
-                run.prepared.encoder,
-                recipe,
-                {name: value for name, value in row.items() if name in _METRICS},
-            ),
-        )
+        if run.processes.first:
+            _keep(run, row)
     else:
         run.bad_epochs += 1
     run.epoch, run.step, run.summed, run.count = run.epoch + 1, 0, 0.0, 0
+
+
+def _keep(run: Run, row: dict[str, float]) -> None:
+    """Write the checkpoint of an epoch."""
+    # Where the files lay on this machine is nobody else's business.
+    recipe = run.config.to_dict()
+    for name in ("data", "text"):
+        if recipe[name] is not None and Path(recipe[name]).exists():
+            recipe[name] = Path(recipe[name]).resolve().name
+    del recipe["encoder_weights"]
+    checkpoints.save(
+        run.folder / "checkpoint",
+        checkpoints.Checkpoint(
+            run.scored,
+            run.prepared.vocabulary,
+            run.config.max_length,
+            run.prepared.encoder,
+            recipe,
+            {name: value for name, value in row.items() if name in _METRICS},
+        ),
+    )
 
 
 def _line(row: dict[str, float], bad_epochs: int) -> str:

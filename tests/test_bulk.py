@@ -120,7 +120,7 @@ def test_a_killed_job_goes_on_and_equals_an_uninterrupted_one(
         shutil.copy(example_photos[number % len(example_photos)], photos / f"{number:02}.png")
     code = (
         "import sys; from captioner import bulk; from captioner.__main__ import main; "
-        "bulk._PART = 16; sys.exit(main(sys.argv[1:]))"
+        "bulk._BATCH = bulk._PART = 16; sys.exit(main(sys.argv[1:]))"
     )
     whole, output = tmp_path / "whole", tmp_path / "killed"
 

@@ -428,9 +428,6 @@ def test_photos_become_the_encoders_input_and_broken_ones_none(
     assert flipped is not None
     assert np.array_equal(flipped.numpy(), pixels.numpy()[:, :, ::-1])
     assert not np.array_equal(flipped.numpy(), pixels.numpy())
-    later = PhotoDataset(photos, transform, start=2)
-    assert len(later) == 1
-    assert later[0][0] == 2
 
 
 def test_views_are_the_photo_its_mirror_image_and_random_parts() -> None:

@@ -53,7 +53,7 @@ def test_features_are_the_encoders_own_output(
     tmp_path: Path, photos: CaptionedPhotos, lite2: Encoder
 ) -> None:
     some = photos.select(range(5))
-    features = cache_features(lite2, some, tmp_path, batch_size=2)
+    features = cache_features(lite2, some, tmp_path)
     assert features.array.shape == (5, 49, 1504)
     assert features.array.dtype == np.float16
     assert features.readable == [0, 1, 2, 3, 4]
@@ -206,7 +206,7 @@ def test_unreadable_photos_are_skipped_and_counted(
     photos = load_captions(str(write_parquet(tmp_path / "data", {"train": rows})))
     encoder = tiny_encoder()
     for _ in range(2):  # when it extracts, and when all is there
-        features = cache_features(encoder, photos, tmp_path / "cache", batch_size=3)
+        features = cache_features(encoder, photos, tmp_path / "cache")
         assert features.readable == [1, 2, 3, 5, 6]
         assert len(features.array) == 7
         assert "skipped 2 photos" in caplog.text

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import torch
-
 from captioner.config import TrainConfig
 from captioner.encoders import Encoder
 from captioner.forecast import Work, forecast
@@ -18,7 +16,7 @@ WORK = Work(passes=50_000, photos=10_000, captions=5, texts=1_000, validation=10
 
 def say(encoder: Encoder, work: Work = WORK, **settings: object) -> str:
     config = TrainConfig.from_recipe("seed", epochs=3, model=TINY, **settings)
-    return forecast(config, encoder, work, torch.device("cpu"))
+    return forecast(config, encoder, work)
 
 
 def test_it_names_what_is_to_be_done_and_adds_it_up(tiny_encoder: MakeEncoder) -> None:

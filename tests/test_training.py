@@ -20,13 +20,13 @@ from captioner import checkpoint as checkpoints
 from captioner import training
 from captioner.config import RECIPES, DecodingOptions, TrainConfig
 from captioner.data import CaptionDataset, load_captions
-from captioner.encoders import Encoder
-from captioner.errors import TrainingError
+from captioner.encoders import Encoder, choose_device
+from captioner.errors import ConfigError, TrainingError
 from captioner.evaluation import cross_entropy_of
 from captioner.features import cache_features
 from captioner.logbook import Logbook, curves
 from captioner.predictor import Captioner
-from captioner.preparation import Prepared, choose_device
+from captioner.preparation import Prepared
 from captioner.run import Run
 from captioner.training import epoch_order, fit, learning_rate_at, train_one_epoch
 from captioner.vocab import Vocabulary, clean
@@ -196,7 +196,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     missing = "mps" if torch.cuda.is_available() else "cuda"
-    with pytest.raises(TrainingError, match=f"no {missing} device: use --device auto"):
+    with pytest.raises(ConfigError, match=f"no {missing} device: use --device auto"):
         choose_device(missing)
 
 

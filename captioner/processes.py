@@ -1,0 +1,78 @@
+"""One of several training processes, as torchrun starts them; alone, nothing is sent to anybody.
+
+Knows nothing of training: what all of them have to agree on goes through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# The others wait while the first one scores an epoch, or extracts what they have done already.
+_PATIENCE = datetime.timedelta(days=1)
+
+
+class Processes:
+    """All processes of a run, seen from one of them.
+
+    Attributes:
+        rank: which of them this one is, from 0 on; 0 writes all files.
+        count: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        """Describe one of ``count`` processes, which ``joined`` has connected."""
+        self.rank, self.count = rank, count
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """Return the sums of all processes' values."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        self.total(0)
+
+    def tell(self, value: Any) -> Any:
+        """Return the first one's ``value`` in all of them."""
+        if self.count > 1:
+            box = [value]
+            dist.broadcast_object_list(box)
+            (value,) = box
+        return value
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        """Return ``model`` so that its gradients are the means over all processes."""
+        return DistributedDataParallel(model) if self.count > 1 else model
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun started, until the block ends."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    # What is said goes by gloo; gradients on GPUs go by NCCL.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
