@@ -81,20 +81,25 @@ def penalties(history: Tensor, size: int, rules: Rules) -> Tensor:
         size: V.
         rules: what is banned.
     """
-    result = torch.zeros(*history.shape[:2], size, device=history.device)
-    if rules.never:
-        result[..., list(rules.never)] = _BANNED
+    never, never_last = _fixed_penalties(rules, size, history.device)
+    result = never.repeat(*history.shape[:2], 1)
     if not rules.repeats:
         result.scatter_(-1, history[..., -1:], _BANNED)
     if not rules.trigrams and history.shape[-1] >= 3:
         trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
         same = (trigrams[..., :2] == history[..., None, -2:]).all(dim=-1)
         result.scatter_add_(-1, trigrams[..., 2], same * _BANNED)
-    if rules.never_last:
-        last = torch.tensor(rules.never_last, device=history.device)
-        bad = (history[..., -1:] == last).any(dim=-1)
-        result[..., EOS] += bad * _BANNED
+    result[..., EOS] += never_last[history[..., -1]]
     return result
+
+
+@functools.lru_cache(maxsize=16)
+def _fixed_penalties(rules: Rules, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (V,): what each id gets at any place, and what ``<eos>`` gets after each id."""
+    never, never_last = torch.zeros(2, size, device=device)
+    never[list(rules.never)] = _BANNED
+    never_last[list(rules.never_last)] = _BANNED
+    return never, never_last
 
 
 class _Trail:

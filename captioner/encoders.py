@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from captioner.errors import ConfigError, EncoderError, first_line
 from captioner.images import Transform
 
 GRID = 7
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OFFLINE = (
     "There is no way to the internet? Fetch the weights elsewhere and give the file with "
@@ -100,6 +105,33 @@ class Encoder(nn.Module):
         if grid.shape[2:] != (GRID, GRID):
             grid = nn.functional.adaptive_avg_pool2d(grid, GRID)
         return grid
+
+    def map(
+        self,
+        function: Callable[[list[_Item]], _Result],
+        items: Iterable[_Item],
+        batch_size: int | None = None,
+    ) -> Iterator[_Result]:
+        """Yield ``function`` of a batch of items at a time, in order, from a thread a core.
+
+        To open and encode photos: threads that compute each for itself keep all cores busy, which
+        torch's own do not that share one operation. While this goes on torch uses one a call.
+        """
+        size = batch_size or self.batch_size
+        left, cores, threads = iter(items), os.cpu_count() or 1, torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(cores) as pool:
+                batches = iter(lambda: list(islice(left, size)), [])
+                waiting = deque(pool.submit(function, some) for some in islice(batches, 2 * cores))
+                try:
+                    while waiting:
+                        yield waiting.popleft().result()
+                        waiting.extend(pool.submit(function, some) for some in islice(batches, 1))
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(threads)
 
     def spec(self) -> dict[str, Any]:
         """Return what a checkpoint has to remember: name, transform, channels, grid, SHA-256."""

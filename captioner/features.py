@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import shutil
@@ -23,7 +22,6 @@ from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
 from captioner.errors import DataError, EncoderError
-from captioner.images import map_ahead
 from captioner.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -160,6 +158,20 @@ def _extract(
     dataset = PhotoDataset(photos, encoder.transform, view=view)
     seen: list[tuple[int, int]] = []  # rows, and what is to be said of them
 
+    def see(rows: list[int]) -> tuple[list[int], list[int]]:
+        """Fill in rows; return those whose photo could be opened, and those whose could not."""
+        opened = [dataset[row] for row in rows]
+        readable = {row: pixels for row, pixels in opened if pixels is not None}
+        if readable:
+            grid = encoder(torch.stack(list(readable.values())))
+            cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
+            if not cells.isfinite().all():
+                raise EncoderError(
+                    f"{encoder.name} gives values that float16 cannot hold: choose another"
+                )
+            array[list(readable)] = cells.numpy()
+        return list(readable), [row for row in rows if row not in readable]
+
     def save() -> None:
         # The features must be on disk before the count says so.
         array.flush()
@@ -178,20 +190,12 @@ def _extract(
         disable=not processes.first,
     ) as bar:
         try:
-            loaded = map_ahead(dataset.__getitem__, own.tolist())
-            while batch := list(itertools.islice(loaded, encoder.batch_size)):
-                readable = [(row, pixels) for row, pixels in batch if pixels is not None]
-                if readable:
-                    grid = encoder(torch.stack([pixels for _, pixels in readable]))
-                    cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
-                    if not cells.isfinite().all():
-                        raise EncoderError(
-                            f"{encoder.name} gives values that float16 cannot hold: choose another"
-                        )
-                    array[[row for row, _ in readable]] = cells.numpy()
-                seen += [(row, _UNREADABLE if pixels is None else _READ) for row, pixels in batch]
+            for readable, unreadable in encoder.map(see, own.tolist()):
+                seen += [(row, _READ) for row in readable]
+                seen += [(row, _UNREADABLE) for row in unreadable]
                 # The others are about as far.
-                bar.update(min(len(batch) * processes.count, len(done) - bar.n))
+                count = (len(readable) + len(unreadable)) * processes.count
+                bar.update(min(count, len(done) - bar.n))
                 if len(seen) >= _SAVE_EVERY:
                     save()
         finally:

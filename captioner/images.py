@@ -10,12 +10,8 @@ import dataclasses
 import io
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,9 +29,6 @@ with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-he
     SUFFIXES |= {".heic", ".heif"}
 
 Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -198,24 +191,6 @@ def preprocess(
     pixels -= np.array(mean, np.float32)[:, None, None]
     pixels /= np.array(std, np.float32)[:, None, None]
     return pixels
-
-
-def map_ahead(
-    function: Callable[[_In], _Out], items: Iterable[_In], *, ahead: int = 32
-) -> Iterator[_Out]:
-    """Yield ``function`` of each item in order, made in threads up to ``ahead`` items before.
-
-    Pillow and numpy decode and resize beside whatever the caller computes meanwhile.
-    """
-    left = iter(items)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        waiting = deque(threads.submit(function, item) for item in islice(left, ahead))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(threads.submit(function, item) for item in islice(left, 1))
-        finally:
-            threads.shutdown(cancel_futures=True)
 
 
 def display_jpeg(photo: Image.Image, *, side: int = DISPLAY_SIDE, most: int = 250_000) -> bytes:

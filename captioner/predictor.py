@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
+import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,12 +19,11 @@ from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
 from captioner.decoding import Hypothesis, beam_search, decode
 from captioner.encoders import GRID, Encoder, choose_device, load_encoder
 from captioner.errors import ConfigError, ImageError
-from captioner.images import Photo, map_ahead, open_photo
+from captioner.images import Photo, open_photo
 from captioner.packed import pack
 from captioner.vocab import SPECIALS, clean
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
-_BATCH = 64  # photos decoded at once
 
 
 class Captioner:
@@ -168,37 +169,44 @@ class Captioner:
             )
         return ids
 
-    @torch.inference_mode()
     def _run(
         self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
     ) -> list[Caption | ImageError]:
-        """Open, encode, search, translate."""
-        captions: list[Caption | ImageError] = []
-        opened = map_ahead(self._open, photos, ahead=_BATCH)
-        while batch := list(itertools.islice(opened, _BATCH)):
-            seen = [each for each in batch if not isinstance(each, ImageError)]
-            pixels = [each for _, each in seen]
-            grids = [
-                self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
-                for at in range(0, len(pixels), self.encoder.batch_size)
-            ]
-            # Features (B, P, C).
-            found = iter(search(torch.cat(grids).flatten(2).transpose(1, 2)) if grids else ())
-            for each in batch:
-                if isinstance(each, ImageError):
-                    captions.append(each)
-                else:
-                    beams = tuple(self._beam(beam, (GRID, GRID)) for beam in next(found))
-                    captions.append(Caption(beams, each[0]))
-        return captions
+        """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
+        if len(photos) == 1:
+            return self._write(photos, search)
+        batch = max(16, self.encoder.batch_size)
+        batch = min(batch, math.ceil(len(photos) / (os.cpu_count() or 1)) or 1)
+        write = functools.partial(self._write, search=search)
+        return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
 
-    def _open(self, photo: Photo) -> tuple[tuple[int, int], Tensor] | ImageError:
-        """Return the photo's width and height, and the encoder's input."""
-        try:
-            image = open_photo(photo)
-        except ImageError as error:
-            return error
-        return image.size, torch.from_numpy(self.encoder.transform(image))
+    @torch.inference_mode()
+    def _write(
+        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
+    ) -> list[Caption | ImageError]:
+        """Do what ``_run`` says, one step after the other."""
+        opened: list[ImageError | tuple[int, int]] = []
+        pixels = []
+        for photo in photos:
+            try:
+                image = open_photo(photo)  # only one is held at its full size
+            except ImageError as error:
+                opened.append(error)
+            else:
+                opened.append(image.size)
+                pixels.append(torch.from_numpy(self.encoder.transform(image)))
+        grids = [
+            self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
+            for at in range(0, len(pixels), self.encoder.batch_size)
+        ]
+        # Features (B, P, C).
+        found = iter(search(torch.cat(grids).flatten(2).transpose(1, 2)) if grids else ())
+        return [
+            each
+            if isinstance(each, ImageError)
+            else Caption(tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)), each)
+            for each in opened
+        ]
 
     def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:
         """Translate one hypothesis; it ends in ``<eos>``."""
