@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -48,6 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="write photo, filename, caption, log_probability and error as Parquet files into "
         "this folder, as in --output captions.parquet",
     )
+    caption.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="of --output: ray is Ray Data (pip install 'ray[data]'), on this machine or on the "
+        "cluster that RAY_ADDRESS names; default %(default)s",
+    )
+    caption.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of Ray, each with its own model; default %(default)s",
+    )
     caption.add_argument("--json", action="store_true", help="one JSON object a line: every number")
     caption.add_argument(
         "--heatmaps", type=Path, metavar="DIR", help="also write a file with the maps of each photo"
@@ -86,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
             "--checkpoint", metavar="PATH|HUB_ID", help="a checkpoint; default: the shipped one"
         )
         command.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
+        command.add_argument(
+            "--device",
+            choices=["auto", "cpu", "cuda", "mps"],
+            default="cpu",
+            help="auto is the fastest that is there; default %(default)s",
+        )
         command.add_argument(
             "--beam-size",
             type=int,
@@ -144,12 +165,16 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         return _caption_all(arguments, options)
     if arguments.data:
         raise ConfigError("--data needs --output, a folder for the captions")
+    if arguments.engine != "local":
+        raise ConfigError("--engine ray needs --output, a folder for the captions")
     if not arguments.paths:
         raise ConfigError("give a PATH: a photo or a folder of photos")
     from captioner.images import open_photo
     from captioner.predictor import Captioner
 
-    captioner = Captioner.load(arguments.checkpoint, arguments.encoder_weights)
+    captioner = Captioner.load(
+        arguments.checkpoint, arguments.encoder_weights, device=arguments.device
+    )
     failed = False
     taken: set[Path] = set()
     photos: list[tuple[Path, Path]] = []
@@ -187,6 +212,7 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
     if arguments.json or arguments.heatmaps:
         raise ConfigError("--output writes no maps: leave --json and --heatmaps away")
     from captioner import bulk
+    from captioner.encoders import choose_device
     from captioner.predictor import Captioner
 
     if arguments.data:
@@ -198,8 +224,20 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         photos = bulk.photos_at(
             lambda: (p for named in arguments.paths for p, _ in _photos_in(named))
         )
-    captioner = Captioner.load(arguments.checkpoint, arguments.encoder_weights)
-    rows, errors = bulk.caption_all(captioner, photos, arguments.output, options)
+    rows, errors = bulk.caption_all(
+        functools.partial(
+            Captioner.load,
+            arguments.checkpoint,
+            arguments.encoder_weights,
+            device=arguments.device,
+        ),
+        photos,
+        arguments.output,
+        options,
+        engine=arguments.engine,
+        workers=arguments.workers,
+        gpus=int(choose_device(arguments.device).type == "cuda"),
+    )
     print(f"{rows} photos in {arguments.output}, {errors} of them with an error")
     return 1 if errors else 0
 
@@ -220,6 +258,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         encoder_weights=arguments.encoder_weights,
         limit=arguments.limit,
         cache=arguments.cache,
+        device=arguments.device,
     )
     conditions = result.conditions
     print(

@@ -1,12 +1,14 @@
 """Captions for any number of photos, in bounded memory, into a folder of Parquet files.
 
-A job that was stopped goes on where it stood. Knows nothing of the command line.
+A job that was stopped goes on where it stood. Knows nothing of the command line, and has no
+scheduler of its own: many workers are Ray Data's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from captioner.config import DecodingOptions
-from captioner.errors import DataError, ImageError, first_line
+from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.predictor import Captioner
 
 SCHEMA = pa.schema(
@@ -33,6 +35,16 @@ SCHEMA = pa.schema(
         ("error", pa.string()),  # why there is no caption
     ]
 )
+# What the photos come as.
+_ROWS = pa.schema(
+    [
+        ("photo", pa.string()),
+        ("filename", pa.string()),
+        ("path", pa.binary()),  # where the file lies,
+        ("data", pa.binary()),  # or what is in it
+    ]
+)
+ENGINES = ("local", "ray")
 _BATCH = 64  # photos captioned at once
 _PART = 512  # photos a file, and at most lost by a kill
 
@@ -141,56 +153,159 @@ def _is_in(keys: np.ndarray, key: int) -> bool:
 
 
 def caption_all(
-    captioner: Captioner, photos: datasets.IterableDataset, output: Path, options: DecodingOptions
+    load: Callable[[], Captioner],
+    photos: datasets.IterableDataset,
+    output: Path,
+    options: DecodingOptions,
+    *,
+    engine: str = "local",
+    workers: int = 2,
+    gpus: int = 0,
 ) -> tuple[int, int]:
     """Write a row of ``SCHEMA`` for each photo that ``output`` has none of yet.
 
     Args:
-        captioner: captions them.
+        load: makes the captioner, with "ray" once in each worker.
         photos: from ``photos_at`` or ``photos_of``.
         output: a folder of Parquet files, which datasets, pandas, DuckDB and their like read as
-            one table.
+            one table. With "ray" all machines need to see it, and the photos' files.
         options: of the decoding.
+        engine: "local", or "ray": Ray Data, on this machine or on the cluster of ``RAY_ADDRESS``.
+        workers: of Ray, each with its own model.
+        gpus: of each worker.
 
     Returns:
         how many photos have a row in ``output`` now, and how many of those have an error.
 
     Raises:
-        DataError: ``output`` is something else.
+        ConfigError: the engine is unknown or not installed, or ``workers`` is no number of them.
+        DataError: ``output`` is something else, or a worker failed.
+        CheckpointError: the checkpoint cannot be loaded.
+        EncoderError: the encoder's weights cannot be had.
     """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+    if not 1 <= workers <= 10_000:
+        raise ConfigError(f"workers is {workers}; it must be a whole number from 1 to 10000")
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file: choose another --output, which becomes a folder")
+    captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
     output.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(output / ".lock", timeout=0):
-            return _caption_all(captioner, photos, output, options)
+            for partial in output.glob(".*.part"):
+                partial.unlink()  # of a job that was killed
+            done = _done(output)
+            left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
+            with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
+                if engine == "ray":
+                    del captioner
+                    _with_ray(load, left, output, options, workers, gpus, bar)
+                else:
+                    _alone(captioner, left, output, options, bar)
+            return _count(output)
     except filelock.Timeout as error:
         raise DataError(f"another process is writing into {output}") from error
 
 
-def _caption_all(
-    captioner: Captioner, photos: datasets.IterableDataset, output: Path, options: DecodingOptions
-) -> tuple[int, int]:
-    """Do what ``caption_all`` says, alone in ``output``."""
-    for partial in output.glob(".*.part"):
-        partial.unlink()  # of a job that was killed
-    done = _done(output)
-    left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
-    batches = left.iter(batch_size=_BATCH)
-    with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
-        while True:
-            tables = []
-            for batch in itertools.islice(batches, _PART // _BATCH):
-                tables.append(_caption(captioner, options, batch))
-                bar.update(len(tables[-1]))
-            if not tables:
-                break
-            # Whole or not at all: a file that is being written has another name.
-            name = f"{uuid.uuid4().hex}.parquet"
-            partial = output / f".{name}.part"
-            pq.write_table(pa.concat_tables(tables), partial)
-            partial.replace(output / name)
-    return _count(output)
+def _alone(
+    captioner: Captioner,
+    photos: datasets.IterableDataset,
+    output: Path,
+    options: DecodingOptions,
+    bar: tqdm[Any],
+) -> None:
+    """Caption in this process."""
+    batches = photos.iter(batch_size=_BATCH)
+    while True:
+        tables = []
+        for batch in itertools.islice(batches, _PART // _BATCH):
+            tables.append(_caption(captioner, options, batch))
+            bar.update(len(tables[-1]))
+        if not tables:
+            break
+        _write(pa.concat_tables(tables), output)
+
+
+class _Worker:
+    """Captions and writes a file's rows at a time, in a process of Ray's."""
+
+    def __init__(
+        self, load: Callable[[], Captioner], options: DecodingOptions, output: Path
+    ) -> None:
+        self._captioner, self._options, self._output = load(), options, output
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[int]]:
+        """Return how many rows were written."""
+        _write(_caption(self._captioner, self._options, rows), self._output)
+        return {"rows": [len(rows["photo"])]}
+
+
+def _with_ray(
+    load: Callable[[], Captioner],
+    photos: datasets.IterableDataset,
+    output: Path,
+    options: DecodingOptions,
+    workers: int,
+    gpus: int,
+    bar: tqdm[Any],
+) -> None:
+    """Read here, caption and write in Ray's workers."""
+    try:
+        import ray
+        import ray.data
+        from ray.data.block import BlockMetadata
+    except ImportError as error:
+        raise ConfigError(
+            'the engine "ray" is not installed: pip install "ray[data]", or leave --engine away'
+        ) from error
+
+    def read() -> Iterator[pa.Table]:
+        for batch in photos.iter(batch_size=_BATCH):
+            yield pa.table(batch, schema=_ROWS)
+
+    class Stream(ray.data.Datasource):
+        """The photos one after the other; Ray's own reader of datasets takes no such stream."""
+
+        def estimate_inmemory_data_size(self) -> None:
+            return None
+
+        def get_read_tasks(self, *_: object, **__: object) -> list[Any]:
+            return [ray.data.ReadTask(read, BlockMetadata(None, None, None))]
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        # Reading is light, and must go on where the workers hold all processors.
+        rows = ray.data.read_datasource(
+            Stream(),  # type: ignore[no-untyped-call]
+            override_num_blocks=1,
+            ray_remote_args={"num_cpus": 0},
+        )
+        written = rows.map_batches(
+            _Worker,
+            fn_constructor_args=(load, options, output.resolve()),
+            batch_size=_PART,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=gpus or None,
+        )
+        for row in written.iter_rows():
+            bar.update(row["rows"])
+    except ray.exceptions.RayError as error:
+        raise DataError(f"a worker failed, start again to go on: {first_line(error)}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _write(table: pa.Table, output: Path) -> None:
+    """Add a file whole or not at all: one that is being written has another name."""
+    name = f"{uuid.uuid4().hex}.parquet"
+    partial = output / f".{name}.part"
+    pq.write_table(table, partial)
+    partial.replace(output / name)
 
 
 def _count(output: Path) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -116,18 +115,21 @@ class Encoder(nn.Module):
         items: Iterable[_Item],
         batch_size: int | None = None,
     ) -> Iterator[_Result]:
-        """Yield ``function`` of a batch of items at a time, in order, from a thread a core.
+        """Yield ``function`` of a batch of items at a time, in order, from several threads.
 
         To open and encode photos: threads that compute each for itself keep all cores busy, which
-        torch's own do not that share one operation. While this goes on torch uses one a call.
+        torch's own do not that share one operation. There are as many as torch has threads, which
+        uses one a call while this goes on.
         """
         size = batch_size or self.batch_size
-        left, cores, threads = iter(items), os.cpu_count() or 1, torch.get_num_threads()
+        left, threads = iter(items), torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(cores) as pool:
+            with ThreadPoolExecutor(threads) as pool:
                 batches = iter(lambda: list(islice(left, size)), [])
-                waiting = deque(pool.submit(function, some) for some in islice(batches, 2 * cores))
+                waiting = deque(
+                    pool.submit(function, some) for some in islice(batches, 2 * threads)
+                )
                 try:
                     while waiting:
                         yield waiting.popleft().result()

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -176,7 +175,7 @@ class Captioner:
         if len(photos) == 1:
             return self._write(photos, search)
         batch = max(16, self.encoder.batch_size)
-        batch = min(batch, math.ceil(len(photos) / (os.cpu_count() or 1)) or 1)
+        batch = min(batch, math.ceil(len(photos) / torch.get_num_threads()) or 1)
         write = functools.partial(self._write, search=search)
         return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
 

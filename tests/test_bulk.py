@@ -205,4 +205,70 @@ def test_a_second_job_does_not_write_into_the_same_folder(
     output = tmp_path / "out"
     output.mkdir()
     with filelock.FileLock(output / ".lock"), pytest.raises(DataError, match="another"):
-        bulk.caption_all(captioner, bulk.photos_at(lambda: []), output, DecodingOptions())
+        bulk.caption_all(lambda: captioner, bulk.photos_at(lambda: []), output, DecodingOptions())
+
+
+_RAY = """
+import sys
+from captioner import bulk
+from captioner.__main__ import main
+bulk._BATCH = bulk._PART = 8  # several files for each worker
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ray_writes_what_one_process_writes(
+    album: Path, example_photos: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason='pip install "ray[data]"')
+    for number in range(40):
+        shutil.copy(example_photos[number % len(example_photos)], album / f"{number:02}.png")
+    outputs = {engine: tmp_path / engine for engine in ("local", "ray")}
+    for engine, output in outputs.items():
+        more = ["--engine", engine, "--workers", "2"]
+        done = subprocess.run(
+            [sys.executable, "-c", _RAY, "caption", str(album), "--output", str(output), *more],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 1, done.stderr
+        assert f"44 photos in {output}, 1 of them with an error" in done.stdout
+    alone, spread = table(outputs["local"]), table(outputs["ray"])
+    assert alone.keys() == spread.keys()
+    for photo, row in alone.items():
+        likely = pytest.approx(row.pop("log_probability"), abs=1e-4)
+        assert spread[photo].pop("log_probability") == likely
+        assert spread[photo] == row
+    assert len(list(outputs["ray"].glob("*.parquet"))) >= 5
+
+
+def test_ray_goes_on_where_it_stopped_and_needs_a_good_checkpoint(
+    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason='pip install "ray[data]"')
+    output = tmp_path / "captions"
+    assert main(["caption", str(album / "b.png"), "--output", str(output)]) == 0
+    before = table(output)
+    command = ["caption", str(album), "--output", str(output), "--engine", "ray", "--workers", "1"]
+    assert main(command) == 1
+    assert before.items() <= table(output).items()
+    assert len(table(output)) == 4
+    assert main([*command, "--checkpoint", str(album)]) == 2
+    assert main([*command[:-1], "0"]) == 2
+    assert "workers is 0; it must be a whole number from 1" in capsys.readouterr().err
+    assert main(["caption", str(album), "--engine", "ray"]) == 2
+    assert "--engine ray needs --output" in capsys.readouterr().err
+
+
+def test_without_ray_the_engine_says_how_to_get_it(
+    album: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    output = tmp_path / "captions"
+    assert main(["caption", str(album), "--output", str(output), "--engine", "ray"]) == 2
+    assert 'pip install "ray[data]"' in capsys.readouterr().err
