@@ -40,4 +40,7 @@ LAUNCH: dict[str, Any] = {
     "run_history": False,
     "enable_monitoring": False,
     "ssr_mode": False,
+    # A session holds its last answer, and every request over HTTP is one of its own: gradio would
+    # keep 10,000 of them. Nothing here needs what a session knew.
+    "state_session_capacity": 64,
 }

@@ -102,7 +102,7 @@ def test_batched_beam(ratios: Ratios, captioner: Captioner, photos: list[bytes])
     )
 
 
-def _captions(count: int, length: int = 11) -> list[list[str]]:
+def captions_for(count: int, length: int = 11) -> list[list[str]]:
     """Return five random captions for each of ``count`` photos, words as frequent as in English."""
     draw = random.Random(0)
     weights = [1 / (rank + 1) for rank in range(len(_WORDS))]
@@ -142,7 +142,7 @@ def test_an_epoch(
         str(tmp_path / "data" / "train-0.parquet")
     )
     features = cache_features(encoder, load_captions(str(tmp_path / "data")), tmp_path / "cache")
-    captions = _captions(64)
+    captions = captions_for(64)
     vocabulary = Vocabulary.build([each for some in captions for each in some], 1)
     dataset = CaptionDataset(features.array, range(64), captions, vocabulary, max_length=20)
     _, step = _learner(encoder, len(vocabulary))
@@ -250,7 +250,7 @@ def test_a_decoder_step(ratios: Ratios, captioner: Captioner) -> None:
 def test_the_reward(ratios: Ratios) -> None:
     from pycocoevalcap.cider.cider import Cider
 
-    references = _captions(64)
+    references = captions_for(64)
     vocabulary = Vocabulary.build([each for some in references for each in some], 1)
     reward = Reward(references, vocabulary)
     # Captions as they are drawn: what somebody said of the photo, some words of it changed.

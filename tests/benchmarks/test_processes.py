@@ -1,0 +1,253 @@
+"""Whole processes: how long they take to start, how much memory they hold, how many they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import httpx
+import numpy as np
+import pytest
+
+from tests.benchmarks.conftest import Ratios
+
+pytestmark = pytest.mark.benchmark
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_start(ratios: Ratios, photos: list[bytes], tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(photos[0])
+    ratios.time(
+        "process start to first caption / import torch, timm",
+        lambda: _run("-m", "captioner", "caption", str(photo)),
+        lambda: _run("-c", "import torch, timm"),
+        aim="<= 2",
+        times=5,
+    )
+    seen = _run(
+        "-c",
+        "import sys; from captioner.__main__ import main; "
+        f"main(['caption', {str(photo)!r}]); print(*sys.modules, sep='\\n')",
+    )
+    assert {"gensim", "datasets", "gradio", "matplotlib"} & set(seen.split()) == set()
+
+
+@pytest.fixture
+def page() -> Iterator[tuple[str, int, float]]:
+    """``app.py`` in a process of its own: address, process id, seconds until it answered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                httpx.get(address).raise_for_status()
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.05)
+        yield address, process.pid, time.monotonic() - started
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _anonymous(pid: int | str) -> int:
+    """Return a process's ``RssAnon``, in kB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if "RssAnon" in line).split()[1])
+
+
+async def _visit(address: str, photo: bytes, until: float, answered: list[float]) -> int:
+    """Send a photo again and again, note how long each caption took, return the refusals."""
+    busy = 0
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        while time.monotonic() < until:
+            started = time.monotonic()
+            upload = await client.post("/gradio_api/upload", files={"files": ("p.jpg", photo)})
+            file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+            call = await client.post("/gradio_api/call/caption", json={"data": [file]})
+            if call.status_code == 503:  # the queue is full
+                busy += 1
+                await asyncio.sleep(0.5)
+                continue
+            event = call.json()["event_id"]
+            answer = (await client.get(f"/gradio_api/call/caption/{event}")).text
+            assert answer.startswith("event: complete"), answer[-300:]
+            answered.append(time.monotonic() - started)
+    return busy
+
+
+def _visits(address: str, photo: bytes, visitors: int, seconds: float) -> tuple[list[float], int]:
+    answered: list[float] = []
+
+    async def all_of_them() -> list[int]:
+        until = time.monotonic() + seconds
+        return await asyncio.gather(
+            *(_visit(address, photo, until, answered) for _ in range(visitors))
+        )
+
+    return answered, sum(asyncio.run(all_of_them()))
+
+
+def test_visitors(ratios: Ratios, photos: list[bytes], page: tuple[str, int, float]) -> None:
+    address, _, ready = page
+    _visits(address, photos[0], 1, 3)
+    rates: dict[int, float] = {}
+    for visitors in (1, 10, 50):
+        started = time.monotonic()
+        answered, busy = _visits(address, photos[0], visitors, 20)
+        rates[visitors] = len(answered) / (time.monotonic() - started)
+        ratios.add(
+            f"photos a minute with {visitors} visitors / with one",
+            rates[visitors] / rates[1],
+            "-",
+            photos_a_minute=round(60 * rates[visitors]),
+            p50_seconds=float(np.percentile(answered, 50)),
+            p95_seconds=float(np.percentile(answered, 95)),
+            refused_as_busy=busy,
+            seconds_from_start_to_page=ready,
+        )
+
+
+def test_memory_of_the_page(
+    ratios: Ratios, photos: list[bytes], page: tuple[str, int, float]
+) -> None:
+    address, pid, _ = page
+    held, seen = [], 0
+    while seen < 2000:
+        answered, _ = _visits(address, photos[seen % len(photos)], 5, 10)
+        seen += len(answered)
+        held.append((seen, _anonymous(pid)))
+    first = next(memory for count, memory in held if count >= 1000)
+    ratios.add(
+        "memory of the page after 2,000 photos / after 1,000",
+        held[-1][1] / first,
+        "flat",
+        megabytes=[(count, memory // 1000) for count, memory in held],
+    )
+
+
+_EXTRACT = """
+import json, sys
+from pathlib import Path
+import datasets, torch
+from captioner.data import load_captions
+from captioner.encoders import load_encoder
+from captioner.features import cache_features
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+encoder = load_encoder("efficientnet_lite2")
+photos = load_captions(str(folder / "data"))
+cache_features(encoder, photos.select(range(count)), folder / f"cache{count}")
+print(Path("/proc/self/status").read_text())
+"""
+
+_TRAIN = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from tests.benchmarks.test_speed import captions_for
+from captioner import TrainConfig
+from captioner.data import CaptionDataset
+from captioner.preparation import Prepared
+from captioner.run import Run
+from captioner.training import train_one_epoch
+from captioner.vocab import Vocabulary
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+path = folder / f"features{count}.npy"
+array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, 49, 1504))
+captions = captions_for(count)
+vocabulary = Vocabulary.build([text for some in captions for text in some], 1)
+data = CaptionDataset(array, range(count), captions, vocabulary, max_length=20)
+config = TrainConfig.from_recipe("best", device="cpu", views=1)
+prepared = Prepared(
+    vocabulary=vocabulary, train=data, photos=count, text=None, train_references=captions,
+    example=captions[0][0], validation=data, references=captions, matrix=None,
+    encoder={"channels": 1504}, sources=[], pixels=(),
+)
+for stage in ("captions", "rewards"):
+    run = Run(config, prepared, folder)
+    run.begin(stage, 0)
+    class Enough(Exception): pass
+    def stop():
+        if run.step == 12:
+            raise Enough
+    try:
+        train_one_epoch(run, stop)
+    except Enough:
+        pass
+print(Path("/proc/self/status").read_text())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "few"), [("extraction", _EXTRACT, 150), ("training", _TRAIN, 1000)]
+)
+def test_memory(
+    ratios: Ratios, photos: list[bytes], tmp_path: Path, name: str, code: str, few: int
+) -> None:
+    rows = [{"image": {"bytes": each, "path": None}, "alt_text": ["a"]} for each in photos]
+    kinds = datasets.Features({"image": datasets.Image(), "alt_text": [datasets.Value("string")]})
+    table = datasets.Dataset.from_list(rows * 24, features=kinds)
+    table.to_parquet(str(tmp_path / "data" / "train-0.parquet"))
+    held = []
+    for count in (few, 10 * few):
+        lines = _run("-c", code, str(tmp_path), str(count)).splitlines()
+        held.append(int(next(line for line in lines if "RssAnon" in line).split()[1]))
+    ratios.add(
+        f"memory of {name}, {10 * few:,} photos / {few:,}",
+        held[1] / held[0],
+        "<= 1.05",
+        megabytes=[each // 1000 for each in held],
+    )
+
+
+def test_the_cache_alone(ratios: Ratios, tmp_path: Path) -> None:
+    """Write and read the features of 100,000 photos, 14.7 GB, without any encoder."""
+    count, shape = 100_000, (49, 1504)
+    if shutil.disk_usage(tmp_path).free < 20_000_000_000:
+        pytest.skip("needs 20 GB in pytest's temporary folder")
+    some = np.random.default_rng(0).random((500, *shape), np.float32).astype(np.float16)
+    path = tmp_path / "features.npy"
+    started = time.perf_counter()
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, *shape))
+    for at in range(0, count, len(some)):
+        array[at : at + len(some)] = some
+        array.flush()
+    written = time.perf_counter() - started
+    del array
+    before = _anonymous("self")
+    array = np.load(path, mmap_mode="r")
+    order = np.random.default_rng(1).permutation(count)[:10_000]
+    started = time.perf_counter()
+    total = sum(float(np.array(array[row])[0, 0]) for row in order)
+    read = time.perf_counter() - started
+    assert np.isfinite(total)
+    path.unlink()
+    ratios.add(
+        "100,000 photos' features: anonymous memory while reading / before",
+        _anonymous("self") / before,
+        "<= 1.05",
+        gigabytes=count * 49 * 1504 * 2 / 1e9,
+        photos_written_a_second=round(count / written),
+        photos_read_a_second_in_random_order=round(len(order) / read),
+    )
