@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,18 +36,16 @@ class Reward:
         """Weigh n-grams by their rarity among ``references``, which photos have in their order."""
         ended = [[f"{clean(text)} {_END}" for text in texts] for texts in references]
         self._cider = CiderD(ended)
-        self._vocabulary = vocabulary
+        # The id in CIDEr's own count of each id of the vocabulary.
+        words = [*vocabulary.idx2word]
+        words[EOS] = _END
+        self._ids = np.array([self._cider.id_of(word) for word in words])
+        self._ids[PAD] = -1
 
     def __call__(self, photos: Sequence[int], captions: Tensor) -> Tensor:
-        """Return (B, K) rewards of captions (B, K, T) of the photos with these numbers."""
-        rows = []
-        for photo, some in zip(photos, captions.tolist(), strict=True):
-            texts = [
-                self._vocabulary.untokenize(ids) + (f" {_END}" if EOS in ids else "")
-                for ids in some
-            ]
-            rows.append([self._cider.score(photo, text) for text in texts])
-        return torch.tensor(rows)
+        """Return (B, K) rewards of captions (B, K, T), as ``draw`` makes them, of these photos."""
+        tokens = self._ids[captions[:, :, 1:].cpu().numpy()]
+        return torch.from_numpy(self._cider.score_tokens(photos, tokens)).float()
 
 
 def _draw_one(chances: Tensor, generator: torch.Generator | None) -> Tensor:
