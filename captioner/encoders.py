@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from itertools import islice, pairwise
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         function: Callable[[list[_Item]], _Result],
         items: Iterable[_Item],
         batch_size: int | None = None,
-    ) -> Iterator[_Result]:
+    ) -> Generator[_Result, None, None]:
         """Yield ``function`` of a batch of items at a time, in order, from several threads.
 
         To open and encode photos: threads that compute each for itself keep all cores busy, which

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from torchvision.models import resnet50
 from captioner.encoders import Encoder, load_encoder
 from captioner.errors import EncoderError
 from captioner.images import Transform
+
+MakeEncoder = Callable[..., Encoder]
 
 
 def _noise(count: int = 2, size: int = 224) -> Tensor:
@@ -399,3 +401,48 @@ def test_missing_empty_and_truncated_files_are_refused(tmp_path: Path, timm_weig
             path.write_bytes(content[:kept])
             with pytest.raises(EncoderError, match="short"):
                 load_encoder("timm:test_resnet", path)
+
+
+# Many at a time
+
+
+def test_map_keeps_the_order_and_takes_a_batch_at_a_time(tiny_encoder: MakeEncoder) -> None:
+    encoder, before = tiny_encoder(), torch.get_num_threads()
+    seen: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(50):
+            seen.append(number)
+            yield number
+
+    found = encoder.map(list, numbers(), 3)
+    assert next(found) == [0, 1, 2]
+    assert torch.get_num_threads() == 1  # each thread computes for itself
+    assert len(seen) < 30  # it does not run ahead without end
+    assert [number for some in found for number in some] == list(range(3, 50))
+    assert torch.get_num_threads() == before
+    assert list(encoder.map(list, [], 3)) == []
+    assert [len(some) for some in encoder.map(list, range(9))] == [4, 4, 1]
+
+
+def test_what_fails_in_map_ends_it_and_leaves_torch_as_it_was(tiny_encoder: MakeEncoder) -> None:
+    encoder, before = tiny_encoder(), torch.get_num_threads()
+
+    def fail(numbers: list[int]) -> int:
+        return 1 // (numbers[0] - 4)
+
+    found = encoder.map(fail, range(100))
+    with pytest.raises(ZeroDivisionError):
+        list(found)
+    assert torch.get_num_threads() == before
+    found = encoder.map(len, range(100))
+    next(found)
+    found.close()
+    assert torch.get_num_threads() == before
+
+
+def test_map_encodes_what_the_encoder_alone_does(lite2: Encoder) -> None:
+    images = _noise(6, 288)
+    whole = lite2(images)
+    parts = list(lite2.map(lambda some: lite2(torch.stack(some)), images))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-3)

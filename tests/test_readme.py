@@ -49,7 +49,13 @@ def test_every_shell_command_runs_or_its_arguments_parse(
                 ).stdout.startswith(b"usage:")
             case ["python", "-m", "pytest", *_] | ["tensorboard", *_] | [".ci/run"]:
                 pass
-            case ["python", "train.py", *rest]:
+            case ["python", "train.py", *rest] | [
+                "torchrun",
+                "--nproc-per-node",
+                _,
+                "train.py",
+                *rest,
+            ]:
                 train.build_parser().parse_args(rest)
             case ["python", "-m", "captioner", *rest] if "evaluate" in rest or "--data" in rest:
                 captioner_parser().parse_args(rest)

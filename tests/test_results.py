@@ -110,3 +110,32 @@ def test_a_row_s_command_is_the_one_that_made_its_records(row: dict[str, str]) -
     seeds = [record["config"]["seed"] for record in _records(row)]
     assert len(set(seeds)) == len(seeds)
     assert options["seed"] in seeds
+
+
+# Speed
+
+
+def _speed_rows() -> dict[str, list[str]]:
+    """Return the cells of the table of ratios, by name."""
+    _, section = RESULTS.split("\n## Speed\n", 1)
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+def test_the_table_of_ratios_is_what_the_benchmarks_wrote() -> None:
+    record = json.loads((ROOT / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
+    rows = _speed_rows()
+    for name, values in record["rows"].items():
+        ratio, aim = rows[name][:2]
+        assert ratio == f"{values['ratio']:.2f}", name
+        assert aim == values["aim"], name
+    assert record["machine"]["cores"] == 2
+
+
+def test_every_benchmark_has_its_row() -> None:
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "benchmarks").glob("*.py")
+    )
+    tests = re.findall(r"^def test_", code, flags=re.MULTILINE)
+    record = json.loads((ROOT / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
+    assert len(record["rows"]) >= len(tests)
