@@ -58,7 +58,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         file = gr.File(visible=False)
         button, json = gr.Button(visible=False), gr.JSON(visible=False)
 
-        # Two at once: while one of them runs the model, the other is unpacked, or packed.
+        # Two at once: unpacking and packing leave a core free.
         button.click(answers.api, photo, json, api_name="caption", concurrency_limit=2)
         # One at a time: what answers an older photo never comes after what answers a newer one.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}

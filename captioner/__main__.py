@@ -215,6 +215,12 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
     from captioner.encoders import choose_device
     from captioner.predictor import Captioner
 
+    if arguments.engine == "ray":  # its workers may stand in another folder
+        for name in ("data", "checkpoint", "encoder_weights", "output"):
+            value = getattr(arguments, name)
+            if value is not None and (name == "output" or Path(value).exists()):
+                setattr(arguments, name, type(value)(Path(value).resolve()))
+        arguments.paths = [path.absolute() for path in arguments.paths]
     if arguments.data:
         photos = bulk.photos_of(arguments.data, arguments.split)
     else:

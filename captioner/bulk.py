@@ -250,7 +250,7 @@ def _with_ray(
     gpus: int,
     bar: tqdm[Any],
 ) -> None:
-    """Read here, caption and write in Ray's workers."""
+    """Read in one task of Ray's, caption and write in its workers."""
     try:
         import ray
         import ray.data
@@ -290,20 +290,31 @@ def _with_ray(
             batch_size=_PART,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus or None,
+            # A photo that ends its worker ends the job, not before it was tried again.
+            max_restarts=3,
+            max_task_retries=3,
         )
         for row in written.iter_rows():
             bar.update(row["rows"])
     except ray.exceptions.RayError as error:
-        raise DataError(f"a worker failed, start again to go on: {first_line(error)}") from error
+        # The first lines say where in Ray, the last one why.
+        why = [line for line in str(error).splitlines() if line.strip()][-1]
+        raise DataError(
+            f"a worker of Ray failed ({why.strip()[:200]}); what is written stays"
+        ) from error
     finally:
         if started:
             ray.shutdown()
 
 
 def _write(table: pa.Table, output: Path) -> None:
-    """Add a file whole or not at all: one that is being written has another name."""
-    name = f"{uuid.uuid4().hex}.parquet"
-    partial = output / f".{name}.part"
+    """Add a file whole or not at all: one that is being written has another name.
+
+    It is called by its photos: where Ray does a task again, the same file comes of it.
+    """
+    photos = "\0".join(table.column("photo").to_pylist())
+    name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
+    partial = output / f".{uuid.uuid4().hex}.part"
     pq.write_table(table, partial)
     partial.replace(output / name)
 

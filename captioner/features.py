@@ -60,11 +60,11 @@ def count_missing(
     encoder: Encoder, photos: CaptionedPhotos, folder: Path = FEATURES_FOLDER, *, view: int = 0
 ) -> int:
     """Return how many photos ``cache_features`` would have to pass through the encoder."""
-    done = _read(_home(encoder, photos, folder, view) / _DONE, (len(photos),))
+    done = _mapped(_home(encoder, photos, folder, view) / _DONE, (len(photos),))
     return len(photos) if done is None else int((done == _TODO).sum())
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """Map an array into memory, read-only; None where there is none of this shape."""
     try:
         array = np.load(path, mmap_mode="r")
@@ -112,6 +112,11 @@ def cache_features(
             _extract(encoder, photos, home, left, view, processes)
         processes.wait()
     done = np.load(home / _DONE, mmap_mode="r")
+    if (done == _TODO).any():
+        raise DataError(
+            f"{home} lacks features that were just made, as where several machines write into one "
+            "file: start once more on one machine, and then on all"
+        )
     readable = np.flatnonzero(done == _READ).tolist()
     if not readable:
         raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
@@ -124,8 +129,8 @@ def cache_features(
 
 def _begin(home: Path, shape: tuple[int, int, int]) -> None:
     """Make the two files, unless they are there and whole."""
-    done = _read(home / _DONE, shape[:1])
-    if done is not None and _read(home / _ARRAY, shape) is not None:
+    done = _mapped(home / _DONE, shape[:1])
+    if done is not None and _mapped(home / _ARRAY, shape) is not None:
         return
     if (home / _DONE).exists():
         log.warning("%s is damaged: extracting the features anew", home)
@@ -181,16 +186,20 @@ def _extract(
         seen.clear()
 
     label = f"features, {encoder.name}, {photos.split}{f', view {view}' if view else ''}"
-    with tqdm(
-        total=len(done),
-        initial=len(done) - len(left),
-        desc=label,
-        unit="photo",
-        smoothing=0.05,
-        disable=not processes.first,
-    ) as bar:
+    with (
+        tqdm(
+            total=len(done),
+            initial=len(done) - len(left),
+            desc=label,
+            unit="photo",
+            smoothing=0.05,
+            disable=not processes.first,
+        ) as bar,
+        contextlib.ExitStack() as stack,
+    ):
         try:
-            for readable, unreadable in encoder.map(see, own.tolist()):
+            found = stack.enter_context(contextlib.closing(encoder.map(see, own.tolist())))
+            for readable, unreadable in found:
                 seen += [(row, _READ) for row in readable]
                 seen += [(row, _UNREADABLE) for row in unreadable]
                 # The others are about as far.

@@ -42,7 +42,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
 
 def _grams(tokens: np.ndarray) -> np.ndarray:
-    """Return the n-grams for n = 1..4 of texts, (N, 4 L), as 64-bit hashes that end in n - 1.
+    """Return the n-grams for n = 1..4 of texts, (N, G), as 64-bit hashes that end in n - 1.
 
     Args:
         tokens: ids (N, L), -1 behind the end. What is no n-gram is ``_NONE``.
@@ -79,16 +79,20 @@ class CiderD:
         counts = np.array([len(texts) for texts in references], np.int64)
         self._first = np.concatenate([[0], counts.cumsum()])  # each photo's first reference
         texts = [text for some in references for text in some]
-        length = max((len(text.split()) for text in texts), default=0)
-        self._tokens = np.full((len(texts), max(length, 1)), -1, np.int32)
-        for row, text in enumerate(texts):
-            words = [self._ids[word] for word in text.split()]
-            self._tokens[row, : len(words)] = words
+        # An empty one behind the last.
+        self._lengths = np.array([*(len(text.split()) for text in texts), 0])
+        self._starts = self._lengths.cumsum() - self._lengths
+        # All words of all references; -1 so that there is one.
+        words = (self._ids[word] for text in texts for word in text.split())
+        self._words = np.append(np.fromiter(words, np.int32), np.int32(-1))
         self._log_photos = math.log(max(len(references), 1))
         seen = [np.empty(0, np.uint64)]
         for photos in np.array_split(np.arange(len(references)), len(references) // 1000 + 1):
             # Each n-gram once a photo, however many of its texts have it.
-            grams = _grams(self._tokens[self._first[photos[0]] : self._first[photos[-1] + 1]])
+            if not len(photos):
+                continue
+            rows = np.arange(self._first[photos[0]], self._first[photos[-1] + 1])
+            grams = _grams(self._references(rows))
             owners = np.repeat(photos.astype(np.uint64), counts[photos])
             pairs = np.stack([np.broadcast_to(owners[:, None], grams.shape), grams], axis=-1)
             pairs = pairs[grams != _NONE]
@@ -99,6 +103,14 @@ class CiderD:
             seen.append(pairs[new, 1])
         self._known, frequency = np.unique(np.concatenate(seen), return_counts=True)
         self._rarity = self._log_photos - np.log(frequency)
+
+    def _references(self, rows: np.ndarray) -> np.ndarray:
+        """Return the ids of references, (N, L), -1 behind the end."""
+        lengths = self._lengths[rows]
+        places = np.arange(max(1, int(lengths.max(initial=0))))
+        there = places < lengths[:, None]
+        index = np.where(there, self._starts[rows][:, None] + places, -1)
+        return np.where(there, self._words[index], -1)
 
     def id_of(self, word: str) -> int:
         """Return a word's id; one that no reference has gets the next one."""
@@ -137,6 +149,8 @@ class CiderD:
             float64 (B, K).
         """
         B, K, L = tokens.shape
+        if not tokens.size:
+            return np.zeros((B, K))
         grams, weights, norms, lengths = self._weigh(tokens.reshape(B * K, L))
         numbers = np.asarray(photos)
         counts = self._first[numbers + 1] - self._first[numbers]
@@ -144,8 +158,8 @@ class CiderD:
         # A photo with fewer references than others is filled up with empty ones.
         rows = self._first[numbers][:, None] + np.arange(R)
         filled = np.arange(R) < counts[:, None]
-        wanted = self._tokens[np.where(filled, rows, 0)]
-        wanted = np.where(filled[..., None], wanted, -1).reshape(B * R, -1)
+        rows = np.where(filled, rows, len(self._lengths) - 1).flatten()
+        wanted = self._references(rows)
         other_grams, other_weights, other_norms, other_lengths = self._weigh(wanted)
         other_grams = np.where(other_grams == _NONE, _NONE - np.uint64(1), other_grams)
 

@@ -16,6 +16,8 @@ from captioner.model import CaptionModel
 
 # With more rows arithmetic takes the time, and oneDNN compiles anew for each number of rows.
 _FEW = 16
+# These take all 49 cells of a photo, once.
+_ONCE = ("projection", "attn.Wf")
 
 
 class _PackedLinear(nn.Module):
@@ -63,8 +65,10 @@ def pack(model: CaptionModel) -> CaptionModel:
     if not there or model.embedding.weight.device.type != "cpu":
         return model
     packed = copy.deepcopy(model).eval()
-    for name, module in model.named_modules():
+    for name, module in list(packed.named_modules()):
         parent, _, child = name.rpartition(".")
+        if name in _ONCE:
+            continue
         # A single row of weights is read in no time.
         if isinstance(module, nn.Linear) and module.out_features > 1:
             setattr(packed.get_submodule(parent), child, _PackedLinear(module.weight, module.bias))

@@ -174,8 +174,9 @@ class Captioner:
         """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
         if len(photos) == 1:
             return self._write(photos, search)
-        batch = max(16, self.encoder.batch_size)
-        batch = min(batch, math.ceil(len(photos) / torch.get_num_threads()) or 1)
+        batch = 64
+        if self.encoder.device.type == "cpu":
+            batch = min(16, math.ceil(len(photos) / torch.get_num_threads()) or 1)
         write = functools.partial(self._write, search=search)
         return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from captioner.errors import ConfigError
+
 # The others wait while the first one scores an epoch, or extracts what they have done already.
 _PATIENCE = datetime.timedelta(days=1)
 
@@ -62,15 +64,29 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun started, until the block ends."""
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun started, until the block ends.
+
+    Each takes the GPU of its own number where ``device`` is "cuda".
+
+    Raises:
+        ConfigError: there is no GPU for each, or the device is one that processes can't share.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    # What is said goes by gloo; gradients on GPUs go by NCCL.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend, own = "gloo", int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if own >= torch.cuda.device_count():
+            raise ConfigError(
+                f"there are {torch.cuda.device_count()} GPUs here: start at most one process for "
+                "each, or use --device cpu"
+            )
+        torch.cuda.set_device(own)
+        # What is said goes by gloo; gradients go by NCCL.
+        backend = "cpu:gloo,cuda:nccl"
+    elif device.type != "cpu":
+        raise ConfigError(f"several processes do not train on {device.type}: use --device cpu")
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())

@@ -195,7 +195,7 @@ class Run:
             return
         try:
             numbers = json.loads((state / "state.json").read_text())
-            tensors = load_file(state / "state.safetensors", device=str(self.device))
+            tensors = load_file(state / "state.safetensors")  # what it is loaded into moves it
             kept = numbers["config"]
         except Exception as error:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from captioner import checkpoint as checkpoints
 from captioner import self_critical
 from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
+from captioner.encoders import choose_device
 from captioner.errors import TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
 from captioner.logbook import RECORD, Logbook, write_record
@@ -154,7 +155,7 @@ def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> 
         # Seeded a step, so that a resumed run draws the dropout that it would have drawn; each
         # process its own.
         torch.manual_seed(config.seed * 1_000_003 + done + (run.processes.rank << 40))
-        features = features.to(device, non_blocking=True).float()
+        features = features.to(device, non_blocking=device.type == "cuda").float()
         if rewarded:
             rate = learning_rate_at(done, total, config.reward_learning_rate)
             run.optimizer.param_groups[0]["lr"] = rate
@@ -232,17 +233,18 @@ def fit(
     Beside it: run.json (settings, versions, commit, figures), metrics.csv, curves.png,
     tensorboard/, and state/, from which ``resume`` goes on, on any number of processes. Where
     torchrun started several they share the photos of each batch; all of them need to see
-    ``folder`` and ``cache``, and the first one writes there.
+    ``folder`` and ``cache``, and on several machines the features need to be there already.
 
     Returns:
         the figures of the best epoch.
 
     Raises:
+        ConfigError: there is no such device, or there are more processes than GPUs.
         TrainingError: the folder is taken, the loss became NaN, or what is to be resumed does not
             fit the settings.
         Stopped: SIGINT or SIGTERM came; everything is saved.
     """
-    with joined() as processes, contextlib.ExitStack() as stack:
+    with joined(choose_device(config.device)) as processes, contextlib.ExitStack() as stack:
         if processes.first:
             stack.enter_context(_claimed(folder, resume))
         return _fit(config, folder, resume, cache, processes)
@@ -291,6 +293,7 @@ def _fit(
     run = Run(config, prepared, folder, processes)
     if resume:
         run.restore()
+        processes.wait()  # until all have read what the first one will replace
         record(run.rows)
     free = config.select_by == "cider"
     options = dataclasses.replace(

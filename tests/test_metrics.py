@@ -248,3 +248,16 @@ def test_lengths_that_differ_are_refused() -> None:
 def test_a_photo_without_a_reference_is_refused_by_number() -> None:
     with pytest.raises(DataError, match="photo number 2 has no reference"):
         score_captions(["a"] * 4, [["a"], ["b"], [], ["c"]])
+
+
+def test_a_captions_worth_does_not_depend_on_its_company() -> None:
+    references = [["a dog runs", "the dog is running on grass"], ["two men"], ["a b c d e " * 40]]
+    cider = CiderD(references)
+    assert CiderD([]).scores([]) == []
+    assert CiderD([[]]).scores(["a b"]) == [0]
+    texts = ["a dog runs", "two men", "a b c d e"]
+    for row, (text, score) in enumerate(zip(texts, cider.scores(texts), strict=True)):
+        assert cider.score(row, text) == pytest.approx(score)
+        assert score > 0
+    assert cider.score(1, "two zebras") == cider.score(1, "two unicorns") > 0
+    assert cider.score(1, "two zebras zebras") != cider.score(1, "two zebras unicorns")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from captioner.errors import ConfigError
 from captioner.processes import Processes, joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +164,7 @@ def test_what_one_process_refuses_ends_all(
 
 
 def test_alone_nothing_is_sent() -> None:
-    with joined() as processes:
+    with joined(torch.device("cpu")) as processes:
         assert (processes.rank, processes.count, processes.first) == (0, 1, True)
         assert processes.total(2, 3.5) == [2, 3.5]
         assert processes.tell("x") == "x"
@@ -172,3 +173,14 @@ def test_alone_nothing_is_sent() -> None:
         processes.wait()
     assert not torch.distributed.is_initialized()
     assert Processes(1, 2).first is False
+
+
+def test_processes_need_a_device_that_they_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    for device, why in (("mps", "do not train on mps"), ("cuda", "at most one process for each")):
+        with (
+            pytest.raises(ConfigError, match=f"{why}.* --device cpu"),
+            joined(torch.device(device)),
+        ):
+            pass
