@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _ARRAY, _DONE = "features.npy", "done.npy"
 # What ``done.npy`` says of a photo.
-_TODO, _READ, _UNREADABLE = range(3)
+_MISSING, _READ, _UNREADABLE = range(3)
 _SAVE_EVERY = 512
 _SPARE_BYTES = 200_000_000
 
@@ -61,7 +61,7 @@ def count_missing(
 ) -> int:
     """Return how many photos ``cache_features`` would have to pass through the encoder."""
     done = _mapped(_home(encoder, photos, folder, view) / _DONE, (len(photos),))
-    return len(photos) if done is None else int((done == _TODO).sum())
+    return len(photos) if done is None else int((done == _MISSING).sum())
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -106,13 +106,13 @@ def cache_features(
             stack.enter_context(filelock.FileLock(home / ".lock"))
             _begin(home, shape)
         processes.wait()
-        left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _TODO)
+        left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _MISSING)
         processes.wait()  # or this one would count what another has done already
         if len(left):
             _extract(encoder, photos, home, left, view, processes)
         processes.wait()
     done = np.load(home / _DONE, mmap_mode="r")
-    if (done == _TODO).any():
+    if (done == _MISSING).any():
         raise DataError(
             f"{home} lacks features that were just made, as where several machines write into one "
             "file: start once more on one machine, and then on all"
@@ -144,7 +144,7 @@ def _begin(home: Path, shape: tuple[int, int, int]) -> None:
         )
     open_memmap = np.lib.format.open_memmap
     open_memmap(home / _ARRAY, mode="w+", dtype=np.float16, shape=shape).flush()
-    # Zero, that is _TODO.
+    # Zero, that is _MISSING.
     open_memmap(home / _DONE, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
 
 
