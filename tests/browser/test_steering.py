@@ -183,6 +183,8 @@ def test_the_presets_are_the_original_report_and_the_defaults(
 def test_a_beam_of_one_gives_one_caption(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
     cat.get_by_role("button", name="Settings").click()
     number = cat.get_by_label("number input for Captions")
+    expect(number).to_have_value("3")
+    cat.wait_for_timeout(500)  # Gradio sets the value once more while the accordion unfolds
     number.fill("1")
     number.press("Tab")
     greedy = dataclasses.replace(DecodingOptions(), beam_size=1)
