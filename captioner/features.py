@@ -195,10 +195,9 @@ def _extract(
             smoothing=0.05,
             disable=not processes.first,
         ) as bar,
-        contextlib.ExitStack() as stack,
+        contextlib.closing(encoder.map(see, own.tolist())) as found,
     ):
         try:
-            found = stack.enter_context(contextlib.closing(encoder.map(see, own.tolist())))
             for readable, unreadable in found:
                 seen += [(row, _READ) for row in readable]
                 seen += [(row, _UNREADABLE) for row in unreadable]
