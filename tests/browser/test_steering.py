@@ -11,7 +11,15 @@ from playwright.sync_api import Page, expect
 
 from captioner import Captioner
 from captioner.config import DecodingOptions
-from tests.browser.visits import bring, everything, expect_pressed, expect_words, steer, words_of
+from tests.browser.visits import (
+    ask_for_captions,
+    bring,
+    everything,
+    expect_pressed,
+    expect_words,
+    steer,
+    words_of,
+)
 
 
 @pytest.fixture(scope="session")
@@ -181,23 +189,13 @@ def test_the_presets_are_the_original_report_and_the_defaults(
 
 
 def test_a_beam_of_one_gives_one_caption(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
-    cat.get_by_role("button", name="Settings").click()
-    number = cat.get_by_label("number input for Captions")
-    expect(number).to_have_value("3")
-    cat.wait_for_timeout(500)  # Gradio sets the value once more while the accordion unfolds
-    number.fill("1")
-    number.press("Tab")
+    ask_for_captions(cat, 1)
     greedy = dataclasses.replace(DecodingOptions(), beam_size=1)
-    expect(cat.locator(".beam")).to_have_count(1, timeout=30_000)
     expect_words(cat, captioner.caption(cat_photo, greedy).text)
 
 
 def test_steering_follows_the_settings(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
-    cat.get_by_role("button", name="Settings").click()
-    number = cat.get_by_label("number input for Captions")
-    number.fill("5")
-    number.press("Tab")
-    expect(cat.locator(".beam")).to_have_count(5)
+    ask_for_captions(cat, 5)
     kept = words_of(cat)[:1]
     other = steer(cat, 1)
     options = DecodingOptions(beam_size=5, prefix=" ".join([*kept, other]))

@@ -97,6 +97,20 @@ def steer(page: Page, at: int, choice: int = 0) -> str:
     return text
 
 
+def ask_for_captions(page: Page, count: int) -> None:
+    """Unfold the settings, ask for so many captions and wait for them."""
+    page.get_by_role("button", name="Settings").click()
+    number = page.get_by_label("number input for Captions")
+    for _ in range(10):
+        # Gradio sets the value once more while it unfolds: what was typed before that is lost.
+        number.fill(str(count))
+        number.press("Tab")
+        page.wait_for_timeout(500)
+        if number.input_value() == str(count):
+            break
+    expect(page.locator(".beam")).to_have_count(count, timeout=30_000)
+
+
 def open_all(page: Page) -> None:
     """Unfold everything that can be unfolded."""
     for button in page.locator(".gr-accordion > button").all():
