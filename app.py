@@ -13,7 +13,7 @@ from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
 from captioner.overlay import render
 from captioner.predictor import Captioner
-from captioner.serving import LAUNCH
+from captioner.serving import DELETE_CACHE, serve
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
@@ -26,7 +26,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         data = render(shown.photo, shown.caption, event.format, event.beam)
         return attention.save(data, f"caption.{event.format}")
 
-    with gr.Blocks(title="Captions with attention", analytics_enabled=False) as demo:
+    with gr.Blocks(
+        title="Captions with attention", analytics_enabled=False, delete_cache=DELETE_CACHE
+    ) as demo:
         gr.Markdown("# Captions with attention\nSee, word by word, where the model looked.")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="bring"):
@@ -93,9 +95,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
 def main(arguments: list[str] | None = None) -> int:
     """Load the checkpoint and serve the page."""
     parser = argparse.ArgumentParser(description="Caption photos in the browser.")
-    parser.add_argument(
-        "--checkpoint", metavar="PATH|HUB_ID", help="a checkpoint; default: the shipped one"
-    )
+    parser.add_argument("--checkpoint", metavar="PATH|HUB_ID", help="default: the shipped one")
     parser.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
     parser.add_argument("--host", help="address to listen on; default: this machine only")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -105,12 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
     except CaptionerError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
-    demo = build_demo(captioner).queue(max_size=20)
     try:
-        demo.launch(server_name=options.host, server_port=options.port, **LAUNCH)
+        serve(lambda: build_demo(captioner), options.host, options.port)
     except OSError:
-        place = f"port {options.port}" if options.port else "every port from 7860 to 7959"
-        print(f"app.py: {place} is taken, choose another --port", file=sys.stderr)
+        place = options.port or "7860 and every one up to 7959"
+        print(f"app.py: port {place} is taken: choose another --port", file=sys.stderr)
         return 1
     return 0
 

@@ -39,7 +39,7 @@ import app  # noqa: E402
 from captioner import Captioner, viewer  # noqa: E402
 from captioner.encoders import Encoder, load_encoder  # noqa: E402
 from captioner.images import Transform  # noqa: E402
-from captioner.serving import LAUNCH  # noqa: E402
+from captioner.serving import MAX_WAITING, Gate, launch_options  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
 
@@ -197,8 +197,8 @@ def example_photos() -> list[Path]:
 @pytest.fixture(scope="session")
 def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
-    demo = app.build_demo(captioner).queue(max_size=20)
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    demo = app.build_demo(captioner).queue(max_size=MAX_WAITING)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(Gate()))
     yield url
     demo.close()
 

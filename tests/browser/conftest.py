@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from captioner.overlay import page as standalone_page
-from captioner.serving import LAUNCH
+from captioner.serving import Gate, launch_options
 from captioner.viewer import AttentionViewer, View
 from tests.browser.visits import click_example
 
@@ -81,7 +81,7 @@ def show(page: Page) -> Iterator[Callable[[View], Page]]:
     def open_view(view: View) -> Page:
         with gr.Blocks(analytics_enabled=False) as demo:
             AttentionViewer(view)
-        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(Gate()))
         served.append(demo)
         page.goto(f"{url}?__theme=light")
         page.locator(".word").first.wait_for()
