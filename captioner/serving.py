@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from gradio_client.utils import is_http_url_like
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
@@ -77,8 +78,9 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        """Start open, with nobody inside."""
+        """Start open, with nobody inside; files come from Gradio's folder, as it is now."""
         self.closed = False
+        self._folder = Path(get_upload_folder()).resolve()
         self._inside = 0
         self._last = time.monotonic()
 
@@ -140,11 +142,13 @@ class Gate:
             if not message.get("more_body"):
                 break
         try:
-            asks_for_url = _names_url(json.loads(body)) if body else False
+            asked = json.loads(body) if body else None
+            foreign = self._names_foreign_file(asked)
         except (ValueError, RecursionError):
             return _refuse(400, "The request is no JSON that can be read."), receive
-        if asks_for_url:
-            return _refuse(400, "Send the photo itself: no address is fetched."), receive
+        if foreign:
+            sentence = "The photo was not uploaded: send the file first, not its address or place."
+            return _refuse(400, sentence), receive
         unread = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> Message:
@@ -152,6 +156,20 @@ class Gate:
             return await receive() if message is None else message
 
         return None, replay
+
+    def _names_foreign_file(self, value: Any) -> bool:
+        """Say whether a request holds a file that no visitor sent: Gradio would fetch an URL."""
+        if isinstance(value, list):
+            return any(map(self._names_foreign_file, value))
+        if not isinstance(value, dict):
+            return False
+        path = value.get("path")
+        if "meta" in value and isinstance(path, str):
+            try:
+                return not Path(path).resolve().is_relative_to(self._folder)
+            except (OSError, ValueError):  # no name that a file could have
+                return True
+        return any(map(self._names_foreign_file, value.values()))
 
     def drain(self) -> None:
         """Close, and return when nobody has waited for a second, or after twenty."""
@@ -165,16 +183,6 @@ class Gate:
 
 def _refuse(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status)
-
-
-def _names_url(value: Any) -> bool:
-    """Say whether a request holds a file whose path is an address: Gradio would fetch it."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        if "meta" in value and isinstance(path, str) and is_http_url_like(path):
-            return True
-        return any(_names_url(each) for each in value.values())
-    return isinstance(value, list) and any(_names_url(each) for each in value)
 
 
 def launch_options(gate: Gate) -> dict[str, Any]:
@@ -235,9 +243,10 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
     Raises:
         OSError: no port is free.
     """
-    gate, asked = Gate(), threading.Event()
+    asked = threading.Event()
     _claim_zero_gpu()
     with temporary_files():
+        gate = Gate()
         demo = build().queue(max_size=MAX_WAITING)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: asked.set())

@@ -1,0 +1,194 @@
+"""``app.py`` in a process of its own, and visitors who send it photos over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+UPLOAD, CALL = "/gradio_api/upload", "/gradio_api/call/caption"
+
+# Python runs this at its start; it notes every address that is asked for or connected to.
+_NOTE_CONNECTIONS = """
+import sys
+def note(event, values):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        place = values[1] if event == "socket.connect" else values[:2]
+        with open({path!r}, "a") as file:
+            print(event, place, file=file)
+sys.addaudithook(note)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page that runs.
+
+    Attributes:
+        address: without a slash at its end.
+        process: ends with the context that started it.
+        folder: where it puts temporary files.
+        ready: seconds from its start to its first answer.
+    """
+
+    address: str
+    process: subprocess.Popen[str]
+    folder: Path
+    ready: float
+
+    @property
+    def connections(self) -> str:
+        """What it connected to, a line each."""
+        return (self.folder.parent / "connections").read_text()
+
+    @property
+    def log(self) -> str:
+        """What it printed."""
+        return (self.folder.parent / "log").read_text()
+
+    def anonymous(self) -> int:
+        """Return its ``RssAnon``, in kB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if "RssAnon" in line).split()[1])
+
+
+@contextlib.contextmanager
+def running_page(
+    home: Path, *command: str, root: Path = ROOT, python: str = sys.executable
+) -> Iterator[Page]:
+    """Start ``python app.py`` (or ``python *command``) in ``root``, with its files in ``home``."""
+    folder, noting = home / "temporary", home / "noting"
+    for each in (folder, noting):
+        each.mkdir(parents=True)
+    (home / "connections").touch()
+    (noting / "sitecustomize.py").write_text(
+        _NOTE_CONNECTIONS.format(path=str(home / "connections"))
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(noting)}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    started = time.monotonic()
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [python, *(command or ("app.py",)), "--port", str(port)],
+            cwd=root,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        while True:
+            assert process.poll() is None, (home / "log").read_text()
+            # Not ready before its model is: until then nobody answers at all.
+            with contextlib.suppress(httpx.TransportError):
+                health = httpx.get(f"{address}/healthz")
+                assert (health.status_code, health.json()) == (200, {"status": "ready"})
+                break
+            time.sleep(0.05)
+        yield Page(address, process, folder, time.monotonic() - started)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def ask(client: httpx.AsyncClient, photo: bytes) -> tuple[int, str]:
+    """Send a photo and ask for its caption; return the status and the event's id, or the answer."""
+    upload = await client.post(UPLOAD, files={"files": ("photo.jpg", photo)})
+    if upload.status_code != 200:
+        return upload.status_code, upload.text
+    file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+    call = await client.post(CALL, json={"data": [file]})
+    return call.status_code, call.json().get("event_id", call.text)
+
+
+async def answer(client: httpx.AsyncClient, event: str) -> str:
+    """Wait for the caption, as JSON."""
+    text = (await client.get(f"{CALL}/{event}")).text
+    assert text.startswith("event: complete"), text[-300:]
+    return text.partition("data: ")[2].strip()
+
+
+@dataclasses.dataclass
+class Visits:
+    """What visitors met with: seconds each caption took, and how often the page was busy."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    busy: int = 0
+    mixed_up: list[str] = dataclasses.field(default_factory=list)
+    health: list[float] = dataclasses.field(default_factory=list)
+
+
+async def _visit(address: str, photo: bytes, expected: str, until: float, seen: Visits) -> None:
+    """Send one photo again and again."""
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        while time.monotonic() < until:
+            started = time.monotonic()
+            status, event = await ask(client, photo)
+            if status == 503:
+                assert "Queue is full" in event
+                seen.busy += 1
+                await asyncio.sleep(0.5)
+                continue
+            assert status == 200, event
+            caption = await answer(client, event)
+            seen.seconds.append(time.monotonic() - started)
+            if caption != expected:
+                seen.mixed_up.append(caption)
+
+
+async def _watch_health(address: str, until: float, seen: Visits) -> None:
+    async with httpx.AsyncClient(base_url=address) as client:
+        while time.monotonic() < until:
+            started = time.monotonic()
+            health: Any = (await client.get("/healthz")).json()
+            assert health == {"status": "ready"}
+            seen.health.append(time.monotonic() - started)
+            await asyncio.sleep(0.1)
+
+
+def visits(
+    address: str, photos: Sequence[bytes], expected: Sequence[str], seconds: float
+) -> Visits:
+    """Let a visitor a photo ask at once, each for its own, and check what each gets."""
+    seen = Visits()
+
+    async def all_of_them() -> None:
+        until = time.monotonic() + seconds
+        visitors = [
+            _visit(address, photo, caption, until, seen)
+            for photo, caption in zip(photos, expected, strict=True)
+        ]
+        await asyncio.gather(_watch_health(address, until, seen), *visitors)
+
+    asyncio.run(all_of_them())
+    return seen
+
+
+def captions(address: str, photos: Sequence[bytes]) -> list[str]:
+    """Return the captions of photos that are sent one after the other, as JSON."""
+
+    async def one_by_one() -> list[str]:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            written = []
+            for photo in photos:
+                status, event = await ask(client, photo)
+                assert status == 200, event
+                written.append(await answer(client, event))
+            return written
+
+    return asyncio.run(one_by_one())

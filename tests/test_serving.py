@@ -1,0 +1,292 @@
+"""The page as a process on the open internet: load, the end, files, addresses, headers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import signal
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioner.serving import MAX_WAITING
+from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, running_page, visits
+
+SECRETS = [
+    "/etc/passwd",
+    "/proc/self/environ",
+    str(ROOT / "app.py"),
+    str(ROOT / "assets/checkpoint/config.json"),
+    str(ROOT / ".git/config"),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with running_page(tmp_path_factory.mktemp("page")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def photos(example_photos: list[Path]) -> list[bytes]:
+    """A hundred photos, each of another part of an example."""
+    made, random = [], np.random.default_rng(0)
+    for number in range(100):
+        image = Image.open(example_photos[number % len(example_photos)]).convert("RGB")
+        left, top = (int(random.integers(0, side // 3)) for side in image.size)
+        part = image.crop((left, top, left + image.width // 2, top + image.height // 2))
+        file = io.BytesIO()
+        part.resize((320, 240)).save(file, "JPEG")
+        made.append(file.getvalue())
+    return made
+
+
+@pytest.mark.parametrize(
+    "seconds", [20, pytest.param(120, marks=pytest.mark.benchmark)], ids=["short", "two minutes"]
+)
+def test_a_hundred_visitors_at_once_get_their_own_captions(
+    page: Page, photos: list[bytes], seconds: int
+) -> None:
+    expected = captions(page.address, photos)
+    assert len(set(expected)) == 100
+    seen = visits(page.address, photos, expected, seconds)
+    assert not seen.mixed_up
+    assert len(seen.seconds) > 5 * seconds
+    print(
+        f"\n{len(seen.seconds)} captions in {seconds} s, {seen.busy} times busy, "
+        f"seconds p50 {np.percentile(seen.seconds, 50):.2f}, "
+        f"p95 {np.percentile(seen.seconds, 95):.2f}; health p50 "
+        f"{1000 * np.percentile(seen.health, 50):.0f} ms, p95 "
+        f"{1000 * np.percentile(seen.health, 95):.0f} ms, {page.anonymous() // 1000} MB"
+    )
+    assert "Traceback" not in page.log
+
+
+def test_who_waits_is_answered_when_the_page_is_asked_to_end(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    with running_page(tmp_path) as page:
+        expected = captions(page.address, photos[:10])
+
+        async def end() -> list[str]:
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                events = [(await ask(client, photo))[1] for photo in photos[:10]]
+                waiting = [asyncio.create_task(answer(client, event)) for event in events]
+                page.process.send_signal(signal.SIGTERM)
+                while (health := await client.get("/healthz")).status_code == 200:
+                    await asyncio.sleep(0.01)
+                assert health.json() == {"status": "stopping"}
+                status, refusal = await ask(client, photos[10])
+                assert status == 503
+                assert "try again" in refusal
+                refused = await client.post(CALL, json={"data": [None]})
+                assert refused.status_code == 503
+                return await asyncio.gather(*waiting)
+
+        started = time.monotonic()
+        assert asyncio.run(end()) == expected
+        assert page.process.wait(timeout=30) == 0
+        assert time.monotonic() - started < 30
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+        assert "Traceback" not in page.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_open_page_does_not_keep_the_server(tmp_path: Path, number: signal.Signals) -> None:
+    with running_page(tmp_path) as page:
+        session = httpx.stream("GET", f"{page.address}/gradio_api/heartbeat/me", timeout=60)
+        with session as heartbeat:
+            assert heartbeat.status_code == 200
+            page.process.send_signal(number)
+            assert page.process.wait(timeout=30) == 0
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+
+
+def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    code = "import app, sys; app.DELETE_CACHE = (1, 2); sys.exit(app.main())"
+    with running_page(tmp_path, "-c", code) as page:
+        (path,) = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])}).json()
+        assert Path(path).read_bytes() == photos[0]
+        address = f"{page.address}/gradio_api/file={path}"
+        assert httpx.get(address).content == photos[0]
+        deadline = time.monotonic() + 15
+        while Path(path).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert httpx.get(address).status_code in (403, 404)
+        late = httpx.post(
+            page.address + CALL,
+            json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]},
+        ).json()["event_id"]
+        told = httpx.get(f"{page.address}{CALL}/{late}").text
+        assert "event: error" in told
+        assert "send it again" in told
+        # The pictures on the examples' buttons are the page's own.
+        shelf = [
+            each["props"]["samples"]
+            for each in httpx.get(f"{page.address}/config").json()["components"]
+            if each["props"].get("elem_id") == "examples"
+        ]
+        pictures = [row[0]["url"] for row in shelf[0]]
+        assert len(pictures) > 2
+        for picture in pictures:
+            assert httpx.get(picture).headers["content-type"].startswith("image/"), picture
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    "route",
+    [
+        "/gradio_api/file={}",
+        "/gradio_api/file/{}",
+        "/gradio_api/file={temporary}/../../../../../../../../..{}",
+        "/gradio_api/file=%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/gradio_api/file=file://{}",
+        "/gradio_api/proxy=file://{}",
+        "/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2f..{}",
+        "/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/svelte/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/gradio_api/custom_component/1/component/client/..%2f..%2f..%2f..%2f..%2f..{}",
+        "/gradio_api/stream/a/b/1/{}",
+    ],
+)
+def test_no_file_of_the_server_can_be_read(page: Page, route: str, secret: str) -> None:
+    (temporary,) = page.folder.glob("captioner-*")
+    place = route.format(secret, temporary=temporary)
+    answered = httpx.get(page.address + place)
+    assert answered.status_code >= 400
+    assert Path(secret).read_bytes()[:40] not in answered.content
+
+
+def test_no_file_of_the_server_can_be_captioned(page: Page, example_photos: list[Path]) -> None:
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        call = httpx.post(
+            page.address + CALL, json={"data": [{"path": str(example_photos[0]), **meta}]}
+        )
+        if meta:
+            assert call.status_code == 400
+            assert call.json()["detail"].startswith("The photo was not uploaded")
+            continue
+        told = httpx.get(f"{page.address}{CALL}/{call.json()['event_id']}").text
+        assert "event: error" in told
+        assert "beams" not in told
+
+
+def test_nobody_can_list_or_guess_what_another_visitor_sent(
+    page: Page, photos: list[bytes], tmp_path: Path
+) -> None:
+    (path,) = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])}).json()
+    for folder in (Path(path).parent, Path(path).parent.parent, page.folder):
+        assert httpx.get(f"{page.address}/gradio_api/file={folder}").status_code >= 400
+    # Another server calls the same photo something else: its name cannot be known beforehand.
+    with running_page(tmp_path) as other:
+        (elsewhere,) = httpx.post(
+            other.address + UPLOAD, files={"files": ("p.jpg", photos[0])}
+        ).json()
+        assert Path(elsewhere).parent.parent != Path(path).parent.parent
+        assert httpx.get(f"{other.address}/gradio_api/file={path}").status_code >= 400
+
+
+class _Count(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+
+
+def test_no_address_makes_the_server_fetch(page: Page) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), _Count) as inside:
+        inside.asked = 0  # type: ignore[attr-defined]
+        threading.Thread(target=inside.serve_forever, daemon=True).start()
+        addresses = [
+            f"http://127.0.0.1:{inside.server_address[1]}/photo.jpg",
+            "https://example.org/photo.jpg",
+            "http://169.254.169.254/latest/meta-data",
+        ]
+        count = len(httpx.get(f"{page.address}/config").json()["dependencies"])
+        before = page.connections
+        for address in addresses:
+            for route in ("file=", "proxy="):
+                answered = httpx.get(f"{page.address}/gradio_api/{route}{address}")
+                assert answered.status_code == 403
+            for file in (
+                {"path": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "p", "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "/tmp/" + "p" * 300, "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "\0", "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": None, "url": address},
+                {"path": address},
+                address,
+            ):
+                call = httpx.post(page.address + CALL, json={"data": [file]})
+                if call.status_code == 200:
+                    told = httpx.get(f"{page.address}{CALL}/{call.json()['event_id']}").text
+                    assert "event: error" in told
+                for number in range(count):
+                    httpx.post(
+                        f"{page.address}/gradio_api/run/predict",
+                        json={"data": [file] * 12, "fn_index": number, "session_hash": "x"},
+                    )
+        inside.shutdown()
+        assert inside.asked == 0  # type: ignore[attr-defined]
+    assert "socket.connect" not in page.connections.removeprefix(before)
+
+
+def test_nothing_is_looked_up_outside_the_machine(page: Page) -> None:
+    assert "socket.connect" in page.connections  # Gradio asks itself whether it runs
+    for line in page.connections.splitlines():
+        assert "127.0.0.1" in line or "localhost" in line or "/" in line, line
+
+
+def test_what_is_too_large_is_refused(page: Page) -> None:
+    large = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", bytes(11_000_000))})
+    assert large.status_code == 413
+    text = b'{"data": ["' + bytes(17_000_000) + b'"]}'
+    body = httpx.post(page.address + CALL, content=text)
+    assert body.status_code == 413
+    assert "send the photo as a file" in body.text
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 200_000, b"null", b"[]", b""])
+def test_a_request_that_is_no_json_is_refused_in_words(page: Page, body: bytes) -> None:
+    before = page.log
+    answered = httpx.post(page.address + CALL, content=body)
+    assert 400 <= answered.status_code < 500
+    assert answered.json()["detail"]
+    assert page.log == before
+
+
+@pytest.mark.parametrize("place", ["/", "/config", "/healthz", "/gradio_api/file=/etc/passwd"])
+def test_every_answer_carries_the_headers(page: Page, place: str) -> None:
+    headers = httpx.get(page.address + place).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "same-origin"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    # A Space is shown in a frame of its host's page.
+    assert "x-frame-options" not in headers
+    assert "frame-ancestors" not in headers["content-security-policy"]
+
+
+def test_a_full_queue_says_that_the_page_is_busy(page: Page, photos: list[bytes]) -> None:
+    async def many() -> list[tuple[int, str]]:
+        async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+            upload = await client.post(UPLOAD, files={"files": ("p.jpg", photos[0])})
+            file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+            calls = await asyncio.gather(
+                *(client.post(CALL, json={"data": [file]}) for _ in range(3 * MAX_WAITING))
+            )
+            events = [call.json()["event_id"] for call in calls if call.status_code == 200]
+            for event in events:
+                await answer(client, event)
+            return [(call.status_code, call.text) for call in calls]
+
+    answered = asyncio.run(many())
+    assert {status for status, _ in answered} == {200, 503}
+    assert all("Queue is full" in text for status, text in answered if status == 503)
