@@ -1,4 +1,4 @@
-"""The command line: ``python -m captioner caption|evaluate``. Arguments and printing only."""
+"""``python -m captioner caption|evaluate|export``: arguments and printing only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="of --output: ray is Ray Data (pip install 'ray[data]'), on this machine or on the "
+        help="of --output: ray is Ray Data (pip install '.[ray]'), on this machine or on the "
         "cluster that RAY_ADDRESS names; default %(default)s",
     )
     caption.add_argument(
@@ -96,10 +96,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
-    for command in (caption, evaluate):
+    export = commands.add_parser(
+        "export",
+        help="make a Hugging Face Space of a checkpoint, or put it on the Hub",
+        description="Write the folder of a Space, ready to be uploaded, or upload a checkpoint as "
+        "a model, which --checkpoint USER/NAME then takes. Uploading needs `hf auth login`.",
+    )
+    export.add_argument("--space", type=Path, metavar="DIR", help="a new folder for a Space")
+    export.add_argument("--hub", metavar="USER/NAME", help="the model's name on the Hub")
+    export.add_argument("--private", action="store_true", help="of --hub: seen by its owner only")
+    export.set_defaults(run=_export)
+
+    for command in (caption, evaluate, export):
         command.add_argument(
             "--checkpoint", metavar="PATH|HUB_ID", help="a checkpoint; default: the shipped one"
         )
+    for command in (caption, evaluate):
         command.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
         command.add_argument(
             "--device",
@@ -289,6 +301,24 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
+    """Write a Space's folder, upload a checkpoint, or both."""
+    if not arguments.space and not arguments.hub:
+        raise ConfigError("give --space DIR, --hub USER/NAME, or both")
+    from captioner import export
+    from captioner.predictor import SHIPPED_CHECKPOINT
+
+    checkpoint = arguments.checkpoint or SHIPPED_CHECKPOINT
+    if arguments.space:
+        export.write_space(arguments.space, checkpoint)
+        print(
+            f"{arguments.space} is ready: hf upload USER/NAME {arguments.space} --repo-type space"
+        )
+    if arguments.hub:
+        print(export.push_to_hub(checkpoint, arguments.hub, private=arguments.private))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     logging.basicConfig(format="captioner: %(message)s")
@@ -297,8 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parsed = build_parser().parse_args(arguments)
     try:
-        options = DecodingOptions.report() if parsed.no_bans else DecodingOptions()
-        options = dataclasses.replace(options, beam_size=parsed.beam_size)
+        options = DecodingOptions()
+        if "beam_size" in parsed:
+            options = DecodingOptions.report() if parsed.no_bans else options
+            options = dataclasses.replace(options, beam_size=parsed.beam_size)
         return int(parsed.run(parsed, options))
     except (ConfigError, CheckpointError, EncoderError) as error:
         print(f"captioner: {error}", file=sys.stderr)

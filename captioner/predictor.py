@@ -22,7 +22,11 @@ from captioner.images import Photo, open_photo
 from captioner.packed import pack
 from captioner.vocab import SPECIALS, clean
 
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "assets" / "checkpoint"
+_HERE = Path(__file__).resolve().parent
+# A package that pip installed has it inside, a clone among its assets.
+SHIPPED_CHECKPOINT = _HERE / "shipped"
+if not SHIPPED_CHECKPOINT.is_dir():
+    SHIPPED_CHECKPOINT = _HERE.parent / "assets" / "checkpoint"
 
 
 class Captioner:

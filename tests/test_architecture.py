@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "serving": set(),
     "predictor": {"checkpoint", "encoders", "decoding", "caption", "packed"},
     "bulk": {"predictor"},
+    "export": {"checkpoint"},
     "logbook": set(),
     "forecast": {"model", "decoding", "encoders", "self_critical"},
     "preparation": _TRAINING | {"forecast"},
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     # The names that are public, each loaded when it is used.
     "__init__": {"caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
-    "__main__": {"predictor", "overlay", "evaluation", "bulk"},
+    "__main__": {"predictor", "overlay", "evaluation", "bulk", "export"},
 }
 
 # Scripts hold layout and arguments only: for them the drawing is meant word by word.
