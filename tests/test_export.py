@@ -157,7 +157,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     value = line["value"]
                     self.server.files[value["path"]] = base64.b64decode(value["content"])
-            self._json({"success": True, "commitOid": self._sha(), "commitUrl": "u/commit/1"})
+            address = f"{self.server.address}/someone/captions/commit/{self._sha()}"
+            self._json({"success": True, "commitOid": self._sha(), "commitUrl": address})
 
     def _sha(self) -> str:
         return hashlib.sha1(repr(sorted(self.server.files)).encode()).hexdigest()
