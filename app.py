@@ -26,10 +26,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         data = render(shown.photo, shown.caption, event.format, event.beam)
         return attention.save(data, f"caption.{event.format}")
 
-    with gr.Blocks(
-        title="Captions with attention", analytics_enabled=False, delete_cache=DELETE_CACHE
-    ) as demo:
-        gr.Markdown("# Captions with attention\nSee, word by word, where the model looked.")
+    name = "Captions with attention"
+    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
+        gr.Markdown(f"# {name}\nSee, word by word, where the model looked.")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="bring"):
                 photo = viewer.PhotoInput(
@@ -85,9 +84,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         typed = [photo, text, *settings]
         gr.on([write.click, text.submit], answers.write_on, typed, attention, **model)
         read.click(answers.read, [photo, text], attention, **model)
-        attention.take(take, attention, file, **model).success(
-            None, file, None, js=viewer.SAVE_FILE, api_visibility="private"
-        )
+        taken = attention.take(take, attention, file, **model)
+        taken.success(None, file, None, js=viewer.SAVE_FILE, **model)
+        taken.failure(None, None, None, js=viewer.FORGET_FILE, **model)
         demo.load(None, None, None, js=viewer.name_examples(examples.values()))
     return demo
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -54,6 +56,7 @@ DELETE_CACHE = (60, 3600)
 MAX_WAITING = 20  # visitors; the next one is told to try again
 _LARGEST_FILE = "10mb"
 _LARGEST_BODY = 16_000_000  # bytes of JSON: a photo of 10 MB in base64, and a caption
+_SPARE_BYTES = 200_000_000  # of the disk that uploads may not fill
 _DRAIN_SECONDS = 20  # a container is killed 30 seconds after it was asked to stop
 _QUIET_SECONDS = 1  # so long after the last request nobody waits any more
 
@@ -132,6 +135,8 @@ class Gate:
             # Gradio's page says of 503 that the application is busy.
             return _refuse(503, "The server is restarting: try again in a minute."), receive
         if target.startswith("upload"):  # its size is Gradio's to look at
+            if shutil.disk_usage(self._folder.parent).free < _SPARE_BYTES:
+                return _refuse(503, "The server's disk is full: try again in an hour."), receive
             return None, receive
         body = b""
         while True:
@@ -244,6 +249,7 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         OSError: no port is free.
     """
     asked = threading.Event()
+    sys.setswitchinterval(0.001)  # the model's threads let the server's have a turn sooner
     _claim_zero_gpu()
     with temporary_files():
         gate = Gate()

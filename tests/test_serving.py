@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from captioner.serving import MAX_WAITING
-from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, running_page, visits
+from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, run, running_page, visits
 
 SECRETS = [
     "/etc/passwd",
@@ -91,7 +91,7 @@ def test_who_waits_is_answered_when_the_page_is_asked_to_end(
                 return await asyncio.gather(*waiting)
 
         started = time.monotonic()
-        assert asyncio.run(end()) == expected
+        assert run(end()) == expected
         assert page.process.wait(timeout=30) == 0
         assert time.monotonic() - started < 30
         assert not [path for path in page.folder.rglob("*") if path.is_file()]
@@ -254,6 +254,15 @@ def test_what_is_too_large_is_refused(page: Page) -> None:
     assert "send the photo as a file" in body.text
 
 
+def test_uploads_do_not_fill_the_disk(tmp_path: Path, photos: list[bytes]) -> None:
+    code = "import app, sys; from captioner import serving; "
+    code += "serving._SPARE_BYTES = 10**18; sys.exit(app.main())"
+    with running_page(tmp_path, "-c", code) as page:
+        answered = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])})
+        assert answered.status_code == 503
+        assert "disk is full" in answered.json()["detail"]
+
+
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 200_000, b"null", b"[]", b""])
 def test_a_request_that_is_no_json_is_refused_in_words(page: Page, body: bytes) -> None:
     before = page.log
@@ -287,6 +296,6 @@ def test_a_full_queue_says_that_the_page_is_busy(page: Page, photos: list[bytes]
                 await answer(client, event)
             return [(call.status_code, call.text) for call in calls]
 
-    answered = asyncio.run(many())
+    answered = run(many())
     assert {status for status, _ in answered} == {200, 503}
     assert all("Queue is full" in text for status, text in answered if status == 503)

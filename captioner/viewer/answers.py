@@ -12,9 +12,9 @@ from PIL import Image
 
 from captioner.caption import Caption
 from captioner.config import DecodingOptions
-from captioner.errors import ImageError
+from captioner.errors import ConfigError, ImageError
 from captioner.images import DISPLAY_SIDE, open_photo
-from captioner.viewer.attention import View
+from captioner.viewer.attention import Steering, View
 from captioner.viewer.photos import BROWSER_FORMATS
 from captioner.viewer.problems import told
 from captioner.viewer.settings import decoding_options, setting_values
@@ -28,6 +28,19 @@ class Model(Protocol):
 
     def score(self, photo: Image.Image, text: str) -> Caption:
         """Read a caption."""
+
+
+_MOST_CHARACTERS = 2000
+
+
+def _check_text(text: object) -> None:
+    """Refuse what nobody types."""
+    if not isinstance(text, str):
+        raise ConfigError("the words did not arrive: type them again")
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(
+            f"the words have {len(text)} characters and may have {_MOST_CHARACTERS}: shorten them"
+        )
 
 
 def _ask_for_a_photo(text: str) -> None:
@@ -69,12 +82,15 @@ class Answers:
     @told
     def example(self, number: int, *settings: Any) -> tuple[str, View]:
         """Return an example's photo and its caption."""
+        if type(number) is not int or not 0 <= number < len(self._examples):
+            raise ImageError("there is no such example: choose one that is shown")
         caption = self._caption_example(number, decoding_options(*settings))
         return self._examples[number], View(self._shown[number], caption)
 
     @told
     def write_on(self, photo: Image.Image | None, text: str, *settings: Any) -> View | None:
         """Write on from a beginning; without one, write a caption."""
+        _check_text(text)
         if photo is None:
             _ask_for_a_photo(text)
             return None
@@ -84,13 +100,14 @@ class Answers:
     @told
     def read(self, photo: Image.Image | None, text: str) -> View | None:
         """Read a whole caption."""
+        _check_text(text)
         if photo is None:
             _ask_for_a_photo(text)
             return None
         return View(photo, self._model.score(photo, text))
 
     @told
-    def steer(self, photo: Image.Image | None, event: gr.EventData, *settings: Any) -> View | None:
+    def steer(self, photo: Image.Image | None, event: Steering, *settings: Any) -> View | None:
         """Write on from the words that ``AttentionViewer`` sent, or end the caption there."""
         if event.whole:
             view = self.read(photo, event.text)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import gradio as gr
 from gradio.data_classes import FileData, GradioModel
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 
 from captioner.caption import Caption
+from captioner.errors import ConfigError, DataError, ImageError
+from captioner.errors import ImageError
 from captioner.images import display_jpeg, open_photo
 from captioner.viewer.problems import told
 
+_Kind = TypeVar("_Kind")
 _HERE = Path(__file__).parent
 _GLUE = """
 const view = mountViewer(element, {
@@ -41,6 +45,12 @@ SAVE_FILE = """(file) => {
 }"""
 
 
+# Nothing came of it; what is wrong is said elsewhere.
+FORGET_FILE = """() =>
+    document.querySelectorAll(".viewer .taken").forEach((note) => (note.textContent = ""))
+"""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
     """What the viewer shows.
@@ -60,13 +70,68 @@ class ViewData(GradioModel):
     photo: FileData
     caption: dict[str, Any]
 
+    @model_validator(mode="wrap")
+    @classmethod
+    @told
+    def _refuse_in_words(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Gradio would answer with nothing."""
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise DataError("this is no photo with its caption: load the page again") from error
+
+
+class _Sent(gr.EventData):
+    """What the browser sends with an event; a program may send anything."""
+
+    def _field(self, name: str, kind: type[_Kind]) -> _Kind:
+        value = self._data.get(name) if isinstance(self._data, dict) else None
+        if not isinstance(value, kind):
+            raise ConfigError(f"what was clicked came without its {name}: load the page again")
+        return value
+
+
+class Steering(_Sent):
+    """What ``AttentionViewer.steer`` carries.
+
+    Attributes:
+        text: the words to keep.
+        given: places of the visitor's own among them.
+        whole: whether the caption ends there.
+    """
+
+    @told
+    def __init__(self, target: Any, data: Any) -> None:
+        """Refuse what the browser never sends."""
+        super().__init__(target, data)
+        self.text = self._field("text", str)
+        self.given: list[int] = self._field("given", list)
+        self.whole = self._field("whole", bool)
+        words = len(self.text.split())
+        if not all(type(place) is int and 0 <= place < words for place in self.given):
+            raise ConfigError(f"{words} words have no such places: load the page again")
+
+
+class Taking(_Sent):
+    """What ``AttentionViewer.take`` carries.
+
+    Attributes:
+        format: "png", "gif", "json" or "html", or another text.
+        beam: which caption, or another number.
+    """
+
+    @told
+    def __init__(self, target: Any, data: Any) -> None:
+        """Refuse what the browser never sends."""
+        super().__init__(target, data)
+        self.format = self._field("format", str)
+        self.beam = self._field("beam", int)
+
 
 class AttentionViewer(gr.HTML):
     """Shows a ``View``; fires ``steer`` and ``take``.
 
-    ``steer`` carries ``text`` (the words to keep), ``given`` (places of the visitor's own among
-    them) and ``whole`` (whether the caption ends there); ``take`` carries ``format`` ("png",
-    "gif", "json", "html") and ``beam``.
+    Who listens to them asks for a ``Steering`` or a ``Taking``.
     """
 
     data_model = ViewData
@@ -98,9 +163,12 @@ class AttentionViewer(gr.HTML):
         )
 
     @told
-    def preprocess(self, payload: ViewData | None) -> View | None:  # type: ignore[override]
+    def preprocess(self, payload: ViewData | None) -> View:  # type: ignore[override]
         """Return what is shown, the photo as large as the browser has it."""
         if payload is None:
-            return None
-        photo = open_photo(Path(payload.photo.path))
-        return View(photo, Caption.from_dict(payload.caption))
+            raise DataError("there is no caption to take: bring a photo first")
+        caption = Caption.from_dict(payload.caption)
+        path = Path(payload.photo.path).resolve()
+        if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()) or not path.is_file():
+            raise ImageError("the photo is not here any more: bring it again")
+        return View(open_photo(path), caption)

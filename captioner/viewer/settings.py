@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import gradio as gr
 
 from captioner.config import DecodingOptions
+from captioner.errors import ConfigError
+from captioner.viewer.problems import told
 
 _BANS = {
     "the same word twice running": "ban_repeats",
@@ -17,11 +20,48 @@ _BANS = {
 _MAX_BEAMS = 5
 
 
+# The stock components answer a program that sends another value with a trace, or with nothing.
+
+
+class _Slider(gr.Slider):
+    is_template = True  # the browser draws it as the stock component
+
+    @told
+    def preprocess(self, payload: Any) -> float:
+        """Return a number of the slider's range."""
+        if type(payload) not in (int, float) or not self.minimum <= payload <= self.maximum:
+            raise ConfigError(
+                f"{self.label} is {reprlib.repr(payload)}; it must be a number from "
+                f"{self.minimum} to {self.maximum}"
+            )
+        return payload
+
+
+class _Number(gr.Number):
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        """Return what came: ``DecodingOptions`` says what is wrong with it."""
+        return payload
+
+
+class _CheckboxGroup(gr.CheckboxGroup):
+    is_template = True
+
+    @told
+    def preprocess(self, payload: Any) -> list[Any]:
+        """Return some of the choices."""
+        choices = [value for _, value in self.choices]
+        if not isinstance(payload, list) or not all(value in choices for value in payload):
+            raise ConfigError(f"{self.label} is none of: {', '.join(map(str, choices))}")
+        return payload
+
+
 def controls() -> list[Any]:
     """Make the controls, in the order in which ``decoding_options`` reads them."""
     beam_size, length_penalty, words, temperature, seed, bans = setting_values(DecodingOptions())
     return [
-        gr.Slider(
+        _Slider(
             1,
             _MAX_BEAMS,
             beam_size,
@@ -29,7 +69,7 @@ def controls() -> list[Any]:
             label="Captions",
             info="kept by the search at each step (beam size), or drawn; 1 is greedy",
         ),
-        gr.Slider(
+        _Slider(
             0,
             2,
             length_penalty,
@@ -37,8 +77,8 @@ def controls() -> list[Any]:
             label="Length normalisation",
             info="0 favours short captions; 1 ranks by the mean log-probability of a word",
         ),
-        gr.Slider(3, 30, words, step=1, label="Longest caption", info="in words"),
-        gr.Slider(
+        _Slider(3, 30, words, step=1, label="Longest caption", info="in words"),
+        _Slider(
             0,
             2,
             temperature,
@@ -46,8 +86,8 @@ def controls() -> list[Any]:
             label="Sampling temperature",
             info="0 searches; above it words are drawn, the wilder the higher",
         ),
-        gr.Number(seed, label="Seed", info="of the drawing", precision=0, minimum=0),
-        gr.CheckboxGroup(list(_BANS), value=bans, label="Never write"),
+        _Number(seed, label="Seed", info="of the drawing", precision=0, minimum=0),
+        _CheckboxGroup(list(_BANS), value=bans, label="Never write"),
     ]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import httpx
 import numpy as np
 import pytest
 
 from tests.benchmarks.conftest import Ratios
+from tests.page import Page, captions, running_page, visits
 
 pytestmark = pytest.mark.benchmark
 
@@ -49,95 +47,43 @@ def test_start(ratios: Ratios, photos: list[bytes], tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def page() -> Iterator[tuple[str, int, float]]:
-    """``app.py`` in a process of its own: address, process id, seconds until it answered."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                httpx.get(address).raise_for_status()
-                break
-            except httpx.TransportError:
-                assert process.poll() is None
-                time.sleep(0.05)
-        yield address, process.pid, time.monotonic() - started
-    finally:
-        process.terminate()
-        process.wait()
+def page(tmp_path: Path) -> Iterator[Page]:
+    with running_page(tmp_path / "page") as page:
+        yield page
 
 
-def _anonymous(pid: int | str) -> int:
-    """Return a process's ``RssAnon``, in kB."""
-    status = Path(f"/proc/{pid}/status").read_text()
+def _anonymous() -> int:
+    """Return this process's ``RssAnon``, in kB."""
+    status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if "RssAnon" in line).split()[1])
 
 
-async def _visit(address: str, photo: bytes, until: float, answered: list[float]) -> int:
-    """Send a photo again and again, note how long each caption took, return the refusals."""
-    busy = 0
-    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
-        while time.monotonic() < until:
-            started = time.monotonic()
-            upload = await client.post("/gradio_api/upload", files={"files": ("p.jpg", photo)})
-            file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-            call = await client.post("/gradio_api/call/caption", json={"data": [file]})
-            if call.status_code == 503:  # the queue is full
-                busy += 1
-                await asyncio.sleep(0.5)
-                continue
-            event = call.json()["event_id"]
-            answer = (await client.get(f"/gradio_api/call/caption/{event}")).text
-            assert answer.startswith("event: complete"), answer[-300:]
-            answered.append(time.monotonic() - started)
-    return busy
-
-
-def _visits(address: str, photo: bytes, visitors: int, seconds: float) -> tuple[list[float], int]:
-    answered: list[float] = []
-
-    async def all_of_them() -> list[int]:
-        until = time.monotonic() + seconds
-        return await asyncio.gather(
-            *(_visit(address, photo, until, answered) for _ in range(visitors))
-        )
-
-    return answered, sum(asyncio.run(all_of_them()))
-
-
-def test_visitors(ratios: Ratios, photos: list[bytes], page: tuple[str, int, float]) -> None:
-    address, _, ready = page
-    _visits(address, photos[0], 1, 3)
+def test_visitors(ratios: Ratios, photos: list[bytes], page: Page) -> None:
+    (expected,) = captions(page.address, photos[:1])
+    visits(page.address, photos[:1], [expected], 3)
     rates: dict[int, float] = {}
     for visitors in (1, 10, 50):
         started = time.monotonic()
-        answered, busy = _visits(address, photos[0], visitors, 20)
-        rates[visitors] = len(answered) / (time.monotonic() - started)
+        seen = visits(page.address, photos[:1] * visitors, [expected] * visitors, 20)
+        rates[visitors] = len(seen.seconds) / (time.monotonic() - started)
         ratios.add(
             f"photos a minute with {visitors} visitors / with one",
             rates[visitors] / rates[1],
             "-",
             photos_a_minute=round(60 * rates[visitors]),
-            p50_seconds=float(np.percentile(answered, 50)),
-            p95_seconds=float(np.percentile(answered, 95)),
-            refused_as_busy=busy,
-            seconds_from_start_to_page=ready,
+            p50_seconds=float(np.percentile(seen.seconds, 50)),
+            p95_seconds=float(np.percentile(seen.seconds, 95)),
+            refused_as_busy=seen.busy,
+            seconds_from_start_to_page=page.ready,
         )
 
 
-def test_memory_of_the_page(
-    ratios: Ratios, photos: list[bytes], page: tuple[str, int, float]
-) -> None:
-    address, pid, _ = page
-    held, seen = [], 0
-    while seen < 2000:
-        answered, _ = _visits(address, photos[seen % len(photos)], 5, 10)
-        seen += len(answered)
-        held.append((seen, _anonymous(pid)))
+def test_memory_of_the_page(ratios: Ratios, photos: list[bytes], page: Page) -> None:
+    expected = captions(page.address, photos[:5])
+    held, count = [], 0
+    while count < 2000:
+        count += len(visits(page.address, photos[:5], expected, 10).seconds)
+        held.append((count, page.anonymous()))
     first = next(memory for count, memory in held if count >= 1000)
     ratios.add(
         "memory of the page after 2,000 photos / after 1,000",
@@ -235,7 +181,7 @@ def test_the_cache_alone(ratios: Ratios, tmp_path: Path) -> None:
         array.flush()
     written = time.perf_counter() - started
     del array
-    before = _anonymous("self")
+    before = _anonymous()
     array = np.load(path, mmap_mode="r")
     order = np.random.default_rng(1).permutation(count)[:10_000]
     started = time.perf_counter()
@@ -245,7 +191,7 @@ def test_the_cache_alone(ratios: Ratios, tmp_path: Path) -> None:
     path.unlink()
     ratios.add(
         "100,000 photos' features: anonymous memory while reading / before",
-        _anonymous("self") / before,
+        _anonymous() / before,
         "<= 1.05",
         gigabytes=count * 49 * 1504 * 2 / 1e9,
         photos_written_a_second=round(count / written),

@@ -92,3 +92,12 @@ def test_no_file_carries_what_the_camera_wrote(visit: Page, tmp_path: Path) -> N
             with Image.open(path) as picture:
                 assert not picture.getexif()
                 assert "comment" not in picture.info
+
+
+def test_a_photo_that_was_deleted_meanwhile_is_asked_for_again(cat: Page) -> None:
+    source = cat.locator(".photo").get_attribute("src") or ""
+    Path(source.partition("file=")[2]).unlink()
+    cat.locator("[data-format=png]").click()
+    told = cat.get_by_text("The photo is no longer kept here: bring it again.")
+    expect(told).to_be_visible(timeout=15_000)
+    expect(cat.locator(".taken")).to_have_text("")
