@@ -86,7 +86,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -100,6 +100,8 @@ def config_of(options: dict[str, Any]) -> TrainConfig:
     recipe = options["recipe"]
     model = dict(TrainConfig.from_recipe(recipe).model)
     for name, value in options["set"]:
+        if name == "recipe":
+            raise ConfigError("--set does not change the recipe: choose it with --recipe")
         if name.startswith("model."):
             model[name.removeprefix("model.")] = value
         else:

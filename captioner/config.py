@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,17 +23,30 @@ BAD_ENDINGS = (
 # fmt: on
 
 
+# What a field's annotation allows, and how to say so.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+    "str | None": ((str, type(None)), "text or nothing"),
+    "dict[str, Any]": ((dict,), "names with values"),
+}
+
+
 def _check(config: object, **rules: tuple[float, float]) -> None:
-    """Refuse any named field that is not a number of its kind in its closed range."""
-    kinds = {field.name: field.type for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    for name, (low, high) in rules.items():
-        value = getattr(config, name)
-        kind = int if kinds[name] == "int" else int | float
+    """Refuse any field that is not of its type, and any named one outside its closed range."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        kinds, wanted = _TYPES[str(field.type)]
         # A bool is an int to Python; NaN fails both comparisons.
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-            number = "a whole number" if kind is int else "a number"
-            allowed = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise ConfigError(f"{name} is {value!r}; it must be {number} {allowed}")
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+        if field.name in rules:
+            low, high = rules[field.name]
+            fits = fits and low <= value <= high
+            wanted += f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+        if not fits:
+            raise ConfigError(f"{field.name} is {reprlib.repr(value)}; it must be {wanted}")
 
 
 def _choose(config: object, **choices: tuple[str, ...]) -> None:
@@ -40,7 +54,8 @@ def _choose(config: object, **choices: tuple[str, ...]) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(allowed)}"
+                f"{name} is {reprlib.repr(getattr(config, name))}; it must be one of "
+                f"{', '.join(allowed)}"
             )
 
 
@@ -55,7 +70,7 @@ class _Config:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from named fields; a missing or unknown one raises ``ConfigError``."""
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(map(str, set(values) - known)):
             raise ConfigError(f"{cls.__name__} does not know: {', '.join(unknown)}")
         try:
             return cls(**values)
@@ -297,21 +312,19 @@ class TrainConfig(_Config):
             select_by=("loss", "cider"),
             schedule=("plateau", "cosine"),
             device=("auto", "cpu", "cuda", "mps"),
+            recipe=tuple(RECIPES),
         )
         self.model_config(vocabulary_size=5, encoder_channels=1)
 
     def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:
         """Return the decoder's shape for a vocabulary and an encoder."""
-        return ModelConfig.from_dict(
-            {
-                "vocabulary_size": vocabulary_size,
-                "encoder_channels": encoder_channels,
-                **self.model,
-            }
-        )
+        sizes = {"vocabulary_size": vocabulary_size, "encoder_channels": encoder_channels}
+        if taken := sorted(sizes.keys() & self.model.keys()):
+            raise ConfigError(f"model.{taken[0]} follows from data and encoder: leave it away")
+        return ModelConfig.from_dict({**sizes, **self.model})
 
     @classmethod
-    def from_recipe(cls, name: str, **changes: Any) -> Self:
+    def from_recipe(cls, name: str, /, **changes: Any) -> Self:
         """Return the recipe ``name`` ("seed" or "best") with some fields changed."""
         if name not in RECIPES:
             raise ConfigError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")

@@ -97,7 +97,7 @@ class CaptionedPhotos:
             try:
                 data = self.data(row)
                 data = data.read_bytes() if isinstance(data, Path) else data
-            except (ImageError, OSError):
+            except (ImageError, OSError, ValueError):  # ValueError: no name that a file has
                 data = b""
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()
@@ -106,7 +106,17 @@ class CaptionedPhotos:
 def _texts(value: str | Sequence[str] | None) -> list[str]:
     """Return the captions of a cell that hold at least one word; a bare string is one caption."""
     texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list):
+        raise TypeError(f"captions cannot be a {type(value).__name__}")
     return [text for text in texts if text and clean(text)]
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether a file lies there; one with an impossible name does not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
@@ -129,10 +139,10 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
                     )
             place = fields.index("caption")
             for cells in filter(None, reader):
-                if any("\n" in cell for cell in cells):
+                if any("\n" in cell or "\r" in cell for cell in cells):
                     raise DataError(
-                        f"{path}: a caption runs over several lines up to {reader.line_num}; is a "
-                        "quotation mark before it not closed?"
+                        f"{path}: a file's name or a caption runs over several lines up to "
+                        f"{reader.line_num}: close the quotation mark before it, or rename the file"
                     )
                 # Unquoted commas cut a caption; put it together again.
                 end = place + 1 + max(len(cells) - len(fields), 0)
@@ -143,7 +153,7 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
                 splits[name] = row.get("split", "").strip() or "train"
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}; save it as UTF-8 CSV") from error
-    found = [name for name in captions if name and (images / name).is_file()]
+    found = [name for name in captions if name and _is_file(images / name)]
     if not found:
         raise DataError(
             f"{path} names {len(captions)} photos and none of them lies in {images}"
@@ -173,10 +183,14 @@ def _by_split(table: datasets.Dataset) -> dict[str, datasets.Dataset]:
 
 def _load_splits(source: str) -> tuple[dict[str, datasets.Dataset], int]:
     """Return the splits of a source by name, nothing decoded, and how many photos are missing."""
-    path = Path(source).expanduser()
-    if path.is_file() and path.name in CAPTION_FILES:
-        path = path.parent
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        if path.is_file() and path.name in CAPTION_FILES:
+            path = path.parent
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError):  # no name that a folder could have, or no such user
+        is_folder = False
+    if is_folder:
         for name in CAPTION_FILES:
             if (path / name).is_file():
                 table, missing = _read_captions_file(path / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,15 +38,21 @@ class Vocabulary:
         """Number ``words``, which must start with the four specials.
 
         Raises:
-            DataError: the specials are not there, or a word comes twice.
+            DataError: the specials are not there, a word comes twice, or one is none: empty, or
+                with white space or what cannot be printed in it.
         """
         if tuple(words[: len(SPECIALS)]) != SPECIALS:
-            raise DataError(f"a vocabulary starts with {' '.join(SPECIALS)}; got {list(words[:4])}")
+            raise DataError(
+                f"a vocabulary starts with {' '.join(SPECIALS)}; got {reprlib.repr(words[:4])}"
+            )
         self.idx2word = list(words)
         self.word2idx = {word: index for index, word in enumerate(self.idx2word)}
         if len(self.word2idx) != len(self.idx2word):
             twice = next(word for word, count in Counter(words).items() if count > 1)
-            raise DataError(f"the vocabulary holds {twice!r} twice; build it again")
+            raise DataError(f"the vocabulary holds {reprlib.repr(twice)} twice; build it again")
+        for word in self.idx2word:
+            if not word or " " in word or not word.isprintable():
+                raise DataError(f"the vocabulary holds {reprlib.repr(word)}, which is no word")
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 5) -> Vocabulary:

@@ -74,7 +74,15 @@ def test_a_missing_field_is_named() -> None:
         ("max_length", 2),
         ("max_length", 201),
         ("max_length", 20.0),
+        ("beam_size", -1),
+        ("beam_size", 10**9),
         ("temperature", -1),
+        ("temperature", math.nan),
+        ("temperature", "0"),
+        ("prefix", None),
+        ("prefix", ["a"]),
+        ("ban_repeats", 1),
+        ("ban_unknown", "no"),
         ("temperature", math.inf),
         ("top_p", 0),
         ("top_p", 1.01),
@@ -95,6 +103,9 @@ def test_decoding_options_out_of_range_are_refused_by_name(field: str, value: ob
         ("embedding_size", 0),
         ("hidden_size", -1),
         ("attention_size", 1.5),
+        ("hidden_size", 10**9),
+        ("mean_start", 1),
+        ("deep_output", None),
         ("dropout", 1.0),
         ("feature_dropout", -0.1),
     ],
@@ -125,6 +136,15 @@ def test_model_fields_out_of_range_are_refused_by_name(field: str, value: object
         ("select_by", "bleu"),
         ("schedule", "step"),
         ("device", "tpu"),
+        ("device", None),
+        ("recipe", "worst"),
+        ("data", 5),
+        ("encoder", None),
+        ("encoder_weights", 5),
+        ("text", ["a"]),
+        ("word2vec", "yes"),
+        ("bfloat16", 1),
+        ("model", [1]),
     ],
 )
 def test_training_fields_out_of_range_are_refused_by_name(field: str, value: object) -> None:
@@ -157,6 +177,17 @@ def test_a_model_option_that_does_not_exist_stops_training_before_it_starts() ->
         TrainConfig(model={"attention_heads": 8})
     with pytest.raises(ConfigError, match="tied_embedding"):
         TrainConfig(model={"tied_embedding": True})
+
+
+def test_sizes_that_follow_from_the_data_cannot_be_set() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocabulary_size follows from data"):
+        TrainConfig(model={"vocabulary_size": 7})
+
+
+def test_a_value_that_is_too_long_is_not_repeated_whole() -> None:
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig(captions="x" * 10**6)
+    assert len(str(refused.value)) < 200
 
 
 def test_the_seed_recipe_is_the_report_s() -> None:

@@ -133,6 +133,18 @@ def test_a_broken_photo_disturbs_nothing_until_it_is_asked_for(
     assert photos.photo(0).size == photos.photo(3).size == (64, 48)
 
 
+def test_a_name_that_no_file_can_have_is_a_missing_photo(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+) -> None:
+    names = ["a\0b.png", "a" * 5000]
+    rows = [hub_row(0) | {"image": {"bytes": None, "path": name}} for name in names]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
+    assert len(photos.fingerprint) == 64
+    for row in (0, 1):
+        with pytest.raises(ImageError):
+            photos.photo(row)
+
+
 @pytest.mark.parametrize("kind", ["parquet_folder", "csv_folder"])
 def test_loading_decodes_no_photo(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -308,6 +320,10 @@ def _captions_of_numbers(folder: Path, _: Draw, row: MakeRow, write: Write) -> P
     return write(folder, {"train": [row(0) | {"alt_text": 7}]})
 
 
+def _captions_by_language(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
+    return write(folder, {"train": [row(0) | {"alt_text": {"en": "a dog"}}]})
+
+
 def _photos_of_numbers(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
     return write(folder, {"train": [row(0) | {"image": 7}]})
 
@@ -338,6 +354,7 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
         (_no_image_column, "no column 'image', only: picture, alt_text"),
         (_no_captions, "no photo with a caption"),
         (_captions_of_numbers, "alt_text"),
+        (_captions_by_language, "captions cannot be a dict"),
         (_photos_of_numbers, "image"),
         (_broken_parquet, "cannot read the Parquet files"),
         (_csv(""), "no column 'image'"),
@@ -346,6 +363,13 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
         (_csv("image;caption\na.png;a dog\n"), "start it with image,caption"),
         (_csv("image,caption\nb.png,a dog\n"), "none of them lies in .*the first is 'b.png'"),
         (_csv("image,caption\n"), "names 0 photos"),
+        (
+            _csv('image,caption\n"a\nb.png",a dog\n'),
+            "name or a caption runs over several lines up to 3",
+        ),
+        (_csv('image,caption\n"a\rb.png",a dog\n'), "name or a caption runs over several lines"),
+        (_csv(f"image,caption\n{'b' * 5000},a dog\n"), "none of them lies in"),
+        (_csv("image,caption\nb\0.png,a dog\n"), "none of them lies in"),
         (_csv("image,caption\na.png,ein Häuschen\n", "latin-1"), "save it as UTF-8"),
     ],
 )
@@ -382,6 +406,12 @@ def test_the_hub_without_internet_names_the_local_way() -> None:
     # HF_HUB_OFFLINE is set for all tests.
     with pytest.raises(DataError, match=r"AnyModal/flickr30k.*internet.*--data.*captions\.csv"):
         load_captions()
+
+
+@pytest.mark.parametrize("source", ["~no-such-user/photos", "a" * 5000, "a\0b"])
+def test_a_source_that_cannot_be_is_refused(source: str) -> None:
+    with pytest.raises(DataError):
+        load_captions(source)
 
 
 def test_an_error_without_a_text_is_still_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -472,8 +472,24 @@ def test_arguments_that_argparse_refuses_exit_with_2(
         (["--set", "model.dropout=high"], "dropout is 'high'"),
         (["--set", "model.width=1"], "ModelConfig does not know: width"),
         (["--set", "colour=red"], "TrainConfig does not know: colour"),
+        (["--set", "name=3"], "TrainConfig does not know: name"),
+        (["--set", "cls=3"], "TrainConfig does not know: cls"),
+        (["--set", "recipe=seed"], "choose it with --recipe"),
+        (["--set", "model=5"], "model is 5"),
+        (["--set", "model.vocabulary_size=7"], "model.vocabulary_size follows from data"),
+        (["--set", "model.deep_output=1"], "deep_output is 1; it must be true or false"),
+        (["--set", "model.dropout=NaN"], "dropout is nan"),
+        (["--set", "word2vec=maybe"], "word2vec is 'maybe'; it must be true or false"),
+        (["--set", "data=5"], "data is 5; it must be text"),
+        (["--set", "encoder=null"], "encoder is None; it must be text"),
+        (["--set", "text=[1]"], "text is [1]; it must be text or nothing"),
+        (["--set", "min_count=1e3"], "min_count is 1000.0; it must be a whole number"),
+        (["--set", "learning_rate=1e400"], "learning_rate is inf"),
+        (["--set", f"batch_size=1{'0' * 400}"], "batch_size is 1"),
+        (["--set", f"captions={'first' * 1000}"], "captions is 'first"),
+        (["--set", f"views={'[' * 50_000}"], "views is '[[["),
         (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--limit", "-3"], "limit is -3"),
+        (["--limit", "-5"], "limit is -5"),
         (["--seed", "-1"], "seed is -1"),
         (["--min-count", "0"], "min_count is 0"),
         (["--patience", "0"], "patience is 0"),
@@ -514,10 +530,28 @@ def _no_folder(folder: Path, *_: Any) -> Path:
     return folder / "nothing" / "here"
 
 
+def _no_user(*_: Any) -> Path:
+    return Path("~no-such-user/photos")
+
+
+def _no_name(*_: Any) -> Path:
+    return Path("a" * 5000)
+
+
+def _line_break_in_a_name(folder: Path, row: MakeRow, _: Write) -> Path:
+    folder.mkdir()
+    (folder / "a\nb.png").write_bytes(row(0)["image"]["bytes"])
+    (folder / "captions.csv").write_text('image,caption\n"a\nb.png",a circle\n')
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (_no_folder, "there is no folder"),
+        (_no_user, "there is no folder"),
+        (_no_name, "there is no folder"),
+        (_line_break_in_a_name, "rename the file"),
         (_no_alt_text, "no column 'alt_text'"),
         (_columns_differ, "cannot read the Parquet files"),
         (_garbage, "cannot read the Parquet files"),
@@ -555,6 +589,16 @@ def test_too_few_photos_and_too_rare_words_are_errors(
     assert "5 photos are too few" in _last_line(capsys)
     assert train.main(arguments(tmp_path / "rare", "--min-count", "1000")) == 1
     assert "--min-count" in _last_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["empty", "file", "nothing"])
+def test_text_that_holds_no_captions_is_an_error(
+    arguments: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a dog")
+    assert train.main(arguments(tmp_path / "run", "--text", str(tmp_path / name))) == 1
+    assert f"cannot read captions from {tmp_path / name}" in _last_line(capsys)
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache"])

@@ -202,6 +202,10 @@ def test_vocabularies_differ_by_their_words() -> None:
         (b'["a", "dog"]', "starts with <pad> <bos> <eos> <unk>"),
         (b'["<bos>", "<pad>", "<eos>", "<unk>", "a"]', "starts with <pad> <bos> <eos> <unk>"),
         (b'["<pad>", "<bos>", "<eos>", "<unk>", "dog", "a", "dog"]', "'dog' twice"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "dog", ""]', "'', which is no word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a dog"]', "'a dog', which is no word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a\\ndog"]', "which is no word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "\\ud800"]', "which is no word"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
