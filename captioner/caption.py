@@ -12,6 +12,31 @@ from captioner.errors import DataError, first_line
 
 _ROWS = ("upper", "middle", "lower")
 _COLUMNS = ("left", "centre", "right")
+# More than any search or reading comes to; what claims more is no caption of ours.
+_MOST_BEAMS, _MOST_WORDS, _MOST_ALTERNATIVES, _MOST_CHARACTERS = 100, 200, 100, 2000
+
+
+def _text(value: Any) -> str:
+    """Take a text that can be written to a file."""
+    if not isinstance(value, str) or len(value) > _MOST_CHARACTERS:
+        raise ValueError(f"a text is none, or longer than {_MOST_CHARACTERS} characters")
+    value.encode()  # half a surrogate pair cannot be
+    return value
+
+
+def _number(value: Any, low: float, high: float) -> float:
+    """Take a number of a closed range, which NaN is outside of."""
+    number = float(value)
+    if not low <= number <= high:
+        raise ValueError(f"{number:g} is no number from {low:g} to {high:g}")
+    return number
+
+
+def _some(values: Any, most: int) -> list[Any]:
+    """Take a list that is not too long."""
+    if not isinstance(values, list) or len(values) > most:
+        raise ValueError(f"it holds no list where one must be, or one of more than {most}")
+    return values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,17 +107,17 @@ class Word:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from what ``to_dict`` gave."""
-        attention = np.asarray(values["attention"], dtype=np.float32)
-        if attention.ndim != 2 or 0 in attention.shape or not np.isfinite(attention).all():
-            raise ValueError("attention is no grid of finite numbers")
+        attention = np.asarray(values["attention"], dtype=np.float64)
+        if attention.shape != (7, 7) or not ((attention >= 0) & (attention <= 1)).all():
+            raise ValueError("attention is no grid of 7 x 7 numbers from 0 to 1")
         return cls(
-            str(values["text"]),
-            float(values["probability"]),
+            _text(values["text"]),
+            _number(values["probability"], 0, 1),
             tuple(
-                (str(other["text"]), float(other["probability"]))
-                for other in values["alternatives"]
+                (_text(other["text"]), _number(other["probability"], 0, 1))
+                for other in _some(values["alternatives"], _MOST_ALTERNATIVES)
             ),
-            attention,
+            attention.astype(np.float32),
             bool(values["known"]),
         )
 
@@ -141,10 +166,10 @@ class Beam:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from what ``to_dict`` gave."""
         return cls(
-            tuple(Word.from_dict(word) for word in values["words"]),
+            tuple(Word.from_dict(word) for word in _some(values["words"], _MOST_WORDS)),
             Word.from_dict(values["end"]),
-            float(values["log_probability"]),
-            float(values["score"]),
+            _number(values["log_probability"], -1e300, 0),
+            _number(values["score"], -1e300, 0),
         )
 
 
@@ -200,9 +225,13 @@ class Caption:
             DataError: that is not what ``values`` hold.
         """
         try:
-            width, height = map(int, values["size"])
-            given = tuple(map(int, values["given"]))
-            beams = tuple(Beam.from_dict(beam) for beam in values["beams"])
+            width, height = (int(_number(side, 1, 1e9)) for side in _some(values["size"], 2))
+            # The place after the last word is the end.
+            given = tuple(
+                int(_number(place, 0, _MOST_WORDS))
+                for place in _some(values["given"], _MOST_WORDS + 1)
+            )
+            beams = tuple(Beam.from_dict(beam) for beam in _some(values["beams"], _MOST_BEAMS))
             if not beams:
                 raise ValueError("it holds no beam")
         except KeyError as error:

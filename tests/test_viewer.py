@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from captioner.config import ModelConfig
 from captioner.errors import CaptionerError, ConfigError, ImageError
 from captioner.images import open_photo
 from captioner.viewer import Answers, AttentionViewer, PhotoInput, View, setting_values, told
-from captioner.viewer.attention import ViewData
+from captioner.viewer.attention import Steering, Taking, ViewData
 from captioner.viewer.settings import decoding_options
 
 DEFAULT = setting_values(DecodingOptions())
@@ -51,9 +52,9 @@ class Parrot:
         return Caption((Beam(words, word("<eos>"), -1.0, -1.0),), photo.size)
 
 
-def steering(text: str, *places: int, whole: bool = False) -> gr.EventData:
+def steering(text: str, *places: int, whole: bool = False) -> Steering:
     """Return the event that the viewer sends."""
-    return gr.EventData(None, {"text": text, "given": list(places), "whole": whole})
+    return Steering(None, {"text": text, "given": list(places), "whole": whole})
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,33 @@ def test_the_controls_start_with_the_defaults_and_are_told_apart() -> None:
 
 def test_an_emptied_seed_is_zero() -> None:
     assert decoding_options(3, 0.5, 18, 0.0, None, []).seed == 0
+
+
+NO_BEAM_SIZES: list[object] = [0, 6, 10**9, math.nan, math.inf, "3", None, True, [3], {}]
+NO_TEMPERATURES: list[object] = [-0.1, math.nan, "0", None]
+NO_BANS: list[object] = [None, 5, "ban", {}, ["nothing"], [1], [[]]]
+
+
+@pytest.mark.parametrize(
+    ("number", "sent"),
+    [
+        *((0, sent) for sent in NO_BEAM_SIZES),
+        *((3, sent) for sent in NO_TEMPERATURES),
+        *((5, sent) for sent in NO_BANS),
+    ],
+)
+def test_a_control_refuses_in_words_what_it_cannot_show(number: int, sent: object) -> None:
+    control = viewer.controls()[number]
+    with pytest.raises(gr.Error, match=control.label) as refused:
+        control.preprocess(sent)
+    assert not refused.value.print_exception
+
+
+@pytest.mark.parametrize("sent", [-1, 2**63, 1.5, math.inf, math.nan, "1", [1]])
+def test_a_seed_that_is_none_is_refused(sent: object) -> None:
+    seed = viewer.controls()[4].preprocess(sent)
+    with pytest.raises(ConfigError, match="seed is"):
+        decoding_options(3, 0.5, 18, 0.0, seed, [])
 
 
 def test_settings_out_of_range_are_refused() -> None:
@@ -198,7 +226,16 @@ def test_steering_to_the_end_ends_the_caption_there(
         lambda answers, photo: answers.steer(photo, steering("", whole=True), *DEFAULT),
         lambda answers, photo: answers.caption(photo, 0, *DEFAULT[1:]),
         lambda answers, photo: answers.brought(photo, 0, *DEFAULT[1:]),
+        lambda answers, photo: answers.write_on(photo, None, *DEFAULT),
+        lambda answers, photo: answers.write_on(photo, "a" * 10_000, *DEFAULT),
+        lambda answers, photo: answers.read(photo, None),
+        lambda answers, photo: answers.read(photo, "a" * 10**6),
+        lambda answers, photo: answers.steer(photo, steering("a " * 10**5), *DEFAULT),
         lambda answers, _: answers.example(0, 0, *DEFAULT[1:]),
+        lambda answers, _: answers.example(10**6, *DEFAULT),
+        lambda answers, _: answers.example(-1, *DEFAULT),
+        lambda answers, _: answers.example("0", *DEFAULT),
+        lambda answers, _: answers.example([0], *DEFAULT),
         lambda answers, _: answers.api(None),
     ],
 )
@@ -329,10 +366,57 @@ def test_the_viewer_s_photo_is_a_small_file_without_metadata(photo: Image.Image)
     assert data.caption["size"] == [3000, 2000]
 
 
-def test_an_empty_viewer_stays_empty() -> None:
+def test_an_empty_viewer_stays_empty_and_nothing_can_be_taken_of_it() -> None:
     component = AttentionViewer()
     assert component.postprocess(None) is None
-    assert component.preprocess(None) is None
+    with pytest.raises(gr.Error, match="bring a photo first"):
+        component.preprocess(None)
+
+
+NO_EVENTS: list[object] = [None, [], "text", {}]
+NO_PLACES: list[object] = [None, "01", 5, [2], [-1], [10**9], ["0"], [True], [[0]]]
+NO_BEAMS: list[object] = [None, "0", 0.5, math.nan, [0]]
+
+
+@pytest.mark.parametrize(
+    ("receive", "data"),
+    [
+        *((Steering, data) for data in NO_EVENTS),
+        *((Steering, {"text": "a b", "given": given, "whole": False}) for given in NO_PLACES),
+        (Steering, {"text": 5, "given": [], "whole": False}),
+        (Steering, {"text": "a b", "given": [], "whole": "yes"}),
+        *((Taking, data) for data in NO_EVENTS),
+        *((Taking, {"format": "png", "beam": beam}) for beam in NO_BEAMS),
+        (Taking, {"format": ["png"], "beam": 0}),
+    ],
+)
+def test_an_event_that_the_browser_never_sends_is_refused(
+    receive: Callable[[None, object], object], data: object
+) -> None:
+    with pytest.raises(gr.Error, match="load the page again") as refused:
+        receive(None, data)
+    assert not refused.value.print_exception
+
+
+@pytest.mark.parametrize(
+    "data", [0, "x", [], {}, {"photo": {"path": "/etc/passwd"}, "caption": {}}]
+)
+def test_a_value_that_the_browser_never_sends_is_refused(data: object) -> None:
+    with pytest.raises(gr.Error, match="load the page again") as refused:
+        ViewData.model_validate(data, context={"validate_meta": True})  # as Gradio does
+    assert not refused.value.print_exception
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "gone"])
+def test_a_photo_that_the_page_did_not_keep_is_not_opened(
+    where: str, photo: Image.Image, example_photos: list[Path]
+) -> None:
+    component = AttentionViewer()
+    data = component.postprocess(View(photo, Parrot().caption(photo)))
+    assert data is not None
+    data.photo.path = str(example_photos[0] if where == "elsewhere" else f"{data.photo.path}.jpg")
+    with pytest.raises(gr.Error, match="no longer kept here"):
+        component.preprocess(data)
 
 
 @pytest.mark.parametrize("values", [{}, {"text": "a dog"}, {"size": [1, 2], "beams": []}])

@@ -1,7 +1,14 @@
 """The page's own Gradio components, and what the page answers."""
 
 from captioner.viewer.answers import Answers
-from captioner.viewer.attention import FORGET_FILE, SAVE_FILE, AttentionViewer, View
+from captioner.viewer.attention import (
+    FORGET_FILE,
+    SAVE_FILE,
+    AttentionViewer,
+    Steering,
+    Taking,
+    View,
+)
 from captioner.viewer.explanation import how_it_works
 from captioner.viewer.photos import PhotoInput, example_photos, example_shelf, name_examples
 from captioner.viewer.problems import told

@@ -15,11 +15,10 @@ import gradio as gr
 from gradio.data_classes import FileData, GradioModel
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
-from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ValidationError
 
 from captioner.caption import Caption
 from captioner.errors import ConfigError, DataError, ImageError
-from captioner.errors import ImageError
 from captioner.images import display_jpeg, open_photo
 from captioner.viewer.problems import told
 
@@ -70,13 +69,12 @@ class ViewData(GradioModel):
     photo: FileData
     caption: dict[str, Any]
 
-    @model_validator(mode="wrap")
     @classmethod
     @told
-    def _refuse_in_words(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Gradio would answer with nothing."""
+    def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse in words what the browser never sends: Gradio would answer with nothing."""
         try:
-            return validate(value)
+            return super().model_validate(*args, **kwargs)
         except ValidationError as error:
             raise DataError("this is no photo with its caption: load the page again") from error
 
@@ -109,7 +107,7 @@ class Steering(_Sent):
         self.whole = self._field("whole", bool)
         words = len(self.text.split())
         if not all(type(place) is int and 0 <= place < words for place in self.given):
-            raise ConfigError(f"{words} words have no such places: load the page again")
+            raise ConfigError("what was clicked marks words that are not there: load the page again")
 
 
 class Taking(_Sent):
@@ -170,5 +168,5 @@ class AttentionViewer(gr.HTML):
         caption = Caption.from_dict(payload.caption)
         path = Path(payload.photo.path).resolve()
         if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()) or not path.is_file():
-            raise ImageError("the photo is not here any more: bring it again")
+            raise ImageError("the photo is no longer kept here: bring it again")
         return View(open_photo(path), caption)

@@ -123,7 +123,7 @@ def decoding_options(
             "length_penalty": length_penalty,
             "max_length": words + 2,
             "temperature": temperature,
-            "seed": seed or 0,
+            "seed": 0 if seed is None else seed,
             **{field: label in bans for label, field in _BANS.items()},
         }
     )
