@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+import reprlib
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from captioner.config import ModelConfig
+from captioner.config import DecodingOptions, ModelConfig
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_FIELDS = ("format", "model", "vocabulary", "max_length", "encoder", "recipe", "metrics")
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "weights_sha256": str,
+    "model": dict,
+    "vocabulary": list,
+    "max_length": int,
+    "encoder": dict,
+    "recipe": dict,
+    "metrics": dict,
+}
+_ENCODER_FIELDS: dict[str, type] = {
+    "name": str,
+    "channels": int,
+    "grid": list,
+    "transform": dict,
+    "sha256": str,
+}
+_RECIPE_FIELDS: dict[str, type] = {"recipe": str, "data": str}
+# More than any file of ours: a config with a million words, a header of the weights.
+_LARGEST_CONFIG, _LARGEST_HEADER = 32_000_000, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +78,21 @@ class Checkpoint:
                         "--encoder-weights"
                     )
                 raise CheckpointError(
-                    f"the checkpoint's encoder has {field} {own.get(field)!r}, this one "
-                    f"{spec.get(field)!r}: train again, or install the version it was made with"
+                    f"the checkpoint's encoder has {field} {reprlib.repr(own.get(field))}, this "
+                    f"one {spec.get(field)!r}: train again, or install the version it was made with"
                 )
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not."""
+    state = checkpoint.model.state_dict()
+    if checkpoint.model.config.tied_embedding:
+        del state["fc.weight"]  # safetensors stores no tensor twice
+    half = {name: tensor.cpu().half().contiguous() for name, tensor in state.items()}
+    weights = safetensors.torch.save(half)
     config = {
         "format": FORMAT,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "model": checkpoint.model.config.to_dict(),
         "vocabulary": checkpoint.vocabulary.idx2word,
         "max_length": checkpoint.max_length,
@@ -74,18 +100,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "recipe": checkpoint.recipe,
         "metrics": checkpoint.metrics,
     }
-    state = checkpoint.model.state_dict()
-    if checkpoint.model.config.tied_embedding:
-        del state["fc.weight"]  # safetensors stores no tensor twice
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror}") from error
     try:
-        half = {name: tensor.cpu().half().contiguous() for name, tensor in state.items()}
-        save_file(half, partial / WEIGHTS)
-        (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
+        (partial / WEIGHTS).write_bytes(weights)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / CONFIG).write_text(text, encoding="utf-8")
         (partial / CARD).write_text(model_card(checkpoint), encoding="utf-8")
@@ -110,11 +131,15 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def find(path_or_hub_id: str | Path) -> Path:
     """Return a checkpoint's folder: a local one, or a download from the Hugging Face Hub."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
     name = str(path_or_hub_id)
-    if path.exists():
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except (OSError, RuntimeError):  # no name that a folder could have, or no such user
+        is_file = False
+    if is_file:
         raise CheckpointError(f"{path} is a file; a checkpoint is a folder with {CONFIG}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise CheckpointError(f"there is no checkpoint folder {name}")
@@ -136,21 +161,28 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
         CheckpointError: it is missing, truncated, damaged, foreign or newer than this version.
     """
     folder = find(path_or_hub_id)
-    config = _read_config(folder / CONFIG)
+    path = folder / CONFIG
+    config = _read_config(path)
     try:
         model_config = ModelConfig.from_dict(config["model"])
         vocabulary = Vocabulary(config["vocabulary"])
-    except (CaptionerError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: {error}") from error
+        DecodingOptions(max_length=config["max_length"])
+    except CaptionerError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     if len(vocabulary) != model_config.vocabulary_size:
         raise CheckpointError(
-            f"{folder / CONFIG} is damaged: {len(vocabulary)} words for a model of "
+            f"{path} is damaged: {len(vocabulary)} words for a model of "
             f"{model_config.vocabulary_size}"
+        )
+    if config["encoder"]["channels"] != model_config.encoder_channels:
+        raise CheckpointError(
+            f"{path} is damaged: an encoder of {config['encoder']['channels']} channels for a "
+            f"model of {model_config.encoder_channels}"
         )
     # Without memory until the file has shown that it has the shapes that the config asks for.
     with torch.device("meta"):
         model = CaptionModel(model_config)
-    _load_weights(model, folder / WEIGHTS)
+    _load_weights(model, folder / WEIGHTS, config["weights_sha256"])
     return Checkpoint(
         model.eval(),
         vocabulary,
@@ -161,47 +193,86 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
     )
 
 
+def _read(path: Path, most: int) -> bytes:
+    """Read a file that may have ``most`` bytes; a larger one is not even opened."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}")
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes, where at most {most} can be: copy or download "
+                "it again"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; Python would take the last of two fields with one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("it gives a field twice")
+    return values
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """Read config.json, or say what is wrong with it."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}") from error
-    except (OSError, ValueError) as error:
+        text = _read(path, _LARGEST_CONFIG).decode()
+        config = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+    if not isinstance(config, dict) or type(config.get("format")) is not int:
         raise CheckpointError(f"{path} is not a captioner checkpoint: it names no format")
-    if config["format"] > FORMAT:
+    if config["format"] != FORMAT:
+        newer = config["format"] > FORMAT
         raise CheckpointError(
-            f"{path.parent} has format {config['format']}, newer than the {FORMAT} that this "
-            "version reads: update captioner"
+            f"{path.parent} has format {reprlib.repr(config['format'])}, "
+            f"{'newer than' if newer else 'not'} the {FORMAT} that this version reads: "
+            + ("update captioner" if newer else "copy or download it again")
         )
-    kinds = {"model": dict, "vocabulary": list, "max_length": int, "encoder": dict}
-    for field in _FIELDS:
-        if field not in config:
-            raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
-        if not isinstance(config[field], kinds.get(field, object)):
-            raise CheckpointError(f"{path} is damaged: {field!r} is of the wrong type")
+    _check_fields(config, _FIELDS, path)
+    _check_fields(config["encoder"], _ENCODER_FIELDS, path)
+    _check_fields(config["recipe"], _RECIPE_FIELDS, path)
     if not all(isinstance(word, str) for word in config["vocabulary"]):
         raise CheckpointError(f"{path} is damaged: 'vocabulary' holds what is no word")
-    if not isinstance(config["encoder"].get("name"), str):
-        raise CheckpointError(f"{path} is damaged: 'encoder' has no name")
+    for name, value in config["metrics"].items():
+        # Not isfinite, which fails for an integer that is too large for a float.
+        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+            raise CheckpointError(f"{path} is damaged: {name!r} of 'metrics' is no number")
     return config
 
 
-def _load_weights(model: CaptionModel, path: Path) -> None:
+def _check_fields(values: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """Refuse a missing field, and one of another type; a bool is no int here."""
+    for field, kind in kinds.items():
+        if field not in values:
+            raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
+        if type(values[field]) is not kind:
+            raise CheckpointError(f"{path} is damaged: {field!r} is of the wrong type")
+
+
+def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
     """Fill ``model`` from a safetensors file, or name the first tensor that is wrong."""
-    try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}): copy or download it again"
-        ) from error
     expected = model.state_dict()
-    if model.config.tied_embedding and "embedding.weight" in state:
-        state["fc.weight"] = state["embedding.weight"]
+    if model.config.tied_embedding:
+        del expected["fc.weight"]
+    bytes_expected = sum(2 * tensor.numel() for tensor in expected.values())
+    data = _read(path, bytes_expected + _LARGEST_HEADER)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or of another checkpoint (SHA-256 {found[:12]}…, not "
+            f"{sha256[:12]}…): copy or download the checkpoint again"
+        )
+    try:
+        state = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file ({error}): copy or download it again"
+        ) from error
     for name in sorted(set(expected) | set(state)):
         if name not in state or name not in expected:
             lack = "lacks" if name not in state else "holds an unknown"
@@ -210,6 +281,10 @@ def _load_weights(model: CaptionModel, path: Path) -> None:
             raise CheckpointError(
                 f"{path} does not fit its {CONFIG}: {name} is {tuple(state[name].shape)}, "
                 f"not {tuple(expected[name].shape)}"
+            )
+        if state[name].dtype != torch.float16:
+            raise CheckpointError(
+                f"{path} is damaged: {name} is {state[name].dtype}, not torch.float16"
             )
         if not torch.isfinite(state[name]).all():
             raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")

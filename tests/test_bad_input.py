@@ -1,0 +1,495 @@
+"""What a stranger may hand in, to the real commands and the real page: refused, never a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import httpx
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import app
+from captioner import viewer
+from captioner.__main__ import main
+from captioner.checkpoint import Checkpoint, save
+from captioner.config import DecodingOptions, ModelConfig
+from captioner.encoders import load_encoder
+from captioner.model import CaptionModel
+from captioner.vocab import SPECIALS, Vocabulary
+from tests.page import CALL, ROOT, UPLOAD, Page, running_page
+
+Row: TypeAlias = dict[str, Any]
+WORDS = ["a", "circle", "is", "on", "red", "square", "the"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, timm_weights: Path) -> Path:
+    """A checkpoint of a very small encoder, to be damaged."""
+    encoder = load_encoder("timm:test_resnet", timm_weights)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocabulary_size=len(SPECIALS) + len(WORDS),
+        encoder_channels=encoder.channels,
+        embedding_size=8,
+        hidden_size=8,
+        attention_size=8,
+    )
+    checkpoint = Checkpoint(
+        CaptionModel(config),
+        Vocabulary([*SPECIALS, *WORDS]),
+        12,
+        encoder.spec(),
+        {"recipe": "seed", "data": "shapes"},
+        {"CIDEr": 1.0},
+    )
+    save(tmp_path / "checkpoint", checkpoint)
+    return tmp_path / "checkpoint"
+
+
+def _edit(folder: Path, change: Callable[[Row], object]) -> None:
+    """Change config.json, and make its digest that of the weights, as a forger would."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def _change_weights(folder: Path, change: Callable[[bytearray], object]) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+def _flip_a_bit(data: bytearray) -> None:
+    data[-100] ^= 4
+
+
+def _not_a_number(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["fc.bias"][3] = math.nan
+    save_file(state, folder / "model.safetensors")
+    _edit(folder, lambda _: None)
+
+
+def _pickle(folder: Path) -> None:
+    torch.save({"fc.bias": torch.zeros(3)}, folder / "model.safetensors")
+    _edit(folder, lambda _: None)
+
+
+def _huge_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((10 * 2**30).to_bytes(8, "little") + path.read_bytes()[8:])
+    _edit(folder, lambda _: None)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "is truncated, damaged": lambda folder: _change_weights(folder, lambda data: data.pop()),
+    "damaged or of another": lambda folder: _change_weights(folder, _flip_a_bit),
+    "fc.bias holds values that are not finite": _not_a_number,
+    "is no safetensors file": _pickle,
+    "header too large": _huge_header,
+    "10737418240 bytes": lambda folder: os.truncate(folder / "model.safetensors", 10 * 2**30),
+    "1073741824 bytes": lambda folder: os.truncate(folder / "config.json", 2**30),
+    "recursion": lambda folder: (folder / "config.json").write_text("[" * 10**6),
+    "it has no model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "is (8, 8), not (8, 9)": lambda folder: _edit(
+        folder, lambda config: config["model"].update(hidden_size=9)
+    ),
+    "12 words for a model of 11": lambda folder: _edit(
+        folder, lambda config: config["vocabulary"].append("zebra")
+    ),
+    "it lacks 'weights_sha256'": lambda folder: _edit(
+        folder, lambda config: config.pop("weights_sha256")
+    ),
+    "update captioner": lambda folder: _edit(folder, lambda config: config.update(format=2)),
+    "hidden_size is 1000000000": lambda folder: _edit(
+        folder, lambda config: config["model"].update(hidden_size=10**9)
+    ),
+    "max_length is 1000000000": lambda folder: _edit(
+        folder, lambda config: config.update(max_length=10**9)
+    ),
+    "'red' twice": lambda folder: _edit(
+        folder, lambda config: config["vocabulary"].__setitem__(-1, "red")
+    ),
+    "an encoder of 7 channels": lambda folder: _edit(
+        folder, lambda config: config["encoder"].update(channels=7)
+    ),
+}
+# Refused once the encoder is there.
+OTHER_ENCODERS: dict[str, Callable[[Path], object]] = {
+    "encoder has grid [8, 8]": lambda folder: _edit(
+        folder, lambda config: config["encoder"].update(grid=[8, 8])
+    ),
+    "encoder has transform": lambda folder: _edit(
+        folder, lambda config: config["encoder"]["transform"].update(size=10**9)
+    ),
+    "the weights of timm:test_resnet are not those": lambda folder: _edit(
+        folder, lambda config: config["encoder"].update(sha256="0" * 64)
+    ),
+    "no encoder is called 'vgg'": lambda folder: _edit(
+        folder, lambda config: config["encoder"].update(name="vgg")
+    ),
+}
+
+
+def _assert_refused(code: int, printed: Any, says: str, wanted: int = 2) -> None:
+    """Check for one line of reason and nothing else."""
+    assert code == wanted, printed.err
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert says.lower() in line.lower()
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("says", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_every_command(
+    folder: Path,
+    parquet_folder: Path,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    says: str,
+) -> None:
+    DAMAGES[says](folder)
+    written = tmp_path / "written"
+    choice = ["--checkpoint", str(folder)]
+    data = ["--data", str(parquet_folder)]
+    photo = str(example_photos[0])
+    files = ["--json", str(written / "scores.json"), "--sheet", str(written / "sheet.png")]
+    for arguments in (
+        ["caption", photo, "--heatmaps", str(written)],
+        ["caption", *data, "--output", str(written)],
+        ["evaluate", *data, *files, "--cache", str(written)],
+    ):
+        code = main([*arguments, *choice])
+        printed = capsys.readouterr()
+        _assert_refused(code, printed, says)
+        assert str(folder) in printed.err
+    code = app.main(choice)
+    _assert_refused(code, capsys.readouterr(), says)
+    assert not written.exists()
+
+
+@pytest.mark.parametrize("says", OTHER_ENCODERS)
+def test_a_checkpoint_of_another_encoder_is_refused(
+    folder: Path,
+    timm_weights: Path,
+    example_photos: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    says: str,
+) -> None:
+    OTHER_ENCODERS[says](folder)
+    arguments = ["--checkpoint", str(folder), "--encoder-weights", str(timm_weights)]
+    code = main(["caption", str(example_photos[0]), *arguments])
+    _assert_refused(code, capsys.readouterr(), says)
+    code = app.main(arguments)
+    _assert_refused(code, capsys.readouterr(), says)
+
+
+@pytest.mark.parametrize("name", ["a" * 5_000, "~no-such-user/checkpoint", "/dev/null", "/"])
+def test_a_checkpoint_that_cannot_be_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = app.main(["--checkpoint", name])
+    _assert_refused(code, capsys.readouterr(), "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "captioner", "caption", "photo.jpg"],
+        ["app.py"],
+    ],
+)
+def test_a_flipped_bit_ends_a_real_command_in_one_line(folder: Path, command: list[str]) -> None:
+    _change_weights(folder, _flip_a_bit)
+    done = subprocess.run(
+        [sys.executable, *command, "--checkpoint", str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "copy or download" in line
+
+
+# Data
+
+
+def _missing_column(folder: Path, row: Callable[..., Row], write: Callable[..., Path]) -> None:
+    write(folder, {"train": [{"image": row(0)["image"]}]})
+
+
+def _mixed_types(folder: Path, row: Callable[..., Row], write: Callable[..., Path]) -> None:
+    write(folder, {"train": [row(number) for number in range(3)]})
+    table = pyarrow.Table.from_pylist([row(4) | {"alt_text": 7}])
+    pyarrow.parquet.write_table(table, folder / "data/train-00001-of-00001.parquet")
+
+
+def _captions_by_language(
+    folder: Path, row: Callable[..., Row], write: Callable[..., Path]
+) -> None:
+    write(folder, {"train": [row(0) | {"alt_text": {"en": "a dog"}}]})
+
+
+def _line_break_in_a_name(folder: Path, row: Callable[..., Row], _: object) -> None:
+    folder.mkdir()
+    for name in ("a.png", "b\nc.png"):
+        (folder / name).write_bytes(row(0)["image"]["bytes"])
+    text = 'image,caption\na.png,a circle\n"b\nc.png",a circle\n'
+    (folder / "captions.csv").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_missing_column, "no column 'alt_text', only: image"),
+        (_mixed_types, "cannot read the parquet files"),
+        (_captions_by_language, "captions cannot be a dict"),
+        (_line_break_in_a_name, "over several lines up to 4"),
+    ],
+)
+def test_data_that_cannot_be_scored_is_refused_by_name(
+    folder: Path,
+    timm_weights: Path,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[..., None],
+    says: str,
+) -> None:
+    data, written = tmp_path / "data", tmp_path / "written"
+    make(data, hub_row, write_parquet)
+    arguments = ["--data", str(data), "--split", "train", "--checkpoint", str(folder)]
+    arguments += ["--encoder-weights", str(timm_weights), "--cache", str(written)]
+    assert main(["evaluate", *arguments, "--json", str(written / "scores.json")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert says in errors[-1].lower()
+    assert not any("Traceback" in line for line in errors)
+    assert not written.exists()
+
+
+def test_one_broken_photo_among_a_thousand_is_named_and_the_rest_goes_on(
+    folder: Path,
+    timm_weights: Path,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(1000)]
+    rows[61]["image"]["bytes"] = rows[61]["image"]["bytes"][:60]
+    data = ["--data", str(write_parquet(tmp_path / "data", {"train": rows})), "--split", "train"]
+    choice = ["--checkpoint", str(folder), "--encoder-weights", str(timm_weights)]
+    captions, scores = tmp_path / "captions", tmp_path / "scores.json"
+
+    assert main(["caption", *data, *choice, "--output", str(captions)]) == 1
+
+    assert "1000 photos" in capsys.readouterr().out
+    written = pyarrow.parquet.read_table(captions).to_pylist()
+    (broken,) = (row for row in written if row["error"] is not None)
+    assert (broken["photo"], broken["filename"]) == ("61", rows[61]["filename"])
+    assert sum(row["caption"] is not None for row in written) == 999
+
+    more = ["--cache", str(tmp_path / "cache"), "--limit", "100"]
+    assert main(["evaluate", *data, *choice, *more, "--json", str(scores)]) == 0
+
+    names = [photo["name"] for photo in json.loads(scores.read_text())["photos"]]
+    assert len(names) == 99
+    assert rows[61]["filename"] not in names
+
+
+# Settings
+
+
+@pytest.mark.parametrize("beam_size", ["0", "-1", "1000000000"])
+def test_a_beam_that_cannot_be_is_refused_by_both_commands(
+    beam_size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["caption", "x.jpg"], ["evaluate"]):
+        code = main([*command, "--beam-size", beam_size])
+        _assert_refused(code, capsys.readouterr(), f"beam_size is {beam_size}; it must be")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--beam-size", "nan"), ("--beam-size", "3.5"), ("--device", "tpu"), ("--format", "../x")],
+)
+def test_what_is_no_value_is_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["caption", "x.jpg", option, value])
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_negative_limit_is_refused(
+    parquet_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["evaluate", "--data", str(parquet_folder), "--limit", "-5"])
+    _assert_refused(code, capsys.readouterr(), "limit is -5")
+
+
+# The page
+
+DEFAULT: list[Any] = viewer.setting_values(DecodingOptions())
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A page, the file that was sent to it, and the caption that came back."""
+
+    page: Page
+    photo: Row
+    caption: Row
+    events: dict[str, int]
+
+    def ask(self, name: str, data: list[Any], event: object = None) -> str:
+        """Call a private endpoint as the page's script does; return the error that it told."""
+        session = uuid.uuid4().hex
+        body = {
+            "data": data,
+            "event_data": event,
+            "fn_index": self.events[name],
+            "session_hash": session,
+        }
+        address = f"{self.page.address}/gradio_api/queue"
+        headers = {"content-type": "application/json"}
+        # httpx would not write NaN.
+        joined = httpx.post(f"{address}/join", content=json.dumps(body), headers=headers)
+        if joined.status_code != 200:
+            return str(joined.json()["detail"])
+        told = httpx.get(f"{address}/data", params={"session_hash": session}, timeout=60).text
+        messages = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: ")]
+        (done,) = (each for each in messages if each["msg"] == "process_completed")
+        assert not done["success"], done["output"]
+        return str(done["output"]["error"])
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory: pytest.TempPathFactory, example_photos: list[Path]) -> Iterator[Visit]:
+    with running_page(tmp_path_factory.mktemp("page")) as page:
+        file = {"files": ("photo.jpg", example_photos[0].read_bytes())}
+        (path,) = httpx.post(page.address + UPLOAD, files=file).json()
+        photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = httpx.post(page.address + CALL, json={"data": [photo]}).json()["event_id"]
+        answer = httpx.get(f"{page.address}{CALL}/{event}", timeout=60).text
+        (caption,) = json.loads(answer.partition("data: ")[2])
+        config = httpx.get(f"{page.address}/config").json()
+        events = {each["api_name"]: each["id"] for each in config["dependencies"]}
+        yield Visit(page, photo, caption, events)
+
+
+def _with(number: int, *values: object) -> list[list[Any]]:
+    """Return the default settings with one of them changed, once for each value."""
+    return [[*DEFAULT[:number], value, *DEFAULT[number + 1 :]] for value in values]
+
+
+def _changed(record: Row, field: str, *values: object) -> list[Row]:
+    """Return a record with one field changed, once for each value."""
+    return [{**record, field: value} for value in values]
+
+
+SETTINGS = [
+    *_with(0, 0, 10**9, 2.5, math.nan, "3", None),
+    *_with(1, -1, math.inf, ""),
+    *_with(2, 10**9, 3.5, "18", None),
+    *_with(3, -1, math.nan, "0", []),
+    *_with(4, -1, math.inf, 0.5, "x", {}),
+    *_with(5, None, 5, "ban", ["nothing"], [[]]),
+]
+NO_EXAMPLES: list[object] = [10**6, -1, "0", None, [], 1.5]
+STEERING = {"text": "a dog", "given": [1], "whole": False}
+EVENTS: list[object] = [
+    *(None, 5, [], "text", {}),
+    *_changed(STEERING, "text", None, 5, ["a"], "a " * 10**6, "a" * 10**6),
+    *_changed(STEERING, "given", None, "01", 5, [10**9], [-1], [{}], ["0"]),
+    *_changed(STEERING, "whole", None, "yes"),
+]
+TAKING = {"format": "png", "beam": 0}
+FILES = [
+    *_changed(TAKING, "format", "../../etc", "", "PNG"),
+    *_changed(TAKING, "beam", 10**6, -1),
+]
+
+
+def _assert_told(visit: Visit, sentence: str) -> None:
+    """Check that the error is one sentence, and that nothing was printed about it."""
+    assert sentence[0].isupper()
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert len(sentence) < 400
+    assert "Traceback" not in visit.page.log
+
+
+def test_settings_that_no_control_gives_are_told(visit: Visit) -> None:
+    for settings in SETTINGS:
+        _assert_told(visit, visit.ask("brought", [visit.photo, *settings]))
+    _assert_told(visit, visit.ask("write_on", [visit.photo, "a dog", *SETTINGS[0]]))
+
+
+def test_words_that_no_visitor_types_are_told(visit: Visit) -> None:
+    for text in (None, "a" * 10**6, "a " * 10**6, "\ud800", "!"):
+        _assert_told(visit, visit.ask("read", [visit.photo, text]))
+    for data in ([number, *DEFAULT] for number in NO_EXAMPLES):
+        _assert_told(visit, visit.ask("example", data))
+    for event in EVENTS:
+        _assert_told(visit, visit.ask("steer", [visit.photo, *DEFAULT], event))
+
+
+def test_files_of_what_the_page_does_not_show_are_not_made(
+    visit: Visit, example_photos: list[Path]
+) -> None:
+    view = {"photo": visit.photo, "caption": visit.caption}
+
+    def word(key: str, *values: object) -> list[Row]:
+        """Return views whose first word is forged."""
+        beam = visit.caption["beams"][0]
+        beams = _changed(
+            beam, "words", *([each] for each in _changed(beam["words"][0], key, *values))
+        )
+        captions = _changed(visit.caption, "beams", *([each] for each in beams))
+        return _changed(view, "caption", *captions)
+
+    elsewhere = [
+        {"path": str(path)} | meta
+        for path in ("/etc/passwd", example_photos[0], "/dev/zero", f"{visit.photo['path']}/..")
+        for meta in ({}, {"meta": {"_type": "gradio.FileData"}})
+    ]
+    views: list[object] = [
+        *(None, 0, "x", [], {}),
+        *_changed(view, "photo", None, "x", {}, *elsewhere),
+        *_changed(view, "caption", None, "a dog", [], {}),
+        *_changed(view, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
+        *_changed(view, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),
+        *word("attention", None, [[1], [1, 2]], [[math.nan] * 7] * 7, [[0.5] * 1000] * 1000),
+        *word("text", None, "\ud800", "a" * 10**6),
+        *word("probability", None, math.nan, 2, "x"),
+    ]
+    for value in views:
+        for asked in (TAKING, {**TAKING, "format": "json"}):
+            _assert_told(visit, visit.ask("take", [value], asked))
+    for asked in FILES:
+        _assert_told(visit, visit.ask("take", [view], asked))
