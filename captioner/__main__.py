@@ -138,7 +138,7 @@ def _photos_in(path: Path) -> Iterator[tuple[Path, Path]]:
     """Yield photos with the place that their sheet gets in the folder of heat maps."""
     from captioner.images import SUFFIXES
 
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 -- Path raises where a name is too long
         yield path, Path(path.name)
         return
     found = False

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from captioner.config import DecodingOptions
 from captioner.errors import ConfigError, DataError, ImageError, first_line
+from captioner.files import claimed, writing
 from captioner.predictor import Captioner
 
 SCHEMA = pa.schema(
@@ -179,7 +179,7 @@ def caption_all(
 
     Raises:
         ConfigError: the engine is unknown or not installed, or ``workers`` is no number of them.
-        DataError: ``output`` is something else, or a worker failed.
+        DataError: ``output`` is something else or cannot be written, or a worker failed.
         CheckpointError: the checkpoint cannot be loaded.
         EncoderError: the encoder's weights cannot be had.
     """
@@ -190,22 +190,18 @@ def caption_all(
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file: choose another --output, which becomes a folder")
     captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(output / ".lock", timeout=0):
-            for partial in output.glob(".*.part"):
-                partial.unlink()  # of a job that was killed
-            done = _done(output)
-            left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
-            with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
-                if engine == "ray":
-                    del captioner
-                    _with_ray(load, left, output, options, workers, gpus, bar)
-                else:
-                    _alone(captioner, left, output, options, bar)
-            return _count(output)
-    except filelock.Timeout as error:
-        raise DataError(f"another process is writing into {output}") from error
+    with claimed(output, DataError):
+        for partial in output.glob(".*.part"):
+            partial.unlink()  # of a job that was killed
+        done = _done(output)
+        left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
+        with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
+            if engine == "ray":
+                del captioner
+                _with_ray(load, left, output, options, workers, gpus, bar)
+            else:
+                _alone(captioner, left, output, options, bar)
+        return _count(output)
 
 
 def _alone(
@@ -315,8 +311,12 @@ def _write(table: pa.Table, output: Path) -> None:
     photos = "\0".join(table.column("photo").to_pylist())
     name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
     partial = output / f".{uuid.uuid4().hex}.part"
-    pq.write_table(table, partial)
-    partial.replace(output / name)
+    with writing(output, DataError):
+        try:
+            pq.write_table(table, partial)
+            partial.replace(output / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _count(output: Path) -> tuple[int, int]:

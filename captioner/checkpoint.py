@@ -7,8 +7,6 @@ import hashlib
 import json
 import re
 import reprlib
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 
 from captioner.config import DecodingOptions, ModelConfig
 from captioner.errors import CaptionerError, CheckpointError
+from captioner.files import whole_folder
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
 
@@ -84,7 +83,11 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not."""
+    """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not.
+
+    Raises:
+        CheckpointError: it cannot be written; the one that was there stays.
+    """
     state = checkpoint.model.state_dict()
     if checkpoint.model.config.tied_embedding:
         del state["fc.weight"]  # safetensors stores no tensor twice
@@ -100,33 +103,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "recipe": checkpoint.recipe,
         "metrics": checkpoint.metrics,
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror}") from error
-    try:
+    with whole_folder(folder, CheckpointError, f"the checkpoint {folder}") as partial:
         (partial / WEIGHTS).write_bytes(weights)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / CONFIG).write_text(text, encoding="utf-8")
         (partial / CARD).write_text(model_card(checkpoint), encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            # A folder cannot be replaced in one step; the old one stays until the new one stands.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.replace(old)
-            try:
-                partial.replace(folder)
-            except BaseException:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            partial.replace(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def find(path_or_hub_id: str | Path) -> Path:

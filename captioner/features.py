@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
 from captioner.errors import DataError, EncoderError
+from captioner.files import writing
 from captioner.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,6 @@ _ARRAY, _DONE = "features.npy", "done.npy"
 # What ``done.npy`` says of a photo.
 _MISSING, _READ, _UNREADABLE = range(3)
 _SAVE_EVERY = 512
-_SPARE_BYTES = 200_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,32 +86,34 @@ def cache_features(
 
     The cache is keyed by the photos' contents and order, the encoder with its weights and
     transform, and ``view`` (see ``data.view_of``); a change of any makes a new one. A killed run
-    goes on where it last saved, and a second one waits for the first. Of several ``processes``
-    each extracts a part; all must call this.
+    goes on where it last saved, and a second one waits for the first; a whole cache is only read.
+    Of several ``processes`` each extracts a part; all must call this.
 
     Raises:
-        DataError: the disk is too small, or no photo can be opened.
+        DataError: the disk is too small or read-only, or no photo can be opened.
         EncoderError: the features are too large for float16.
     """
     processes = processes or Processes()
     home = _home(encoder, photos, folder, view)
     shape = (len(photos), GRID * GRID, encoder.channels)
-    with contextlib.ExitStack() as stack:
-        if processes.first:
-            try:
-                home.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(
-                    f"cannot make {home}: {error.strerror}; choose another --cache"
-                ) from error
-            stack.enter_context(filelock.FileLock(home / ".lock"))
-            _begin(home, shape)
-        processes.wait()
-        left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _MISSING)
-        processes.wait()  # or this one would count what another has done already
-        if len(left):
-            _extract(encoder, photos, home, left, view, processes)
-        processes.wait()
+    if not processes.tell(_is_whole(home, shape)):
+        with contextlib.ExitStack() as stack:
+            if processes.first:
+                with writing(home, DataError):
+                    home.mkdir(parents=True, exist_ok=True)
+                    lock = filelock.FileLock(home / ".lock")
+                    try:
+                        stack.enter_context(lock.acquire(timeout=0))
+                    except filelock.Timeout:
+                        log.warning("waiting for another process that makes %s", home)
+                        stack.enter_context(lock.acquire())
+                    _begin(home, shape)
+            processes.wait()
+            left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _MISSING)
+            processes.wait()  # or this one would count what another has done already
+            if len(left):
+                _extract(encoder, photos, home, left, view, processes)
+            processes.wait()
     done = np.load(home / _DONE, mmap_mode="r")
     if (done == _MISSING).any():
         raise DataError(
@@ -127,25 +130,39 @@ def cache_features(
     return Features(np.load(home / _ARRAY, mmap_mode="r"), readable, home)
 
 
-def _begin(home: Path, shape: tuple[int, int, int]) -> None:
-    """Make the two files, unless they are there and whole."""
+def _is_whole(home: Path, shape: tuple[int, int, int]) -> bool:
+    """Say whether nothing is left to be extracted."""
     done = _mapped(home / _DONE, shape[:1])
-    if done is not None and _mapped(home / _ARRAY, shape) is not None:
-        return
-    if (home / _DONE).exists():
-        log.warning("%s is damaged: extracting the features anew", home)
-        (home / _DONE).unlink()
-    needed = int(np.prod(shape)) * 2
-    free = shutil.disk_usage(home).free
-    if free < needed + _SPARE_BYTES:
-        raise DataError(
-            f"the features of {shape[0]} photos need {needed / 1e9:.1f} GB in {home} and only "
-            f"{free / 1e9:.1f} GB are free: make room, or choose another --cache or a --limit"
-        )
-    open_memmap = np.lib.format.open_memmap
-    open_memmap(home / _ARRAY, mode="w+", dtype=np.float16, shape=shape).flush()
-    # Zero, that is _MISSING.
-    open_memmap(home / _DONE, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
+    return (
+        done is not None
+        and _mapped(home / _ARRAY, shape) is not None
+        and not (done == _MISSING).any()
+    )
+
+
+def _begin(home: Path, shape: tuple[int, int, int]) -> None:
+    """Make the two files, unless they are there, and take the room that they need."""
+    if _mapped(home / _DONE, shape[:1]) is None or _mapped(home / _ARRAY, shape) is None:
+        if (home / _DONE).exists():
+            log.warning("%s is damaged: extracting the features anew", home)
+            (home / _DONE).unlink()
+        (home / _ARRAY).unlink(missing_ok=True)
+        needed = int(np.prod(shape)) * 2
+        free = shutil.disk_usage(home).free
+        if free < needed:
+            raise DataError(
+                f"the features of {shape[0]} photos need {needed / 1e9:.3f} GB in {home} and only "
+                f"{free / 1e9:.3f} GB are free: make room, or choose another --cache or a --limit"
+            )
+        open_memmap = np.lib.format.open_memmap
+        open_memmap(home / _ARRAY, mode="w+", dtype=np.float16, shape=shape).flush()
+        # Zero, that is _MISSING.
+        open_memmap(home / _DONE, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
+    if hasattr(os, "posix_fallocate"):
+        # On a full disk, writing into a mapped hole would end the process without a word.
+        for path in (home / _ARRAY, home / _DONE):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _extract(

@@ -8,62 +8,181 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import warnings
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffTags import RATIONAL, SIGNED_RATIONAL
 
 from captioner.errors import ImageError
 
 MAX_PIXELS = 60_000_000
+MAX_SIDE = 65_535  # pixels, as in JPEG; every row takes memory
+MAX_BYTES = 250_000_000  # of a file: that many pixels, uncompressed
 DISPLAY_SIDE = 1024  # pixels of the longer side, for a browser
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .avif".split())  # noqa: SIM905
 
+# What is opened, whatever the file is called: Pillow reads EPS by running Ghostscript, and more.
+_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-heif is there
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+    _FORMATS.append("HEIF")
     SUFFIXES |= {".heic", ".heif"}
+
+# Of formats and modes whose decoders hold most: up to 16 bytes a pixel, 8 of a progressive CMYK.
+_MAX_PIXELS_OF = {"WEBP": 25_000_000, "AVIF": 25_000_000, "CMYK": 50_000_000}
+# Larger ones are reduced as they are converted: nothing here looks closer, and copies take memory.
+_KEPT_PIXELS = 16_000_000
+# Photoshop's history in a good PNG takes more than the megabyte that Pillow allows.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
+# The C library gives memory back at once that came in pieces of more than 32 MB. Of Pillow's own 16
+# MB it kept half a gigabyte, for every thread that had opened large photos.
+Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]
 
 Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_ORIENTATION = 0x0112  # EXIF's tag
+_FULL_SIZE = "full_size"  # an attribute: unlike Image.info it is lost where somebody crops
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = [_TURNS[number] for number in (5, 6, 7, 8)]
+
+
+class _Reader(io.BufferedReader):
+    """A file that ends a decoding for which it is in too many parts.
+
+    Pillow copies a GIF's comments as often as they have parts, and libjpeg goes over all of a photo
+    for each of its scans, which may be a few bytes long: small files took them minutes.
+    """
+
+    reads = 10_000  # of a header
+    scans: float = math.inf
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.reads -= 1
+        self.scans -= data.count(b"\xff\xda")
+        if self.reads < 0 or self.scans < 0:
+            raise OSError("the file is in too many parts")
+        return data
+
+
+class _TagData:
+    """A file of which no more than it holds is read, or a little: tags may share their data."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        here = file.tell()
+        self._left = 2 * file.seek(0, io.SEEK_END)
+        file.seek(here)
+        self._file, self.tell, self.seek = file, file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise OSError("the tags hold more than the file")
+        return self._file.read(size)
+
+
+_pillows_load = ImageFileDirectory_v2.load
+
+
+def _load_tags(directory: ImageFileDirectory_v2, fp: IO[bytes]) -> None:
+    """Load the tags of TIFF or EXIF, but not what would take gigabytes or many seconds."""
+    # Each tag keeps a copy of its data: thousands may share ten megabytes.
+    _pillows_load(directory, _TagData(fp))  # type: ignore[arg-type]
+    # Six microseconds a fraction; no photo has many in one tag.
+    for tag, data in list(directory._tagdata.items()):
+        if directory.tagtype[tag] in (RATIONAL, SIGNED_RATIONAL) and len(data) > 8_000:
+            del directory[tag]
+
+
+ImageFileDirectory_v2.load = _load_tags  # type: ignore[assignment]
 
 
 def _to_eight_bit(values: np.ndarray, full_scale: float) -> Image.Image:
     """Map 0..full_scale to 0..255; where that would lose the picture, its own range."""
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    values = values.astype(np.float32)
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > full_scale:
-        values, full_scale = values - low, max(high - low, 1e-12)
-    return Image.fromarray((values * (255.0 / full_scale)).round().astype(np.uint8))
+        values -= low
+        full_scale = max(high - low, 1e-12)
+    values *= 255.0 / full_scale
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a copy as EXIF says."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block must not hide a good picture
-        return image.copy()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the upright picture in eight-bit RGB: first frame, EXIF rotation, alpha on white."""
-    image = _upright(image)
-    if image.mode in _SIXTEEN_BIT or image.mode == "I":
+def _flat(image: Image.Image) -> Image.Image:
+    """Return eight-bit RGB, alpha on white."""
+    if image.mode in _WIDE:
         values = np.asarray(image)
-        image = _to_eight_bit(values, 65535 if values.size and values.max() > 255 else 255)
-    elif image.mode == "F":
-        values = np.asarray(image)
-        image = _to_eight_bit(values, 1 if values.size and np.nanmax(values) <= 1 else 255)
+        if image.mode == "F":
+            full_scale = 1 if values.size and np.nanmax(values) <= 1 else 255
+        else:
+            full_scale = 65535 if values.size and values.max() > 255 else 255
+        image = _to_eight_bit(values, full_scale)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     return image.convert("RGB")
+
+
+def _factor(size: tuple[int, int]) -> int:
+    """Return by how much both sides are divided."""
+    return math.ceil(math.sqrt(math.prod(size) / _KEPT_PIXELS)) or 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the upright picture in eight-bit RGB: first frame, EXIF rotation, alpha on white.
+
+    One of more than 16 million pixels is reduced below that by a whole factor; ``full_size`` knows
+    how large it was. It carries no metadata.
+    """
+    size = full_size(image)
+    factor = _factor(image.size)
+    width, height = (math.ceil(length / factor) for length in image.size)
+    if factor == 1:
+        rgb = _flat(image)
+    elif image.mode in (*_WIDE, "LAB"):  # slow to convert; LAB's signed bytes have no mean
+        rgb = _flat(image.resize((width, height), Image.Resampling.NEAREST))
+    else:
+        # In bands: a copy of the whole in another mode would take as much memory again.
+        rgb = Image.new("RGB", (width, height))
+        rows = max(2_000_000 // image.width, factor) // factor * factor
+        for top in range(0, image.height, rows):
+            band = image.crop((0, top, image.width, min(top + rows, image.height)))
+            rgb.paste(_flat(band).reduce(factor), (0, top // factor))
+    turn = None
+    with contextlib.suppress(Exception):  # a broken EXIF block must not hide a good picture
+        turn = _TURNS.get(image.getexif()[_ORIENTATION])
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+        if turn in _SIDEWAYS:
+            size = size[::-1]
+    rgb.info = {}
+    setattr(rgb, _FULL_SIZE, size)
+    return rgb
+
+
+def full_size(photo: Image.Image) -> tuple[int, int]:
+    """Return (width, height) that an upright photo had before ``to_rgb`` reduced it."""
+    return getattr(photo, _FULL_SIZE, photo.size)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -91,46 +210,88 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open a path, bytes, PIL image or array as an upright eight-bit RGB picture.
 
     Handles EXIF rotation, alpha (on white), CMYK, 16-bit, palette and the first frame of an
-    animation. The size is read from the header before anything is decoded. The picture's ``format``
-    is the file's, None where there was none.
+    animation. The size is read from the header before anything is decoded; a photo of more than 16
+    million pixels is reduced, see ``to_rgb``. The picture's ``format`` is the file's, None where
+    there was none.
 
     Raises:
-        ImageError: the file is missing, no picture, broken, empty or larger than ``max_pixels``.
+        ImageError: the file is missing, no picture, broken, empty, larger than ``MAX_BYTES``, or
+            larger than ``max_pixels`` or what its format's decoder takes.
     """
-    if isinstance(photo, Image.Image):
-        name, source = "the photo", photo
-    elif isinstance(photo, np.ndarray):
+    if isinstance(photo, np.ndarray):
         if photo.size == 0:
             raise ImageError(f"an array of shape {photo.shape} is empty")
-        name, source = "the photo", _from_array(photo)
-    elif isinstance(photo, bytes | str | os.PathLike):
-        name = "the photo" if isinstance(photo, bytes) else str(photo)
+        photo = _from_array(photo)
+    if isinstance(photo, Image.Image):
+        _check_size(photo, "the photo", max_pixels)
+        return _decode(photo, "the photo")
+    if not isinstance(photo, bytes | str | os.PathLike):
+        raise ImageError(
+            f"a {type(photo).__name__} is no photo; give a path, bytes, a PIL image or an array"
+        )
+    name = "the photo" if isinstance(photo, bytes) else str(photo)
+    with _file(photo) as file:
+        if (length := file.seek(0, io.SEEK_END)) > MAX_BYTES:
+            raise ImageError(
+                f"{name} has {length / 1e6:,.0f} megabytes, more than {MAX_BYTES / 1e6:.0f}: "
+                "scale it down"
+            )
         try:
-            data = photo if isinstance(photo, bytes) else _read_file(Path(photo))
             with warnings.catch_warnings():
                 # Pillow only warns up to twice its own limit; ours is checked below.
                 warnings.simplefilter("ignore")
-                source = Image.open(io.BytesIO(data))
-        except ImageError:
-            raise
+                source = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise ImageError(f"{name} has too many pixels: scale it down") from error
         except Exception as error:
             raise ImageError(
                 f"{name} is not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
             ) from error
-    else:
-        raise ImageError(
-            f"a {type(photo).__name__} is no photo; give a path, bytes, a PIL image or an array"
-        )
+        _check_size(source, name, max_pixels)
+        size, factor = source.size, _factor(source.size)
+        # A JPEG is decoded smaller at once, a HEIC from its preview if that is large enough.
+        if factor > 1 and source.draft(None, (size[0] // factor or 1, size[1] // factor or 1)):
+            setattr(source, _FULL_SIZE, size)
+        file.reads = 100_000  # of its pixels
+        if isinstance(source, JpegImageFile):
+            file.scans = 50  # encoders write about ten
+        return _decode(source, name)
+
+
+def _file(photo: bytes | str | os.PathLike[str]) -> _Reader:
+    """Open bytes or a regular file: a FIFO would block."""
+    if isinstance(photo, bytes):
+        return _Reader(io.BytesIO(photo))
+    path = Path(photo)
+    try:
+        if not path.exists():
+            raise ImageError(f"there is no file {path}")
+        if not path.is_file():
+            raise ImageError(f"{path} is not a file")
+        return _Reader(io.FileIO(path))
+    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+        raise ImageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def _check_size(source: Image.Image, name: str, max_pixels: int) -> None:
     width, height = source.size
-    if width * height > max_pixels:
+    limits = (_MAX_PIXELS_OF.get(key) for key in (source.format, source.mode) if key)
+    most = min([max_pixels, *filter(None, limits)])
+    if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name} has {width} x {height} pixels, more than {max_pixels / 1e6:.0f} million: "
+            f"{name} has {width} x {height} pixels, more than {MAX_SIDE} a side: scale it down"
+        )
+    if width * height > most:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, more than {most / 1e6:.0f} million: "
             "scale it down"
         )
     if width == 0 or height == 0:
         raise ImageError(f"{name} is empty: {width} x {height} pixels")
+
+
+def _decode(source: Image.Image, name: str) -> Image.Image:
+    """Return upright eight-bit RGB with the file's ``format``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,18 +303,6 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(
             f"{name} is broken: it starts like a {source.format or 'picture'} but cannot be decoded"
         ) from error
-
-
-def _read_file(path: Path) -> bytes:
-    """Read a regular file whole, so that no handle stays open and no FIFO blocks."""
-    if not path.exists():
-        raise ImageError(f"there is no file {path}")
-    if not path.is_file():
-        raise ImageError(f"{path} is not a file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read {path}: {error.strerror}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import math
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioner.config import TrainConfig
+from captioner.errors import TrainingError
+from captioner.files import write_whole, writing
 
 RECORD = "run.json"
 
@@ -28,34 +35,47 @@ _PANELS = {
 
 
 class Logbook:
-    """Writes each row at once, so that a killed run leaves its figures."""
+    """Writes each row at once, so that a killed run leaves its figures.
+
+    Both methods raise ``TrainingError`` where the disk is full.
+    """
 
     def __init__(self, folder: Path, rows: list[dict[str, float]]) -> None:
         """Start in ``folder`` after the ``rows`` of an earlier part of the run."""
         self.rows = list(rows)
         self._folder = folder
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=len(rows) + 1 if rows else None
-        )
+        self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
+        with writing(self._events, TrainingError):
+            self._events.parent.mkdir(exist_ok=True)
+        self._note(file_version="brain.Event:2")
+        # What TensorBoard has of later epochs a killed run did not come to save.
+        self._note(session_log=SessionLog(status=SessionLog.START), step=len(rows) + 1)
 
     def add(self, row: dict[str, float]) -> None:
         """Keep one epoch; ``row["epoch"]`` counts from 1."""
         self.rows.append(row)
-        for name, value in row.items():
-            if name != "epoch":
-                self._tensorboard.add_scalar(name, value, int(row["epoch"]))
-        self._tensorboard.flush()
-        with (self._folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-            # What a stage has no figure for stays empty.
-            names = list(dict.fromkeys(name for row in self.rows for name in row))
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        curves(self.rows).savefig(self._folder / "curves.png", dpi=120)
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "epoch"
+        ]
+        self._note(summary=Summary(value=values), step=int(row["epoch"]))
+        table = io.StringIO(newline="")
+        # What a stage has no figure for stays empty.
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(table, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self._folder / "metrics.csv", table.getvalue().encode(), TrainingError)
+        image = io.BytesIO()
+        curves(self.rows).savefig(image, dpi=120)
+        write_whole(self._folder / "curves.png", image.getvalue(), TrainingError)
 
-    def close(self) -> None:
-        """Finish the TensorBoard file."""
-        self._tensorboard.close()
+    def _note(self, **event: Any) -> None:
+        """Add to TensorBoard's file; its own writer has a thread, which would fail alone."""
+        record = Event(wall_time=time.time(), **event).SerializeToString()
+        with writing(self._events, TrainingError), self._events.open("ab") as file:
+            RecordWriter(file).write(record)
 
 
 def curves(rows: list[dict[str, float]]) -> Figure:
@@ -102,6 +122,4 @@ def write_record(
         "processes": processes,
         "epochs": list(rows),
     }
-    partial = folder / f"{RECORD}.part"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=1).encode(), TrainingError)

@@ -18,7 +18,7 @@ from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
 from captioner.decoding import Hypothesis, beam_search, decode
 from captioner.encoders import GRID, Encoder, choose_device, load_encoder
 from captioner.errors import ConfigError, ImageError
-from captioner.images import Photo, open_photo
+from captioner.images import Photo, full_size, open_photo
 from captioner.packed import pack
 from captioner.vocab import SPECIALS, clean
 
@@ -197,7 +197,7 @@ class Captioner:
             except ImageError as error:
                 opened.append(error)
             else:
-                opened.append(image.size)
+                opened.append(full_size(image))
                 pixels.append(torch.from_numpy(self.encoder.transform(image)))
         grids = [
             self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
@@ -24,6 +23,7 @@ from captioner import checkpoint as checkpoints
 from captioner.config import TrainConfig
 from captioner.encoders import choose_device
 from captioner.errors import TrainingError
+from captioner.files import whole_folder
 from captioner.model import CaptionModel
 from captioner.preparation import Prepared
 from captioner.processes import Processes
@@ -150,15 +150,14 @@ class Run:
         """Write everything that going on needs; the files are replaced in one step.
 
         All processes hold the same, and the first one writes it.
+
+        Raises:
+            TrainingError: the disk is full; the last save stays.
         """
         if not self.processes.first:
             return
-        partial = self.folder / "state.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         # clone: tied weights would share memory, which safetensors refuses.
         tensors = {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
-        save_file(tensors, partial / "state.safetensors")
         numbers = {
             "epoch": self.epoch,
             "step": self.step,
@@ -178,19 +177,13 @@ class Run:
             "vocabulary": self.prepared.vocabulary.idx2word,
             "sources": self.prepared.sources,
         }
-        (partial / "state.json").write_text(json.dumps(numbers))
-        state, old = self.folder / "state", self.folder / "state.old"
-        if state.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            state.replace(old)
-        partial.replace(state)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(self.folder / "state", TrainingError) as state:
+            (state / "state.safetensors").write_bytes(save(tensors))
+            (state / "state.json").write_text(json.dumps(numbers))
 
     def restore(self) -> None:
         """Go back to the last save; without one, stay at the start."""
         state = self.folder / "state"
-        if not state.exists():
-            state = self.folder / "state.old"  # killed between the two renames of a save
         if not state.exists():
             return
         try:

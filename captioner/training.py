@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
 from captioner.encoders import choose_device
 from captioner.errors import TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
+from captioner.files import claimed, settle
 from captioner.logbook import RECORD, Logbook, write_record
 from captioner.metrics import score_captions
 from captioner.preparation import Batch, facts, prepare
@@ -240,35 +240,29 @@ def fit(
 
     Raises:
         ConfigError: there is no such device, or there are more processes than GPUs.
-        TrainingError: the folder is taken, the loss became NaN, or what is to be resumed does not
-            fit the settings.
+        TrainingError: the folder is taken or cannot be written, the loss became NaN, or what is to
+            be resumed does not fit the settings.
         Stopped: SIGINT or SIGTERM came; everything is saved.
     """
     with joined(choose_device(config.device)) as processes, contextlib.ExitStack() as stack:
         if processes.first:
-            stack.enter_context(_claimed(folder, resume))
+            _check(folder, resume)
+            stack.enter_context(claimed(folder, TrainingError))
+            for name in ("state", "checkpoint"):
+                settle(folder / name)
         return _fit(config, folder, resume, cache, processes)
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Hold ``folder``; ``TrainingError`` where it is taken, or is not what ``resume`` expects."""
+def _check(folder: Path, resume: bool) -> None:
+    """Refuse a folder that is taken, or is not what ``resume`` expects."""
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file: choose another --out")
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    # Hidden: a lock, or what a kill at the very start left.
+    taken = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if taken and not resume:
         raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
-    if resume and folder.exists() and any(folder.iterdir()) and not (folder / RECORD).exists():
+    if taken and not (folder / RECORD).exists():
         raise TrainingError(f"{folder} holds no run to resume: check --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise TrainingError(f"another process is training in {folder}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _fit(
@@ -330,8 +324,6 @@ def _fit(
             run.save()
             say(_line(row, run.bad_epochs))
             watch.after_step()
-    if logbook is not None:
-        logbook.close()
     if run.bad_epochs >= config.patience:
         say(f"no better epoch for {config.patience} epochs: stopped")
     return min(run.rows, key=lambda row: _badness(config, row))

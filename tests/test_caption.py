@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from captioner.caption import Beam, Caption, Word
 from captioner.errors import DataError
+from tests.mutation import mutated_values
 
 
 def look_at(row: int, column: int, weight: float = 1.0) -> np.ndarray:
@@ -313,3 +314,14 @@ def test_what_is_no_caption_is_refused_in_one_line(
         Caption.from_dict(values)
 
     assert len(str(refused.value).splitlines()) == 1
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(mutated_values(CAPTION.to_dict()))
+def test_any_damage_is_refused_or_gives_a_caption_that_can_be_written(values: Any) -> None:
+    try:
+        caption = Caption.from_dict(values)
+    except DataError:
+        return
+    written = json.dumps(caption.to_dict(), allow_nan=False, ensure_ascii=False)
+    assert Caption.from_dict(json.loads(written.encode())).to_dict() == json.loads(written)

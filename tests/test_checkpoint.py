@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import resource
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from captioner.checkpoint import Checkpoint, load, save
+from captioner.checkpoint import Checkpoint, load, model_card, save
 from captioner.config import ModelConfig
 from captioner.encoders import Encoder
 from captioner.errors import CheckpointError
 from captioner.model import CaptionModel
 from captioner.vocab import SPECIALS, Vocabulary
+from tests.mutation import mutated_bytes, mutated_values
 
 WORDS = [*SPECIALS, "a", "ball", "dog", "häuser", "red", "the"]
 SEED: dict[str, Any] = {}
@@ -491,6 +495,82 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         load(folder)
     assert not marker.exists()
+
+
+# Any damage: CheckpointError or a good model, and nothing else
+
+FUZZ = settings(derandomize=True, deadline=None, max_examples=300)
+
+
+def _load_or_none(folder: Path, encoder: Encoder) -> Checkpoint | None:
+    """Load and use a checkpoint; None where that is refused, in one line."""
+    try:
+        loaded = load(folder)
+    except CheckpointError as error:
+        if len(str(error).splitlines()) == 1:
+            return None
+        raise
+    with contextlib.suppress(CheckpointError):
+        loaded.check_encoder(encoder.spec())
+    assert "# Image captions" in model_card(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["values", "bytes"])
+def test_any_damage_to_the_config_is_refused_or_leaves_the_same_model(
+    folder: Path, encoder: Encoder, kind: str
+) -> None:
+    path = folder / "config.json"
+    text = path.read_bytes()
+    expected = load(folder).model.state_dict()
+    damages: Any = mutated_bytes(text)
+    if kind == "values":
+        damages = mutated_values(json.loads(text)).map(lambda values: json.dumps(values).encode())
+    ends = Counter[bool]()
+
+    @FUZZ
+    @given(damages)
+    def check(damaged: bytes) -> None:
+        path.write_bytes(damaged)
+        loaded = _load_or_none(folder, encoder)
+        ends[loaded is None] += 1
+        if loaded is not None:
+            state = loaded.model.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+    check()
+    assert min(ends[True], ends[False]) > 10
+
+
+def test_any_damage_to_the_weights_is_refused_or_gives_finite_ones(
+    folder: Path, encoder: Encoder
+) -> None:
+    path = folder / "model.safetensors"
+    weights = path.read_bytes()
+    end = 8 + int.from_bytes(weights[:8], "little")
+    expected = load(folder).model.state_dict()
+
+    def with_header(values: Any) -> bytes:
+        header = json.dumps(values).encode()
+        return len(header).to_bytes(8, "little") + header + weights[end:]
+
+    header_damages = mutated_values(json.loads(weights[8:end])).map(with_header)
+
+    @FUZZ
+    @given(mutated_bytes(weights, end + 40) | header_damages)
+    def check(damaged: bytes) -> None:
+        path.write_bytes(damaged)
+        assert damaged == weights or _load_or_none(folder, encoder) is None
+        _seal(folder)
+        loaded = _load_or_none(folder, encoder)
+        if loaded is not None:
+            state = loaded.model.state_dict()
+            assert {name: tensor.shape for name, tensor in state.items()} == {
+                name: tensor.shape for name, tensor in expected.items()
+            }
+            assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+    check()
 
 
 # Not there

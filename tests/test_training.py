@@ -301,10 +301,8 @@ def test_every_epoch_goes_to_csv_tensorboard_and_curves(tmp_path: Path) -> None:
         with Image.open(tmp_path / "curves.png") as image:
             image.load()
             assert image.width > 2 * image.height
-    logbook.close()
     resumed = Logbook(tmp_path, [_row(1), _row(2)])
     resumed.add(_row(3))
-    resumed.close()
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -66,8 +66,8 @@ def name_examples(subjects: Iterable[str]) -> str:
     }}"""
 
 
-# What every browser draws; of other files (TIFF, HEIC) it gets a PNG.
-BROWSER_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
+# What every browser draws (an MPO as a JPEG); of other files (TIFF, HEIC) it gets a PNG.
+BROWSER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
 
 
 class PhotoInput(gr.Image):

@@ -1,0 +1,90 @@
+"""Files and folders that are replaced whole or not at all, and what to say where a disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from captioner.errors import CaptionerError
+
+
+@contextlib.contextmanager
+def writing(what: str | Path, kind: type[CaptionerError]) -> Iterator[None]:
+    """Raise ``kind`` where the disk refuses what is written; the system names no file there."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room and start again" if full else "choose another place"
+        raise kind(f"cannot write {what}: {reason}; {way_out}") from error
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, kind: type[CaptionerError]) -> Iterator[None]:
+    """Make a folder and write into it alone; ``kind`` where it cannot be had."""
+    lock = filelock.FileLock(folder / ".lock")
+    with writing(folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise kind(
+                f"another process is writing into {folder}: wait for its end, or choose another"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_whole(path: Path, data: bytes, kind: type[CaptionerError]) -> None:
+    """Write a file in one step; ``kind`` is raised where that fails."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path, kind):
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    folder: Path, kind: type[CaptionerError], what: str | Path | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``folder`` when the block ends well.
+
+    Raises:
+        kind: it cannot be written; the one that was there stays.
+    """
+    part, old = _beside(folder)
+    with writing(what or folder, kind):
+        settle(folder)
+        part.mkdir(parents=True)
+        try:
+            yield part
+            if folder.exists():
+                folder.replace(old)  # a folder cannot be replaced in one step
+            part.replace(folder)
+        finally:
+            settle(folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+
+
+def settle(folder: Path) -> None:
+    """Clear away what a broken-off write left, and bring the old folder back if none stands."""
+    part, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        old.replace(folder)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
