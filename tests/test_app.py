@@ -91,9 +91,7 @@ def test_a_missing_photo_is_an_error_for_plain_requests_too(served_page: str) ->
     assert data["error"] == "No photo came with the request: send one."
 
 
-def test_a_file_that_was_not_sent_is_not_read(
-    served_page: str, example_photos: list[Path]
-) -> None:
+def test_a_file_that_was_not_sent_is_not_read(served_page: str, example_photos: list[Path]) -> None:
     # Gradio does not check the path of ImageData that comes without its meta.
     event, data = call(served_page, {"path": str(example_photos[0])})
     assert event == "error"

@@ -107,7 +107,9 @@ class Steering(_Sent):
         self.whole = self._field("whole", bool)
         words = len(self.text.split())
         if not all(type(place) is int and 0 <= place < words for place in self.given):
-            raise ConfigError("what was clicked marks words that are not there: load the page again")
+            raise ConfigError(
+                "what was clicked marks words that are not there: load the page again"
+            )
 
 
 class Taking(_Sent):
