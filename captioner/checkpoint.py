@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from captioner.config import DecodingOptions, ModelConfig
-from captioner.errors import CaptionerError, CheckpointError
+from captioner.errors import CaptionerError, CheckpointError, first_line
 from captioner.files import whole_folder
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
@@ -72,8 +72,8 @@ class Checkpoint:
                 if field == "sha256":
                     raise CheckpointError(
                         f"the weights of {spec['name']} are not those that this checkpoint was "
-                        f"trained with (SHA-256 {spec['sha256'][:12]}…, not "
-                        f"{str(own.get(field))[:12]}…): give the right file with "
+                        f"trained with (SHA-256 {reprlib.repr(spec[field])}, not "
+                        f"{reprlib.repr(own.get(field))}): give the right file with "
                         "--encoder-weights"
                     )
                 raise CheckpointError(
@@ -149,7 +149,7 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
         vocabulary = Vocabulary(config["vocabulary"])
         DecodingOptions(max_length=config["max_length"])
     except CaptionerError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)[:160]}") from error
     if len(vocabulary) != model_config.vocabulary_size:
         raise CheckpointError(
             f"{path} is damaged: {len(vocabulary)} words for a model of "
@@ -204,7 +204,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         text = _read(path, _LARGEST_CONFIG).decode()
         config = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)[:160]}") from error
     if not isinstance(config, dict) or type(config.get("format")) is not int:
         raise CheckpointError(f"{path} is not a captioner checkpoint: it names no format")
     if config["format"] != FORMAT:
@@ -222,7 +222,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, value in config["metrics"].items():
         # Not isfinite, which fails for an integer that is too large for a float.
         if type(value) not in (int, float) or not -1e300 < value < 1e300:
-            raise CheckpointError(f"{path} is damaged: {name!r} of 'metrics' is no number")
+            raise CheckpointError(
+                f"{path} is damaged: {reprlib.repr(name)} of 'metrics' is no number"
+            )
     return config
 
 
@@ -242,22 +244,24 @@ def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
         del expected["fc.weight"]
     bytes_expected = sum(2 * tensor.numel() for tensor in expected.values())
     data = _read(path, bytes_expected + _LARGEST_HEADER)
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
-            f"{path} is truncated, damaged or of another checkpoint (SHA-256 {found[:12]}…, not "
-            f"{sha256[:12]}…): copy or download the checkpoint again"
+            f"{path} is truncated, damaged or of another checkpoint, by its SHA-256 in {CONFIG}: "
+            "copy or download the checkpoint again"
         )
     try:
         state = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors file ({error}): copy or download it again"
+            f"{path} is no safetensors file ({first_line(error)[:160]}): copy or download it again"
         ) from error
     for name in sorted(set(expected) | set(state)):
-        if name not in state or name not in expected:
-            lack = "lacks" if name not in state else "holds an unknown"
-            raise CheckpointError(f"{path} does not fit its {CONFIG}: it {lack} {name}")
+        if name not in state:
+            raise CheckpointError(f"{path} does not fit its {CONFIG}: it lacks {name}")
+        if name not in expected:
+            raise CheckpointError(
+                f"{path} does not fit its {CONFIG}: it holds an unknown {reprlib.repr(name)}"
+            )
         if state[name].shape != expected[name].shape:
             raise CheckpointError(
                 f"{path} does not fit its {CONFIG}: {name} is {tuple(state[name].shape)}, "

@@ -37,8 +37,13 @@ with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-he
     _FORMATS.append("HEIF")
     SUFFIXES |= {".heic", ".heif"}
 
-# Of formats and modes whose decoders hold most: up to 16 bytes a pixel, 8 of a progressive CMYK.
-_MAX_PIXELS_OF = {"WEBP": 25_000_000, "AVIF": 25_000_000, "CMYK": 50_000_000}
+# Of formats and modes of which Pillow holds several copies, or libjpeg whole progressive scans.
+_MAX_PIXELS_OF: dict[str | None, int] = {
+    "WEBP": 20_000_000,
+    "AVIF": 25_000_000,
+    "TIFF": 45_000_000,
+    "CMYK": 50_000_000,
+}
 # Larger ones are reduced as they are converted: nothing here looks closer, and copies take memory.
 _KEPT_PIXELS = 16_000_000
 # Photoshop's history in a good PNG takes more than the megabyte that Pillow allows.
@@ -252,7 +257,7 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         # A JPEG is decoded smaller at once, a HEIC from its preview if that is large enough.
         if factor > 1 and source.draft(None, (size[0] // factor or 1, size[1] // factor or 1)):
             setattr(source, _FULL_SIZE, size)
-        file.reads = 100_000  # of its pixels
+        file.reads = 50_000  # of its pixels
         if isinstance(source, JpegImageFile):
             file.scans = 50  # encoders write about ten
         return _decode(source, name)
@@ -275,8 +280,8 @@ def _file(photo: bytes | str | os.PathLike[str]) -> _Reader:
 
 def _check_size(source: Image.Image, name: str, max_pixels: int) -> None:
     width, height = source.size
-    limits = (_MAX_PIXELS_OF.get(key) for key in (source.format, source.mode) if key)
-    most = min([max_pixels, *filter(None, limits)])
+    kinds = {source.format, source.mode}
+    most = min(max_pixels, *(_MAX_PIXELS_OF.get(kind, max_pixels) for kind in kinds))
     if max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{name} has {width} x {height} pixels, more than {MAX_SIDE} a side: scale it down"

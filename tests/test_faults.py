@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -75,13 +76,15 @@ Kind = Literal["fill", "kill"]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """``start(program, arguments, fault, settings)``: run it in a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # so that two runs come to the same bits
         patch.setenv("PYTHONPATH", str(ROOT))
         _CONTEXT.set_forkserver_preload(["tests.injector"])
         multiprocessing.forkserver.ensure_running()
+
+    begun: list[BaseProcess] = []
 
     def begin(
         program: str,
@@ -91,9 +94,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     ) -> Started:
         log = tmp_path_factory.mktemp("log")
         options = (program, arguments, log, fault, settings or {})
-        return Started(_CONTEXT.Process(target=run, args=options), log)
+        begun.append(_CONTEXT.Process(target=run, args=options))
+        return Started(begun[-1], log)
 
-    return begin
+    yield begin
+    for process in begun:
+        process.kill()  # one that a test which failed left, perhaps held
 
 
 @pytest.fixture
