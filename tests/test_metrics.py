@@ -179,6 +179,57 @@ def test_rouge_equals_coco_caption_s_on_any_words(candidate: str, references: li
     )
 
 
+# Long enough that coco-caption's stand-in for no n-grams at all does not come up.
+sentences = st.lists(st.sampled_from("abcde"), min_size=4, max_size=8).map(" ".join)
+scored = st.lists(
+    st.tuples(sentences, st.lists(sentences, min_size=1, max_size=3)), min_size=2, max_size=5
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(scored)
+def test_scores_equal_coco_caption_s_on_any_words(
+    photos: list[tuple[str, list[str]]],
+) -> None:
+    candidates, references = [text for text, _ in photos], [some for _, some in photos]
+    bleus, ciders, rouges = coco(candidates, references)
+
+    scores = score_captions(candidates, references)
+
+    for order, expected in enumerate(bleus, start=1):
+        expected = expected if expected > 1e-3 else 0
+        assert scores[f"BLEU-{order}"] / 100 == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(CiderD(references).scores(candidates), ciders, atol=1e-6)
+    assert scores["ROUGE-L"] / 100 == pytest.approx(np.mean(rouges), abs=1e-6)
+
+
+any_texts = st.text(max_size=30) | texts
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.tuples(any_texts, st.lists(any_texts, min_size=1, max_size=3)), min_size=2, max_size=6
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_any_scores_are_in_their_range_and_know_no_order(
+    photos: list[tuple[str, list[str]]], random: random.Random
+) -> None:
+    scores = score_captions([text for text, _ in photos], [some for _, some in photos])
+
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"):
+        assert 0 <= scores[name] <= 100 + 1e-9
+    assert 0 <= scores["CIDEr"] <= 1000 + 1e-9
+    assert 0 <= scores["repetition"] <= 1
+    assert 0 < scores["distinct_captions"] <= 1
+    assert scores["distinct_words"] <= len(photos) * scores["mean_length"] + 1e-9
+    shuffled = [(text, random.sample(some, len(some))) for text, some in photos]
+    random.shuffle(shuffled)
+    again = score_captions([text for text, _ in shuffled], [some for _, some in shuffled])
+    assert again == pytest.approx(scores, abs=1e-9)
+
+
 def test_cider_weighs_a_word_by_its_rarity() -> None:
     references = [["a dog"], ["a cat"], ["a bird"], ["a horse"]]
     cider = CiderD(references)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,29 @@ def test_round_trip_of_ids(ids: list[int]) -> None:
 
     assert VOCABULARY.encode(text) == ids
     assert VOCABULARY.tokenize(text) == [BOS, *ids, EOS, *[PAD] * (18 - len(ids))]
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.lists(st.text()), st.integers(1, 3), st.integers(2, 12))
+def test_any_captions_build_a_vocabulary_that_reads_and_writes_them(
+    captions: list[str], min_count: int, length: int
+) -> None:
+    captions = [*captions, "dog dog dog"]
+    counts = Counter(word for text in captions for word in clean(text).split())
+
+    vocabulary = Vocabulary.build(captions, min_count)
+
+    words = vocabulary.idx2word[4:]
+    assert words == sorted(word for word, count in counts.items() if count >= min_count)
+    assert [vocabulary.encode(word) for word in words] == [[4 + row] for row in range(len(words))]
+    # As it stands in a checkpoint.
+    assert Vocabulary(json.loads(json.dumps(vocabulary.idx2word))) == vocabulary
+    for text in captions:
+        known = [word if word in words else "<unk>" for word in clean(text).split()]
+        ids = vocabulary.tokenize(text, length)
+        assert len(ids) == length
+        assert ids.count(BOS) == ids.count(EOS) == 1
+        assert vocabulary.untokenize(ids).split() == known[: length - 2]
 
 
 def test_json_in_and_out(tmp_path: Path) -> None:
