@@ -13,10 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from captioner.errors import ImageError
-from captioner.images import SUFFIXES, Photo, display_jpeg, open_photo, preprocess
+from captioner.images import (
+    MAX_BYTES,
+    SUFFIXES,
+    Photo,
+    display_jpeg,
+    full_size,
+    open_photo,
+    preprocess,
+)
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 32, 48
@@ -439,6 +447,62 @@ def test_broken_exif_does_not_hide_a_good_sixteen_bit_picture(exif: bytes) -> No
     assert_close(opened(photo), RAMP)
 
 
+# Large photos
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("JPEG", mode) for mode in ("RGB", "L")),
+        *(("PNG", mode) for mode in ("RGB", "RGBA", "L", "P", "I;16")),
+        *(("TIFF", mode) for mode in ("CMYK", "LAB", "I", "F")),
+    ],
+)
+def test_a_large_photo_comes_reduced_and_remembers_its_size(
+    kind: str, mode: str, number: int
+) -> None:
+    wide, small = mode in ("I;16", "I", "F"), Image.fromarray(SCENE)
+    if wide:
+        dtype, scale = {"I;16": ("u2", 257), "I": ("i4", 257), "F": ("f4", 1)}[mode]
+        small = Image.fromarray((RAMP * np.array(scale)).astype(dtype))
+    elif mode == "LAB":
+        rgb, other = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        transform = ImageCms.buildTransform(rgb, other, "RGB", "LAB")
+        small = ImageCms.applyTransform(small, transform) or small
+    else:
+        small = small.quantize(4) if mode == "P" else small.convert(mode)
+    # 17 megapixels, and neither side is even.
+    scene = small.resize((5_087, 3_391), Image.Resampling.NEAREST)
+    stored = (
+        scene.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[number])
+        if number > 1
+        else scene
+    )
+    assert stored.mode == mode
+
+    image = open_photo(encoded(stored, kind, exif=with_orientation(number)))
+
+    assert (image.mode, image.size, full_size(image)) == ("RGB", (2_544, 1_696), (5_087, 3_391))
+    # What was opened before is opened again as it is, and what somebody cuts from it is as it is.
+    assert full_size(open_photo(image)) == (5_087, 3_391)
+    assert full_size(image.crop((0, 0, 9, 9))) == (9, 9)
+    expected = open_photo(small).resize(image.size, Image.Resampling.NEAREST)
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(expected))
+    # But for the pixels where two colours meet.
+    assert np.percentile(difference, 98) <= 6
+
+
+def test_alpha_of_a_large_photo_lies_on_white() -> None:
+    layered = Image.new("RGBA", (5_000, 3_500), (0, 0, 0, 0))
+    layered.paste((200, 100, 50, 255), (0, 0, 2_500, 3_500))
+
+    pixels = np.asarray(open_photo(layered))
+
+    assert (pixels[:, :1_250] == (200, 100, 50)).all()
+    assert (pixels[:, 1_250:] == 255).all()
+
+
 # Refusals
 
 
@@ -537,6 +601,30 @@ def test_too_many_pixels_are_refused_before_decoding(
     # Decoded, it would be called broken: there are hardly any pixels in it.
     with pytest.raises(ImageError, match=r"huge\.png has .*pixels.*: scale it down"):
         open_photo(path)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "EPS", "JPEG2000"])
+def test_only_the_formats_that_are_named_are_opened(kind: str) -> None:
+    with pytest.raises(ImageError, match="use JPEG, PNG, WebP, GIF, BMP or TIFF"):
+        open_photo(encoded(Image.fromarray(SCENE), kind))
+
+
+def test_a_file_is_closed_and_only_so_much_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.tif"
+    path.write_bytes(encoded(Image.fromarray(SCENE), "TIFF", compression="tiff_lzw"))
+    descriptors = (
+        len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    )
+    assert_close(opened(path), SCENE, tolerance=0)
+    with path.open("r+b") as file:
+        file.truncate(MAX_BYTES)
+    assert_close(opened(path), SCENE, tolerance=0)
+    with path.open("r+b") as file:
+        file.truncate(2 * 2**30)
+    with pytest.raises(ImageError, match=r"sparse\.tif has 2,147 megabytes, more than 250"):
+        open_photo(path)
+    if descriptors:
+        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def test_a_file_that_lacks_its_pixels_is_broken() -> None:
