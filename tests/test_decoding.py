@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from captioner.config import BOS, EOS, PAD, UNK, DecodingOptions
@@ -55,6 +57,11 @@ class World:
         world = cls(len(probabilities), size=len(probabilities[0]), rows=1)
         world.tables = world.tables._replace(logits=torch.tensor(probabilities)[:, None].log())
         return world
+
+    def scaled(self, scale: float) -> World:
+        """Make it surer of its words, or less sure."""
+        self.tables = self.tables._replace(logits=scale * self.tables.logits)
+        return self
 
     def only(self, photo: int) -> World:
         """Return the same world with one of its photos."""
@@ -760,3 +767,68 @@ def test_decode_draws_where_there_is_a_temperature() -> None:
         assert found == [best[0].ids] * 5
     for some in drawn():
         assert all(is_allowed(ids, Rules(never=(PAD, BOS, UNK), repeats=False)) for ids in some)
+
+
+# Any tables, any options
+
+SIZE = 9
+OPTIONS = st.builds(
+    DecodingOptions,
+    beam_size=st.integers(1, 6),
+    length_penalty=st.floats(0, 5),
+    max_length=st.integers(3, 12),
+    temperature=st.just(0.0) | st.floats(0.01, 10),
+    top_p=st.floats(1e-6, 1),
+    samples=st.integers(1, 4),
+    seed=st.integers(0, 2**63 - 1),
+    ban_repeats=st.booleans(),
+    ban_trigrams=st.booleans(),
+    ban_unknown=st.booleans(),
+    ban_bad_endings=st.booleans(),
+)
+WORLDS = st.builds(
+    lambda seed, rows, scale: World(2, size=SIZE, seed=seed, rows=rows).scaled(scale),
+    st.integers(0, 2**32),
+    st.sampled_from([1, 5, 1499]),
+    st.sampled_from([0.1, 1.0, 20.0]),
+)
+IDS = st.integers(0, SIZE - 1).filter(lambda index: index != EOS)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(WORLDS, OPTIONS, st.lists(IDS, max_size=6), st.sets(IDS, max_size=SIZE))
+def test_any_search_keeps_its_promises(
+    world: World, options: DecodingOptions, prefix: list[int], bad_endings: set[int]
+) -> None:
+    steps = options.max_length - 1
+    prefix = prefix[: steps - 1]
+    asked: dict[str, Any] = {"prefix": prefix, "bad_endings": sorted(bad_endings)}
+    rules = Rules(
+        never=(PAD, BOS, UNK) if options.ban_unknown else (PAD, BOS),
+        never_last=tuple(bad_endings) if options.ban_bad_endings else (),
+        repeats=not options.ban_repeats,
+        trigrams=not options.ban_trigrams,
+    )
+
+    found = world.decode(options, **asked)
+
+    assert_consistent(world, found)
+    drawn = options.temperature > 0
+    for photo, some in enumerate(found):
+        assert len(some) == options.samples if drawn else 1 <= len(some) <= options.beam_size
+        scores = [each.score for each in some]
+        assert scores == sorted(scores, reverse=True)
+        assert drawn or len({tuple(each.ids) for each in some}) == len(some)
+        for each in some:
+            assert each.ids[: len(prefix)] == prefix
+            assert len(prefix) < len(each.ids) <= steps
+            # Ranked by its probability; what breaks a rule far behind.
+            share = len(each.ids) ** options.length_penalty
+            is_fair = each.score * share == pytest.approx(each.log_probability, abs=1e-2)
+            assert is_fair == is_allowed(each.ids, rules, len(prefix))
+        if not drawn:
+            (alone,) = world.only(photo).decode(options, **asked)
+            assert [each.ids for each in some] == [each.ids for each in alone]
+            for one, other in zip(some, alone, strict=True):
+                torch.testing.assert_close(one.log_probabilities, other.log_probabilities)
+                torch.testing.assert_close(one.attention, other.attention)
