@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="of --output: ray is Ray Data (pip install '.[ray]'), on this machine or on the "
+        help="of --output: ray is Ray Data (pip install 'ray[data]'), on this machine or on the "
         "cluster that RAY_ADDRESS names; default %(default)s",
     )
     caption.add_argument(

@@ -253,7 +253,7 @@ def _with_ray(
         from ray.data.block import BlockMetadata
     except ImportError as error:
         raise ConfigError(
-            'the engine "ray" is not installed: pip install ".[ray]", or leave --engine away'
+            'the engine "ray" is not installed: pip install "ray[data]", or leave --engine away'
         ) from error
 
     def read() -> Iterator[pa.Table]:

@@ -43,6 +43,8 @@ _MAX_PIXELS_OF: dict[str | None, int] = {
     "AVIF": 25_000_000,
     "TIFF": 45_000_000,
     "CMYK": 50_000_000,
+    "progressive RGB": 52_000_000,
+    "progressive CMYK": 40_000_000,
 }
 # Larger ones are reduced as they are converted: nothing here looks closer, and copies take memory.
 _KEPT_PIXELS = 16_000_000
@@ -281,6 +283,8 @@ def _file(photo: bytes | str | os.PathLike[str]) -> _Reader:
 def _check_size(source: Image.Image, name: str, max_pixels: int) -> None:
     width, height = source.size
     kinds = {source.format, source.mode}
+    if source.info.get("progressive"):
+        kinds.add(f"progressive {source.mode}")
     most = min(max_pixels, *(_MAX_PIXELS_OF.get(kind, max_pixels) for kind in kinds))
     if max(width, height) > MAX_SIDE:
         raise ImageError(

@@ -369,7 +369,10 @@ DEFLATE = {"compression": "tiff_adobe_deflate"}
 LARGE: dict[str, Callable[[], bytes]] = {
     "JPEG": lambda: encoded(large(TILE), "JPEG", quality=20, **TURNED),
     "progressive JPEG": lambda: encoded(
-        large(TILE), "JPEG", quality=20, progressive=True, subsampling=0
+        large(TILE, 7_200, 7_200), "JPEG", quality=20, progressive=True, subsampling=0
+    ),
+    "progressive CMYK JPEG": lambda: encoded(
+        large(TILE.convert("CMYK"), 6_300, 6_300), "JPEG", quality=10, progressive=True
     ),
     "CMYK JPEG": lambda: encoded(large(TILE.convert("CMYK"), 7_000, 7_000), "JPEG", quality=10),
     "PNG": lambda: encoded(large(TILE), "PNG", compress_level=1, **TURNED),
