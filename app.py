@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
     except CaptionerError as error:
         print(f"app.py: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     try:
         serve(lambda: build_demo(captioner), options.host, options.port)
     except OSError:

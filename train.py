@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
-from captioner.errors import CaptionerError, ConfigError, EncoderError
+from captioner.errors import CaptionerError, ConfigError
 from captioner.training import Stopped, fit
 
 # Fields of TrainConfig that can be set one by one, over the recipe's own.
@@ -126,12 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
-    except (ConfigError, EncoderError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
     except CaptionerError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         print(f"train.py: {error.strerror or error} ({error.filename})", file=sys.stderr)
         return 1

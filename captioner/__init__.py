@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         EncoderError,
         ImageError,
         TrainingError,
+        WriteError,
     )
     from captioner.predictor import Captioner
     from captioner.vocab import Vocabulary
@@ -46,6 +47,7 @@ __all__ = [
     "TrainingError",
     "Vocabulary",
     "Word",
+    "WriteError",
     "load_encoder",
 ]
 

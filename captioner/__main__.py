@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, FORMATS, DecodingOptions
-from captioner.errors import CaptionerError, CheckpointError, ConfigError, EncoderError, ImageError
+from captioner.errors import CaptionerError, ConfigError, ImageError
+from captioner.files import write_whole, writing
 
 _BATCH = 16
 
@@ -24,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m captioner",
         description="Captions for photos, and where the model looked for each word.",
-        epilog="Exit codes: 0 all went well, 1 something could not be read or done, 2 the command "
-        "line or a setting is wrong.",
+        epilog="Exit codes: 0 all went well, 1 something could not be read or done, 2 a setting, a "
+        "checkpoint or a data set cannot be used.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -153,12 +154,13 @@ def _photos_in(path: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file and its folders; ``CaptionerError`` where that fails."""
-    try:
+    """Write a file and its folders."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise CaptionerError(f"cannot write {path}: {error.strerror}") from error
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, say
+            path.write_bytes(data)
+            return
+    write_whole(path, data)
 
 
 def _free_name(path: Path, taken: set[Path]) -> Path:
@@ -332,12 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
             options = DecodingOptions.report() if parsed.no_bans else options
             options = dataclasses.replace(options, beam_size=parsed.beam_size)
         return int(parsed.run(parsed, options))
-    except (ConfigError, CheckpointError, EncoderError) as error:
-        print(f"captioner: {error}", file=sys.stderr)
-        return 2
     except CaptionerError as error:
         print(f"captioner: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except BrokenPipeError:
         # The reader (head, say) has had enough; keep Python from complaining as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

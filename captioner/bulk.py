@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from captioner.config import DecodingOptions
-from captioner.errors import ConfigError, DataError, ImageError, first_line
+from captioner.errors import CaptionerError, ConfigError, DataError, ImageError, first_line
 from captioner.files import claimed, writing
 from captioner.predictor import Captioner
 
@@ -178,19 +178,22 @@ def caption_all(
         how many photos have a row in ``output`` now, and how many of those have an error.
 
     Raises:
-        ConfigError: the engine is unknown or not installed, or ``workers`` is no number of them.
-        DataError: ``output`` is something else or cannot be written, or a worker failed.
+        ConfigError: the engine is unknown or not installed, ``workers`` is no number of them, or
+            ``output`` is a file.
+        DataError: ``output`` holds something else.
+        WriteError: ``output`` cannot be written.
         CheckpointError: the checkpoint cannot be loaded.
         EncoderError: the encoder's weights cannot be had.
+        CaptionerError: a worker failed.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if not 1 <= workers <= 10_000:
         raise ConfigError(f"workers is {workers}; it must be a whole number from 1 to 10000")
     if output.exists() and not output.is_dir():
-        raise DataError(f"{output} is a file: choose another --output, which becomes a folder")
+        raise ConfigError(f"{output} is a file: choose another --output, which becomes a folder")
     captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
-    with claimed(output, DataError):
+    with claimed(output):
         for partial in output.glob(".*.part"):
             partial.unlink()  # of a job that was killed
         done = _done(output)
@@ -295,7 +298,7 @@ def _with_ray(
     except ray.exceptions.RayError as error:
         # The first lines say where in Ray, the last one why.
         why = [line for line in str(error).splitlines() if line.strip()][-1]
-        raise DataError(
+        raise CaptionerError(
             f"a worker of Ray failed ({why.strip()[:200]}); what is written stays"
         ) from error
     finally:
@@ -311,7 +314,7 @@ def _write(table: pa.Table, output: Path) -> None:
     photos = "\0".join(table.column("photo").to_pylist())
     name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
     partial = output / f".{uuid.uuid4().hex}.part"
-    with writing(output, DataError):
+    with writing(output):
         try:
             pq.write_table(table, partial)
             partial.replace(output / name)

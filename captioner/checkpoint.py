@@ -86,7 +86,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not.
 
     Raises:
-        CheckpointError: it cannot be written; the one that was there stays.
+        WriteError: it cannot be written; the one that was there stays.
     """
     state = checkpoint.model.state_dict()
     if checkpoint.model.config.tied_embedding:
@@ -103,7 +103,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "recipe": checkpoint.recipe,
         "metrics": checkpoint.metrics,
     }
-    with whole_folder(folder, CheckpointError, f"the checkpoint {folder}") as partial:
+    with whole_folder(folder, f"the checkpoint {folder}") as partial:
         (partial / WEIGHTS).write_bytes(weights)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / CONFIG).write_text(text, encoding="utf-8")

@@ -2,11 +2,19 @@
 
 
 class CaptionerError(Exception):
-    """Base of all errors that this package raises on purpose; its text is fit to show a user."""
+    """Base of all errors that this package raises on purpose; its text is fit to show a user.
+
+    Attributes:
+        exit_code: of a command that it ends: 1, or 2 where what the command was given is wrong.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(CaptionerError, ValueError):
     """A setting is out of range or does not fit another one."""
+
+    exit_code = 2
 
 
 class ImageError(CaptionerError):
@@ -16,17 +24,27 @@ class ImageError(CaptionerError):
 class DataError(CaptionerError):
     """A data set cannot be read, or lacks what training or scoring needs."""
 
+    exit_code = 2
+
 
 class EncoderError(CaptionerError):
     """A backbone is unknown, or its weights are missing or do not fit."""
+
+    exit_code = 2
 
 
 class CheckpointError(CaptionerError):
     """A checkpoint is missing, damaged, or does not fit this version or its encoder."""
 
+    exit_code = 2
+
 
 class TrainingError(CaptionerError):
     """Training cannot go on."""
+
+
+class WriteError(CaptionerError):
+    """A file or folder cannot be written: the disk is full, say, or another process writes it."""
 
 
 def first_line(error: BaseException) -> str:

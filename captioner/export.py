@@ -7,6 +7,7 @@ from pathlib import Path
 
 from captioner import checkpoint as checkpoints
 from captioner.errors import CaptionerError, ConfigError, first_line
+from captioner.files import whole_folder
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TRAINING = "# Training"  # the comment in requirements.txt above what a Space does without
@@ -30,7 +31,7 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
     Raises:
         ConfigError: ``folder`` holds something, or this is no clone of the project.
         CheckpointError: the checkpoint cannot be loaded.
-        CaptionerError: ``folder`` cannot be written.
+        WriteError: ``folder`` cannot be written.
     """
     if not (_ROOT / "app.py").is_file():
         raise ConfigError(
@@ -41,10 +42,7 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
         raise ConfigError(f"{folder} is not an empty folder: choose another --space")
     checkpoints.load(checkpoint)  # what cannot be served is not exported
     found = checkpoints.find(checkpoint)
-    partial = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         shutil.copy(_ROOT / "app.py", partial)
         shutil.copy(_ROOT / "LICENSE", partial)
         shutil.copytree(
@@ -60,12 +58,6 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
         (partial / "README.md").write_text(f"---\n{front}---\n{_SPACE}", encoding="utf-8")
         needed, _, _ = (_ROOT / "requirements.txt").read_text().partition(_TRAINING)
         (partial / "requirements.txt").write_text(needed)
-        if folder.exists():
-            folder.rmdir()
-        partial.replace(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CaptionerError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> str:

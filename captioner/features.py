@@ -22,7 +22,7 @@ from tqdm import tqdm
 from captioner.config import FEATURES_FOLDER
 from captioner.data import CaptionedPhotos, PhotoDataset
 from captioner.encoders import GRID, Encoder
-from captioner.errors import DataError, EncoderError
+from captioner.errors import DataError, EncoderError, WriteError
 from captioner.files import writing
 from captioner.processes import Processes
 
@@ -90,8 +90,9 @@ def cache_features(
     Of several ``processes`` each extracts a part; all must call this.
 
     Raises:
-        DataError: the disk is too small or read-only, or no photo can be opened.
+        DataError: no photo can be opened.
         EncoderError: the features are too large for float16.
+        WriteError: the disk is too small or read-only.
     """
     processes = processes or Processes()
     home = _home(encoder, photos, folder, view)
@@ -99,7 +100,7 @@ def cache_features(
     if not processes.tell(_is_whole(home, shape)):
         with contextlib.ExitStack() as stack:
             if processes.first:
-                with writing(home, DataError):
+                with writing(home):
                     home.mkdir(parents=True, exist_ok=True)
                     lock = filelock.FileLock(home / ".lock")
                     try:
@@ -150,7 +151,7 @@ def _begin(home: Path, shape: tuple[int, int, int]) -> None:
         needed = int(np.prod(shape)) * 2
         free = shutil.disk_usage(home).free
         if free < needed:
-            raise DataError(
+            raise WriteError(
                 f"the features of {shape[0]} photos need {needed / 1e9:.3f} GB in {home} and only "
                 f"{free / 1e9:.3f} GB are free: make room, or choose another --cache or a --limit"
             )

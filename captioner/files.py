@@ -11,31 +11,31 @@ from pathlib import Path
 
 import filelock
 
-from captioner.errors import CaptionerError
+from captioner.errors import WriteError
 
 
 @contextlib.contextmanager
-def writing(what: str | Path, kind: type[CaptionerError]) -> Iterator[None]:
-    """Raise ``kind`` where the disk refuses what is written; the system names no file there."""
+def writing(what: str | Path) -> Iterator[None]:
+    """Raise ``WriteError`` where the disk refuses; the system's own error names no file."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "make room and start again" if full else "choose another place"
-        raise kind(f"cannot write {what}: {reason}; {way_out}") from error
+        raise WriteError(f"cannot write {what}: {reason}; {way_out}") from error
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, kind: type[CaptionerError]) -> Iterator[None]:
-    """Make a folder and write into it alone; ``kind`` where it cannot be had."""
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder and write into it alone; ``WriteError`` where it cannot be had."""
     lock = filelock.FileLock(folder / ".lock")
-    with writing(folder, kind):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise kind(
+            raise WriteError(
                 f"another process is writing into {folder}: wait for its end, or choose another"
             ) from error
     try:
@@ -44,10 +44,10 @@ def claimed(folder: Path, kind: type[CaptionerError]) -> Iterator[None]:
         lock.release()
 
 
-def write_whole(path: Path, data: bytes, kind: type[CaptionerError]) -> None:
-    """Write a file in one step; ``kind`` is raised where that fails."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path, kind):
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file in one step; ``WriteError`` where that fails."""
+    part = path.with_name(f".{path.name[:50]}.part")  # a name has 255 bytes at most
+    with writing(path):
         try:
             part.write_bytes(data)
             part.replace(path)
@@ -56,16 +56,15 @@ def write_whole(path: Path, data: bytes, kind: type[CaptionerError]) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(
-    folder: Path, kind: type[CaptionerError], what: str | Path | None = None
-) -> Iterator[Path]:
+def whole_folder(folder: Path, what: str | Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``folder`` when the block ends well.
 
     Raises:
-        kind: it cannot be written; the one that was there stays.
+        WriteError: it cannot be written; the one that was there stays.
     """
+    folder = folder.resolve()
     part, old = _beside(folder)
-    with writing(what or folder, kind):
+    with writing(what or folder):
         settle(folder)
         part.mkdir(parents=True)
         try:

@@ -21,7 +21,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioner.config import TrainConfig
-from captioner.errors import TrainingError
 from captioner.files import write_whole, writing
 
 RECORD = "run.json"
@@ -37,7 +36,7 @@ _PANELS = {
 class Logbook:
     """Writes each row at once, so that a killed run leaves its figures.
 
-    Both methods raise ``TrainingError`` where the disk is full.
+    Both methods raise ``WriteError`` where the disk is full.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, float]]) -> None:
@@ -45,7 +44,7 @@ class Logbook:
         self.rows = list(rows)
         self._folder = folder
         self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
-        with writing(self._events, TrainingError):
+        with writing(self._events):
             self._events.parent.mkdir(exist_ok=True)
         self._note(file_version="brain.Event:2")
         # What TensorBoard has of later epochs a killed run did not come to save.
@@ -66,15 +65,15 @@ class Logbook:
         writer = csv.DictWriter(table, fieldnames=names)
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self._folder / "metrics.csv", table.getvalue().encode(), TrainingError)
+        write_whole(self._folder / "metrics.csv", table.getvalue().encode())
         image = io.BytesIO()
         curves(self.rows).savefig(image, dpi=120)
-        write_whole(self._folder / "curves.png", image.getvalue(), TrainingError)
+        write_whole(self._folder / "curves.png", image.getvalue())
 
     def _note(self, **event: Any) -> None:
         """Add to TensorBoard's file; its own writer has a thread, which would fail alone."""
         record = Event(wall_time=time.time(), **event).SerializeToString()
-        with writing(self._events, TrainingError), self._events.open("ab") as file:
+        with writing(self._events), self._events.open("ab") as file:
             RecordWriter(file).write(record)
 
 
@@ -122,4 +121,4 @@ def write_record(
         "processes": processes,
         "epochs": list(rows),
     }
-    write_whole(folder / RECORD, json.dumps(record, indent=1).encode(), TrainingError)
+    write_whole(folder / RECORD, json.dumps(record, indent=1).encode())

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from captioner import checkpoint as checkpoints
 from captioner.config import TrainConfig
 from captioner.encoders import choose_device
-from captioner.errors import TrainingError
+from captioner.errors import ConfigError, TrainingError
 from captioner.files import whole_folder
 from captioner.model import CaptionModel
 from captioner.preparation import Prepared
@@ -152,7 +152,7 @@ class Run:
         All processes hold the same, and the first one writes it.
 
         Raises:
-            TrainingError: the disk is full; the last save stays.
+            WriteError: the disk is full, say; the last save stays.
         """
         if not self.processes.first:
             return
@@ -177,7 +177,7 @@ class Run:
             "vocabulary": self.prepared.vocabulary.idx2word,
             "sources": self.prepared.sources,
         }
-        with whole_folder(self.folder / "state", TrainingError) as state:
+        with whole_folder(self.folder / "state") as state:
             (state / "state.safetensors").write_bytes(save(tensors))
             (state / "state.json").write_text(json.dumps(numbers))
 
@@ -199,14 +199,14 @@ class Run:
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
         if changed:
-            raise TrainingError(
+            raise ConfigError(
                 f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
                 "with the same ones, or choose another --out"
             )
         same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
         # The sources go by the photos, the encoder, its weights and the text.
         if not same_words or numbers["sources"] != self.prepared.sources:
-            raise TrainingError(
+            raise ConfigError(
                 f"{self.folder} was started on other photos, captions or encoder weights: give the "
                 "same ones, or choose another --out"
             )

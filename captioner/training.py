@@ -27,7 +27,7 @@ from captioner import checkpoint as checkpoints
 from captioner import self_critical
 from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
 from captioner.encoders import choose_device
-from captioner.errors import TrainingError
+from captioner.errors import ConfigError, TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
 from captioner.files import claimed, settle
 from captioner.logbook import RECORD, Logbook, write_record
@@ -239,15 +239,16 @@ def fit(
         the figures of the best epoch.
 
     Raises:
-        ConfigError: there is no such device, or there are more processes than GPUs.
-        TrainingError: the folder is taken or cannot be written, the loss became NaN, or what is to
-            be resumed does not fit the settings.
+        ConfigError: the folder is taken, what is to be resumed does not fit the settings, there
+            is no such device, or there are more processes than GPUs.
+        TrainingError: the loss became NaN, or what is to be resumed is damaged.
+        WriteError: the folder cannot be written.
         Stopped: SIGINT or SIGTERM came; everything is saved.
     """
     with joined(choose_device(config.device)) as processes, contextlib.ExitStack() as stack:
         if processes.first:
             _check(folder, resume)
-            stack.enter_context(claimed(folder, TrainingError))
+            stack.enter_context(claimed(folder))
             for name in ("state", "checkpoint"):
                 settle(folder / name)
         return _fit(config, folder, resume, cache, processes)
@@ -256,13 +257,13 @@ def fit(
 def _check(folder: Path, resume: bool) -> None:
     """Refuse a folder that is taken, or is not what ``resume`` expects."""
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is a file: choose another --out")
+        raise ConfigError(f"{folder} is a file: choose another --out")
     # Hidden: a lock, or what a kill at the very start left.
     taken = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
     if taken and not resume:
-        raise TrainingError(f"{folder} is not empty: choose another --out, or go on with --resume")
+        raise ConfigError(f"{folder} is not empty: choose another --out, or go on with --resume")
     if taken and not (folder / RECORD).exists():
-        raise TrainingError(f"{folder} holds no run to resume: check --out")
+        raise ConfigError(f"{folder} holds no run to resume: check --out")
 
 
 def _fit(

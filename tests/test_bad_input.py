@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import app
+import train
 from captioner import viewer
 from captioner.__main__ import main
 from captioner.checkpoint import Checkpoint, save
@@ -269,7 +270,7 @@ def _line_break_in_a_name(folder: Path, row: Callable[..., Row], _: object) -> N
         (_line_break_in_a_name, "over several lines up to 4"),
     ],
 )
-def test_data_that_cannot_be_scored_is_refused_by_name(
+def test_data_that_cannot_be_read_is_refused_by_name(
     folder: Path,
     timm_weights: Path,
     hub_row: Callable[..., Row],
@@ -283,11 +284,16 @@ def test_data_that_cannot_be_scored_is_refused_by_name(
     make(data, hub_row, write_parquet)
     arguments = ["--data", str(data), "--split", "train", "--checkpoint", str(folder)]
     arguments += ["--encoder-weights", str(timm_weights), "--cache", str(written)]
-    assert main(["evaluate", *arguments, "--json", str(written / "scores.json")]) == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert says in errors[-1].lower()
-    assert not any("Traceback" in line for line in errors)
-    assert not written.exists()
+    training = ["--data", str(data), "--encoder", "timm:test_resnet", "--cache", str(written)]
+    training += ["--encoder-weights", str(timm_weights), "--out", str(tmp_path / "run")]
+    scores = ["--json", str(written / "scores.json")]
+    for run, command in ((main, ["evaluate", *arguments, *scores]), (train.main, training)):
+        assert run(command) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert says in errors[-1].lower()
+        assert not any("Traceback" in line for line in errors)
+        assert not written.exists()
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_one_broken_photo_among_a_thousand_is_named_and_the_rest_goes_on(

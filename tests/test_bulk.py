@@ -19,7 +19,7 @@ import pytest
 
 from captioner import Captioner, DecodingOptions, bulk
 from captioner.__main__ import main
-from captioner.errors import DataError
+from captioner.errors import WriteError
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_what_is_in_the_way_is_named_and_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def told(photos: list[str], output: Path) -> str:
-        assert main(["caption", *photos, "--output", str(output)]) == 1
+        assert main(["caption", *photos, "--output", str(output)]) == 2
         return capsys.readouterr().err
 
     file = tmp_path / "file.parquet"
@@ -193,7 +193,8 @@ def test_what_is_in_the_way_is_named_and_left(
     assert file.read_text() == "mine"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no photo" in told([str(empty)], tmp_path / "out")
+    assert main(["caption", str(empty), "--output", str(tmp_path / "out")]) == 1
+    assert "holds no photo" in capsys.readouterr().err
     assert "cannot read the split" in told(["--data", str(tmp_path / "nowhere")], tmp_path / "out")
     data = write_parquet(tmp_path / "data", {"train": [{"alt_text": hub_row(0)["alt_text"]}]})
     assert "no column 'image'" in told(["--data", str(data)], tmp_path / "out")
@@ -204,7 +205,7 @@ def test_a_second_job_does_not_write_into_the_same_folder(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    with filelock.FileLock(output / ".lock"), pytest.raises(DataError, match="another"):
+    with filelock.FileLock(output / ".lock"), pytest.raises(WriteError, match="another"):
         bulk.caption_all(lambda: captioner, bulk.photos_at(lambda: []), output, DecodingOptions())
 
 
@@ -212,6 +213,7 @@ _RAY = """
 import sys
 from captioner import bulk
 from captioner.__main__ import main
+from captioner.errors import WriteError
 bulk._BATCH = bulk._PART = 8  # several files for each worker
 sys.exit(main(sys.argv[1:]))
 """

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from captioner.checkpoint import Checkpoint, load, model_card, save
 from captioner.config import ModelConfig
 from captioner.encoders import Encoder
-from captioner.errors import CheckpointError
+from captioner.errors import CheckpointError, WriteError
 from captioner.model import CaptionModel
 from captioner.vocab import SPECIALS, Vocabulary
 from tests.mutation import mutated_bytes, mutated_values
@@ -183,7 +183,7 @@ def test_a_save_that_breaks_off_leaves_the_old_one(
         try:
             save(folder, _make(encoder, BEST, seed=1))
             completed = True  # it does not call the method so often
-        except CheckpointError as caught:
+        except WriteError as caught:
             assert "No space left" in str(caught)  # noqa: PT017 - one of two ends
         except Killed:
             pass
@@ -205,7 +205,7 @@ def test_weights_that_cannot_be_written_leave_the_old_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
-        with pytest.raises((CheckpointError, Killed)):
+        with pytest.raises((WriteError, Killed)):
             save(folder, _make(encoder, BEST, seed=1))
     assert (folder / "model.safetensors").read_bytes() == before
     load(folder)
@@ -223,7 +223,7 @@ def test_a_new_save_replaces_the_old_one_whole(folder: Path, encoder: Encoder) -
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+    with pytest.raises(WriteError, match="cannot write the checkpoint"):
         save(tmp_path / "file" / "checkpoint", _make(encoder, SEED))
 
 

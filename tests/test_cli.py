@@ -214,7 +214,7 @@ def test_evaluate_prints_scores_and_writes_captions_and_a_sheet(
 def test_evaluate_names_the_splits_that_there_are(
     parquet_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", "--data", str(parquet_folder), "--split", "dessert"]) == 1
+    assert main(["evaluate", "--data", str(parquet_folder), "--split", "dessert"]) == 2
     printed = capsys.readouterr().err
     assert "validation" in printed
     assert len(printed.splitlines()) == 1

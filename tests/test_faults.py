@@ -5,7 +5,6 @@ The real command lines run in processes of their own (see ``injector``).
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import multiprocessing
@@ -23,11 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from captioner import checkpoint as checkpoints
 from tests.injector import Fault, fill, run
+from tests.runs import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -197,26 +195,6 @@ def whole(
     return out
 
 
-def _figures(out: Path) -> list[dict[str, str]]:
-    with (out / "metrics.csv").open(encoding="utf-8") as file:
-        return [
-            {name: value for name, value in row.items() if name != "seconds"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def _assert_same_run(one: Path, other: Path) -> None:
-    """Compare two runs to the last bit, and what files they left."""
-    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    assert _figures(one) == _figures(other)
-    for name in ("checkpoint/model.safetensors", "state/state.safetensors"):
-        left, right = load_file(one / name), load_file(other / name)
-        assert left.keys() == right.keys()
-        assert [key for key in left if not torch.equal(left[key], right[key])] == [], name
-    configs = [json.loads((run / "checkpoint/config.json").read_text()) for run in (one, other)]
-    assert configs[0] == configs[1]
-
-
 def _epochs(out: Path) -> int:
     """Return how many epochs are saved, in the old state too, which the next start brings back."""
     paths = [out / name / "state.json" for name in ("state", ".state.old")]
@@ -249,7 +227,7 @@ def test_a_training_that_is_struck_before_each_change_comes_to_the_same_bits(
         assert sum(name in place for place in struck) >= 2, struck  # in both epochs
     for name in ("tensorboard", "metrics.csv", "curves.png", "run.json"):
         assert any(name in place for place in struck), struck
-    _assert_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
 # Features
@@ -282,7 +260,7 @@ def test_features_that_are_struck_before_each_change_come_to_the_same_bytes(
     assert any("features.npy" in place for place in struck)
     assert any("done.npy" in place for place in struck)
     assert _cache(cache) == _cache(whole_cache)
-    _assert_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
 def test_features_for_which_no_room_was_taken_end_in_a_message_too(
@@ -306,7 +284,7 @@ def test_features_for_which_no_room_was_taken_end_in_a_message_too(
     _full(start("train.py", command(out, cache)).end(), "train.py", small_disk)
     assert start("train.py", command(out, cache)).end().code == 0
     assert _cache(cache) == _cache(whole_cache)
-    _assert_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
 # Captions
@@ -405,7 +383,7 @@ def test_a_second_run_waits_for_the_features_of_the_first_whether_it_ends_or_is_
     assert [each.code for each in ended] == [0 if signum == signal.SIGCONT else -signum, 0]
     assert sum("features, timm:test_resnet" in each.error for each in ended) == 1
     assert _cache(cache) == _cache(whole_cache)
-    _assert_same_run(outs[1], whole)
+    assert_same_run(outs[1], whole)
 
 
 def test_a_second_process_is_refused_the_folder_that_the_first_writes_into(
@@ -421,7 +399,7 @@ def test_a_second_process_is_refused_the_folder_that_the_first_writes_into(
         assert "another process is writing into" in _told(second, program)
         first.send(signal.SIGCONT)
         assert first.end().code == 0
-    _assert_same_run(out, whole)
+    assert_same_run(out, whole)
     assert len(_rows(output)) == 4
 
 
@@ -455,4 +433,4 @@ def test_what_cannot_be_written_is_named_and_a_whole_cache_need_not_be(
         assert str(small_disk) in told
         assert "Read-only file system" in told
     assert start("train.py", command(tmp_path / "run", small_disk / "cache")).end().code == 0
-    _assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captioner.data import CaptionedPhotos, load_captions
 from captioner.encoders import Encoder
-from captioner.errors import DataError
+from captioner.errors import DataError, WriteError
 from captioner.features import cache_features
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +236,7 @@ def test_a_full_disk_is_noticed_before_it_starts(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-        with pytest.raises(DataError, match=r"24 photos need .* GB .*free.*--cache"):
+        with pytest.raises(WriteError, match=r"24 photos need .* GB .*free.*--cache"):
             cache_features(encoder, photos, tmp_path)
         assert counter.photos == 0
         assert not list(tmp_path.rglob("*.npy"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import train
 from captioner import checkpoint as checkpoints
 from captioner.encoders import load_encoder
 from captioner.model import CaptionModel
+from tests.runs import assert_same_run, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 MakeRow = Callable[..., dict[str, Any]]
@@ -62,26 +62,6 @@ def arguments(
     return make
 
 
-def _table(folder: Path) -> list[dict[str, str]]:
-    """Return metrics.csv without the times."""
-    with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        return [
-            {name: value for name, value in row.items() if name != "seconds"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def _assert_same_run(one: Path, other: Path) -> None:
-    """Compare two runs to the last bit."""
-    assert _table(one) == _table(other)
-    for name in ("checkpoint/model.safetensors", "state/state.safetensors"):
-        left, right = load_file(one / name), load_file(other / name)
-        assert left.keys() == right.keys()
-        assert [key for key in left if not torch.equal(left[key], right[key])] == [], name
-    configs = [json.loads((run / "checkpoint/config.json").read_text()) for run in (one, other)]
-    assert configs[0] == configs[1]
-
-
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, arguments: MakeArguments) -> tuple[Path, str]:
     """A run of recipe ``best`` from start to end, and what it printed."""
@@ -108,9 +88,9 @@ def test_best_writes_all_its_files(
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     if (ROOT / ".git").exists():
         assert re.match(r"[0-9a-f]{7,}|v?\d", record["git_commit"])
-    assert [row["epoch"] for row in _table(folder)] == ["1", "2", "3"]
+    assert [row["epoch"] for row in figures(folder)] == ["1", "2", "3"]
     assert [row["CIDEr"] for row in record["epochs"]] == [
-        float(row["CIDEr"]) for row in _table(folder)
+        float(row["CIDEr"]) for row in figures(folder)
     ]
     with Image.open(folder / "curves.png") as image:
         image.load()
@@ -123,7 +103,7 @@ def test_best_writes_all_its_files(
     # What is passed on does not say where the files lay on this machine.
     for name in ("config.json", "README.md"):
         assert str(parquet_folder.parent) not in (folder / "checkpoint" / name).read_text()
-    best = max(_table(folder), key=lambda row: float(row["CIDEr"]))
+    best = max(figures(folder), key=lambda row: float(row["CIDEr"]))
     assert checkpoint.metrics["epoch"] == int(best["epoch"])
     assert checkpoint.metrics["CIDEr"] == float(best["CIDEr"])
     assert not [path for path in folder.rglob("*") if path.suffix in {".pt", ".pth", ".pkl"}]
@@ -145,7 +125,7 @@ def test_best_prints_the_facts_and_a_line_an_epoch(whole: tuple[Path, str]) -> N
     lines = [match for line in output.splitlines() if (match := EPOCH_LINE.match(line))]
     assert [match[1] for match in lines] == ["01", "02", "03"]
     assert [match[2] for match in lines] == ["train_loss", "train_loss", "reward"]
-    for match, row in zip(lines, _table(folder), strict=True):
+    for match, row in zip(lines, figures(folder), strict=True):
         assert float(match[3]) == pytest.approx(float(row[match[2]]), abs=1e-4)
         assert float(match[4]) == pytest.approx(float(row["val_loss"]), abs=1e-4)
 
@@ -161,7 +141,7 @@ def test_seed_trains_on_first_captions_with_a_tenth_held_back(
     output = capsys.readouterr().out
     assert "train 18, validation 2" in output
     assert "captions (18, 1, 20)" in output
-    rows = _table(out)
+    rows = figures(out)
     assert len(rows) == 4
     losses = [float(row["val_loss"]) for row in rows]
     assert losses[-1] < losses[0]
@@ -252,7 +232,7 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(
     output = capsys.readouterr().out
     epochs = [m[1] for line in output.splitlines() if (m := EPOCH_LINE.match(line))]
     assert epochs == ["02", "03"]
-    _assert_same_run(out, whole[0])
+    assert_same_run(out, whole[0])
 
 
 def test_a_killed_run_goes_on_from_its_last_save(
@@ -263,10 +243,10 @@ def test_a_killed_run_goes_on_from_its_last_save(
         _read_until(process.stdout, "epoch 02")
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
-    assert len(_table(out)) == 1  # the figures of what was done are there
+    assert len(figures(out)) == 1  # the figures of what was done are there
     checkpoints.load(out / "checkpoint")
     assert train.main(arguments(out, "--resume")) == 0
-    _assert_same_run(out, whole[0])
+    assert_same_run(out, whole[0])
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -299,7 +279,7 @@ def test_a_stop_after_any_step_changes_nothing(
             assert train.main(arguments(out, *more)) == 128 + signal.SIGINT
         assert "--resume" in capsys.readouterr().err
         assert train.main(arguments(out, *more, "--resume")) == 0
-        _assert_same_run(out, tmp_path / "whole")
+        assert_same_run(out, tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -328,7 +308,7 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
         assert train.main(arguments(tmp_path / "whole", *more)) == 0
     # 20 rows without photos and 10 with captions of their own are 6 steps, twice.
     assert seen == [False] * 12 + [True] * 2
-    assert [row["epoch"] for row in _table(tmp_path / "whole")] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in figures(tmp_path / "whole")] == ["1", "2", "3", "4"]
     really_step = torch.optim.AdamW.step
     left = iter(range(1, 100))
 
@@ -343,12 +323,12 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
         assert train.main(arguments(out, *more)) == 128 + signal.SIGINT
     # The same text may lie elsewhere by now, but it must be the same.
     other = write_parquet(tmp_path / "other", {"train": rows[:-1]})
-    assert train.main(arguments(out, *more, "--text", str(other), "--resume")) == 1
+    assert train.main(arguments(out, *more, "--text", str(other), "--resume")) == 2
     assert "started on other photos, captions" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     moved = text.rename(tmp_path / "elsewhere" / "text")
     assert train.main(arguments(out, *more, "--text", str(moved), "--resume")) == 0
-    _assert_same_run(out, tmp_path / "whole")
+    assert_same_run(out, tmp_path / "whole")
     card = (out / "checkpoint/README.md").read_text()
     assert "after reading the captions of `text`." in card
     assert str(tmp_path) not in card + (out / "checkpoint/config.json").read_text()
@@ -368,7 +348,7 @@ def test_resume_with_other_settings_is_refused_by_their_names(
     folder, _ = whole
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     more = ["--resume", "--batch-size", "8", "--learning-rate", "0.5"]
-    assert train.main(arguments(folder, *more)) == 1
+    assert train.main(arguments(folder, *more)) == 2
     error = capsys.readouterr().err
     assert "batch_size" in error
     assert "learning_rate" in error
@@ -384,17 +364,17 @@ def test_more_epochs_are_the_same_run_where_the_schedule_allows(
     assert train.main(arguments(out, *more, "--epochs", "3", "--resume")) == 0
     whole = tmp_path / "whole"
     assert train.main(arguments(whole, *more, "--epochs", "3")) == 0
-    assert _table(out) == _table(whole)
+    assert figures(out) == figures(whole)
 
 
 def test_a_folder_that_holds_something_is_refused(
     whole: tuple[Path, str], arguments: MakeArguments, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = whole
-    before = _table(folder)
-    assert train.main(arguments(folder)) == 1
+    before = figures(folder)
+    assert train.main(arguments(folder)) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert _table(folder) == before
+    assert figures(folder) == before
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -558,7 +538,7 @@ def _line_break_in_a_name(folder: Path, row: MakeRow, _: Write) -> Path:
         (_broken_photos, "none of the 12 photos"),
     ],
 )
-def test_bad_data_exits_with_1_and_one_line(
+def test_bad_data_exits_with_2_and_one_line(
     arguments: MakeArguments,
     tmp_path: Path,
     hub_row: MakeRow,
@@ -568,7 +548,7 @@ def test_bad_data_exits_with_1_and_one_line(
     says: str,
 ) -> None:
     data = make(tmp_path / "data", hub_row, write_parquet)
-    assert train.main(arguments(tmp_path / "run", "--data", str(data))) == 1
+    assert train.main(arguments(tmp_path / "run", "--data", str(data))) == 2
     assert says in _last_line(capsys)
 
 
@@ -576,7 +556,7 @@ def test_without_internet_the_default_data_names_the_local_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
-    assert train.main(arguments) == 1
+    assert train.main(arguments) == 2
     error = _last_line(capsys)
     assert "AnyModal/flickr30k" in error
     assert "captions.csv" in error
@@ -585,9 +565,9 @@ def test_without_internet_the_default_data_names_the_local_way(
 def test_too_few_photos_and_too_rare_words_are_errors(
     arguments: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.main(arguments(tmp_path / "few", "--recipe", "seed", "--limit", "5")) == 1
+    assert train.main(arguments(tmp_path / "few", "--recipe", "seed", "--limit", "5")) == 2
     assert "5 photos are too few" in _last_line(capsys)
-    assert train.main(arguments(tmp_path / "rare", "--min-count", "1000")) == 1
+    assert train.main(arguments(tmp_path / "rare", "--min-count", "1000")) == 2
     assert "--min-count" in _last_line(capsys)
 
 
@@ -597,7 +577,7 @@ def test_text_that_holds_no_captions_is_an_error(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("a dog")
-    assert train.main(arguments(tmp_path / "run", "--text", str(tmp_path / name))) == 1
+    assert train.main(arguments(tmp_path / "run", "--text", str(tmp_path / name))) == 2
     assert f"cannot read captions from {tmp_path / name}" in _last_line(capsys)
 
 
@@ -629,7 +609,7 @@ def test_mostly_broken_photos_train_or_say_why_not(
     more += ["--min-count", "1", "--epochs", "1"]
     code = train.main(arguments(tmp_path / "run", *more))
     if code:
-        assert code == 1
+        assert code == 2
         assert "photo" in _last_line(capsys)
 
 

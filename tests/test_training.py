@@ -364,5 +364,5 @@ def test_a_run_on_other_captions_is_not_resumed(tmp_path: Path) -> None:
     run = Run(config, _toy(), tmp_path)
     train_one_epoch(run)
     run.save()
-    with pytest.raises(TrainingError, match="other photos, captions or encoder weights"):
+    with pytest.raises(ConfigError, match="other photos, captions or encoder weights"):
         Run(config, _toy(photos=9), tmp_path).restore()
