@@ -13,7 +13,7 @@ from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
 from captioner.overlay import render
 from captioner.predictor import Captioner
-from captioner.serving import DELETE_CACHE, serve
+from captioner.serving import serve
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
@@ -27,7 +27,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         return attention.save(data, f"caption.{event.format}")
 
     name = "Captions with attention"
-    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
+    with gr.Blocks(title=name, analytics_enabled=False) as demo:
         gr.Markdown(f"# {name}\nSee, word by word, where the model looked.")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="bring"):
@@ -101,15 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
+        serve(lambda: build_demo(captioner), options.host, options.port)
     except CaptionerError as error:
         print(f"app.py: {error}", file=sys.stderr)
         return error.exit_code
-    try:
-        serve(lambda: build_demo(captioner), options.host, options.port)
-    except OSError:
-        place = options.port or "7860 and every one up to 7959"
-        print(f"app.py: port {place} is taken: choose another --port", file=sys.stderr)
-        return 1
     return 0
 
 

@@ -235,8 +235,11 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
             if value is not None and (name == "output" or Path(value).exists()):
                 setattr(arguments, name, type(value)(Path(value).resolve()))
         arguments.paths = [path.absolute() for path in arguments.paths]
+    source = ""
     if arguments.data:
         photos = bulk.photos_of(arguments.data, arguments.split)
+        place = Path(arguments.data)
+        source = f"{place.resolve() if place.exists() else place} {arguments.split}"
     else:
         # Walked once before, so that a folder that holds no photo is told at the start.
         for named in arguments.paths:
@@ -254,6 +257,7 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         photos,
         arguments.output,
         options,
+        source=source,
         engine=arguments.engine,
         workers=arguments.workers,
         gpus=int(choose_device(arguments.device).type == "cuda"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import uuid
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError, first_line
-from captioner.files import claimed, writing
+from captioner.files import claimed, write_whole, writing
 from captioner.predictor import Captioner
 
 SCHEMA = pa.schema(
@@ -158,6 +159,7 @@ def caption_all(
     output: Path,
     options: DecodingOptions,
     *,
+    source: str = "",
     engine: str = "local",
     workers: int = 2,
     gpus: int = 0,
@@ -170,6 +172,7 @@ def caption_all(
         output: a folder of Parquet files, which datasets, pandas, DuckDB and their like read as
             one table. With "ray" all machines need to see it, and the photos' files.
         options: of the decoding.
+        source: the data and split whose rows the photos are; paths stand for themselves.
         engine: "local", or "ray": Ray Data, on this machine or on the cluster of ``RAY_ADDRESS``.
         workers: of Ray, each with its own model.
         gpus: of each worker.
@@ -179,8 +182,8 @@ def caption_all(
 
     Raises:
         ConfigError: the engine is unknown or not installed, ``workers`` is no number of them, or
-            ``output`` is a file.
-        DataError: ``output`` holds something else.
+            ``output`` is a file, or holds captions of other data, options or another checkpoint.
+        DataError: ``output`` holds something else, or the photos cannot be read on.
         WriteError: ``output`` cannot be written.
         CheckpointError: the checkpoint cannot be loaded.
         EncoderError: the encoder's weights cannot be had.
@@ -194,9 +197,8 @@ def caption_all(
         raise ConfigError(f"{output} is a file: choose another --output, which becomes a folder")
     captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
     with claimed(output):
-        for partial in output.glob(".*.part"):
-            partial.unlink()  # of a job that was killed
         done = _done(output)
+        _begin(output, source, captioner, options)
         left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
         with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
             if engine == "ray":
@@ -207,6 +209,35 @@ def caption_all(
         return _count(output)
 
 
+def _begin(output: Path, source: str, captioner: Captioner, options: DecodingOptions) -> None:
+    """Clear away what a kill left; write down whose captions these are, or refuse other ones."""
+    for partial in output.glob(f".{'?' * 32}.part"):
+        partial.unlink()
+    weights = hashlib.sha256()
+    for _, tensor in sorted(captioner.checkpoint.model.state_dict().items()):
+        weights.update(tensor.cpu().numpy().tobytes())
+    job = {"data": source, "weights": weights.hexdigest(), "options": options.to_dict()}
+    path = output / ".job.json"
+    before = json.loads(path.read_bytes()) if path.exists() else job
+    others = [name for name in job if before.get(name) != job[name]]
+    if others and any(output.glob("*.parquet")):
+        raise ConfigError(
+            f"{output} holds captions of other {' and '.join(others)}: choose another --output"
+        )
+    write_whole(path, json.dumps(job, indent=1).encode())
+
+
+def _batches(photos: datasets.IterableDataset) -> Iterator[dict[str, list[Any]]]:
+    """Read on; a file of the data may be damaged, and is opened late."""
+    try:
+        yield from photos.iter(batch_size=_BATCH)
+    except Exception as error:
+        raise DataError(
+            f"the photos cannot be read on ({first_line(error)[:160]}): mend the data and start "
+            "again; what is written stays"
+        ) from error
+
+
 def _alone(
     captioner: Captioner,
     photos: datasets.IterableDataset,
@@ -215,15 +246,18 @@ def _alone(
     bar: tqdm[Any],
 ) -> None:
     """Caption in this process."""
-    batches = photos.iter(batch_size=_BATCH)
+    batches = _batches(photos)
     while True:
         tables = []
-        for batch in itertools.islice(batches, _PART // _BATCH):
-            tables.append(_caption(captioner, options, batch))
-            bar.update(len(tables[-1]))
+        try:
+            for batch in itertools.islice(batches, _PART // _BATCH):
+                tables.append(_caption(captioner, options, batch))
+                bar.update(len(tables[-1]))
+        finally:  # after Ctrl-C too
+            if tables:
+                _write(pa.concat_tables(tables), output)
         if not tables:
             break
-        _write(pa.concat_tables(tables), output)
 
 
 class _Worker:
@@ -260,7 +294,7 @@ def _with_ray(
         ) from error
 
     def read() -> Iterator[pa.Table]:
-        for batch in photos.iter(batch_size=_BATCH):
+        for batch in _batches(photos):
             yield pa.table(batch, schema=_ROWS)
 
     class Stream(ray.data.Datasource):
@@ -281,7 +315,7 @@ def _with_ray(
         rows = ray.data.read_datasource(
             Stream(),  # type: ignore[no-untyped-call]
             override_num_blocks=1,
-            ray_remote_args={"num_cpus": 0},
+            num_cpus=0,
         )
         written = rows.map_batches(
             _Worker,
@@ -296,8 +330,10 @@ def _with_ray(
         for row in written.iter_rows():
             bar.update(row["rows"])
     except ray.exceptions.RayError as error:
-        # The first lines say where in Ray, the last one why.
-        why = [line for line in str(error).splitlines() if line.strip()][-1]
+        # Our own error stands in the midst of Ray's; of others the last line says why.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        own = [line.partition(": ")[2] for line in lines if line.startswith("captioner.errors.")]
+        why = (own or lines)[-1]
         raise CaptionerError(
             f"a worker of Ray failed ({why.strip()[:200]}); what is written stays"
         ) from error

@@ -165,8 +165,10 @@ class Beam:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from what ``to_dict`` gave."""
+        words = tuple(Word.from_dict(word) for word in _some(values["words"], _MOST_WORDS))
+        _text(" ".join(word.text for word in words))
         return cls(
-            tuple(Word.from_dict(word) for word in _some(values["words"], _MOST_WORDS)),
+            words,
             Word.from_dict(values["end"]),
             _number(values["log_probability"], -1e300, 0),
             _number(values["score"], -1e300, 0),

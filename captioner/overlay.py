@@ -119,19 +119,20 @@ def gif(photo: Image.Image, beam: Beam) -> bytes:
             x, y = 10, y + 24
         places.append((x, y))
         x += length + 8
+    strip = Image.new("RGB", (width, y + 30), "white")
+    for word, place in zip(beam.words, places, strict=True):
+        ImageDraw.Draw(strip).text(place, word.text, "#27272a", font)
     left = (width - small.width) // 2
     frames = []
-    for shown, word in enumerate(beam.words):
-        frame = Image.new("RGB", (width, small.height + y + 30), "white")
+    for word, (x, y) in zip(beam.words, places, strict=True):
+        shown = strip.copy()
+        draw = ImageDraw.Draw(shown)
+        box = (x - 4, y - 2, x + font.getlength(word.text) + 4, y + 21)
+        draw.rounded_rectangle(box, 4, fill="#c2410c")
+        draw.text((x, y), word.text, "white", font)
+        frame = Image.new("RGB", (width, small.height + strip.height), "white")
         frame.paste(blend(small, word), (left, 0))
-        draw = ImageDraw.Draw(frame)
-        for at, (each, (x, y_word)) in enumerate(zip(beam.words, places, strict=True)):
-            place = (x, small.height + y_word)
-            if at == shown:
-                right = x + font.getlength(each.text) + 4
-                box = (x - 4, place[1] - 2, right, place[1] + 21)
-                draw.rounded_rectangle(box, 4, fill="#c2410c")
-            draw.text(place, each.text, "white" if at == shown else "#27272a", font)
+        frame.paste(shown, (0, small.height))
         # Its own 256 colours a frame, dithered: without that the map's glow falls into bands.
         palette = frame.quantize(method=Image.Quantize.FASTOCTREE)
         frames.append(frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import gradio.routes
 from gradio.utils import get_upload_folder
-from gradio_client.utils import is_http_url_like
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from captioner.errors import ConfigError, first_line
+from captioner.files import writing
 
 # The default theme's soft text is 1.91 to 1 on white; these reach 4.5 to 1 in light and dark.
 _THEME = gr.themes.Default().set(
@@ -51,14 +57,33 @@ _STYLE = """
 }
 """
 
-# Seconds between two looks at the visitors' files, and how old one gets before it is deleted.
-DELETE_CACHE = (60, 3600)
+# All that the page, its API and a health check ask for. Gradio has many more, among them some that
+# fetch addresses, run a function past the queue, or keep on the disk what a visitor typed.
+_ROUTES = {
+    "GET": r"/(config|healthz|theme\.css|robots\.txt|favicon\.ico|manifest\.json|pwa_icon(/\w+)?)?|"
+    r"/(static|assets|svelte)/.+|"
+    r"/gradio_api/(info|openapi\.json|app_id|startup-events|queue/data|upload_progress)|"
+    r"/gradio_api/(heartbeat/|call/|file=).+",
+    "POST": r"/gradio_api/(upload|queue/join|cancel|reset|call/[^/]+)",
+}
+_ROUTES["HEAD"] = _ROUTES["GET"]
+
+KEPT_SECONDS = 3600  # that a visitor's file lies there
+SWEEP_SECONDS = 60  # between two looks at them
 MAX_WAITING = 20  # visitors; the next one is told to try again
 _LARGEST_FILE = "10mb"
-_LARGEST_BODY = 16_000_000  # bytes of JSON: a photo of 10 MB in base64, and a caption
+_LARGEST_UPLOAD = 10_600_000  # bytes: such a file and what stands around it
+_LARGEST_BODY = 2_000_000  # of JSON; ten beams with all their maps have a quarter
+_MOST_PARTS = 50_000  # lists and objects of JSON, which hold up all others while they are read
+_MOST_HELD = 200_000_000  # bytes of all requests that are being read
 _SPARE_BYTES = 200_000_000  # of the disk that uploads may not fill
-_DRAIN_SECONDS = 20  # a container is killed 30 seconds after it was asked to stop
+_DRAIN_SECONDS = 20  # with the rest under the 30 seconds that Kubernetes gives
 _QUIET_SECONDS = 1  # so long after the last request nobody waits any more
+_SIGNALS = [
+    number
+    for name in ("SIGTERM", "SIGINT", "SIGHUP")
+    if (number := getattr(signal, name, None)) is not None
+]
 
 _HEADERS = {
     # Gradio's page runs inline scripts, and builds functions from the viewer's script. Who may
@@ -85,6 +110,7 @@ class Gate:
         self.closed = False
         self._folder = Path(get_upload_folder()).resolve()
         self._inside = 0
+        self._held = 0
         self._last = time.monotonic()
 
     def __call__(self, app: ASGIApp) -> ASGIApp:
@@ -108,59 +134,84 @@ class Gate:
                     ]
                 await send(message)
 
+            body, unread = bytearray(), scope["method"] == "POST"
+
+            async def read(most: int) -> JSONResponse | None:
+                """Take the whole body in, or return why not."""
+                async for more in Request(scope, receive).stream():
+                    body.extend(more)
+                    self._held += len(more)
+                    if len(body) > most:
+                        return _refuse(413, "The request is too large: send a smaller file.")
+                    if self._held > _MOST_HELD:
+                        return _refuse(503, "The server is busy: try again in a minute.")
+                return None
+
+            async def replay() -> Message:
+                nonlocal unread
+                if not unread:
+                    return await receive()
+                unread = False
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+
             # A heartbeat is open as long as the page is, and asks for nothing.
             counts = "/heartbeat/" not in scope["path"] and scope["path"] != "/healthz"
             self._inside += counts
             try:
-                refusal, receive = await self._look(scope, receive)
-                await (refusal or app)(scope, receive, send_with_headers)
+                refusal = self._look(scope["method"], scope["path"])
+                if unread and not refusal:
+                    upload = scope["path"].endswith("/upload")
+                    refusal = await read(_LARGEST_UPLOAD if upload else _LARGEST_BODY)
+                    if not upload:
+                        refusal = refusal or self._look_into(body)
+                await (refusal or app)(scope, replay, send_with_headers)
+            except ClientDisconnect:
+                pass
             finally:
+                self._held -= len(body)
                 if counts:
                     self._inside -= 1
                     self._last = time.monotonic()
 
         return guarded
 
-    async def _look(self, scope: Scope, receive: Receive) -> tuple[JSONResponse | None, Receive]:
-        """Return a refusal, or None; and the request, which was read if it is JSON."""
-        path = scope["path"]
-        target = path.partition("/gradio_api/")[2]
-        if target.startswith("proxy=") or (
-            target.startswith("file=") and is_http_url_like(target.removeprefix("file="))
-        ):
-            return _refuse(403, "This server fetches nothing from elsewhere."), receive
-        if scope["method"] != "POST":
-            return None, receive
+    def _look(self, method: str, path: str) -> JSONResponse | None:
+        """Return a refusal of what is not open, or not now."""
+        if method != "OPTIONS" and not re.fullmatch(_ROUTES.get(method, ""), path):
+            return _refuse(404, "There is nothing at this address.")
+        _, is_file, name = path.partition("/gradio_api/file=")
+        if is_file and not self._is_from_here(name):
+            return _refuse(403, "This server hands out only its page's files.")
+        if method != "POST":
+            return None
         if self.closed:
             # Gradio's page says of 503 that the application is busy.
-            return _refuse(503, "The server is restarting: try again in a minute."), receive
-        if target.startswith("upload"):  # its size is Gradio's to look at
-            if shutil.disk_usage(self._folder.parent).free < _SPARE_BYTES:
-                return _refuse(503, "The server's disk is full: try again in an hour."), receive
-            return None, receive
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if len(body) > _LARGEST_BODY:
-                return _refuse(413, "The request is too large: send the photo as a file."), receive
-            if not message.get("more_body"):
-                break
+            return _refuse(503, "The server is restarting: try again in a minute.")
+        if path.endswith("/upload") and (
+            shutil.disk_usage(self._folder.parent).free < _SPARE_BYTES
+        ):
+            return _refuse(503, "The server's disk is full: try again in an hour.")
+        return None
+
+    def _look_into(self, body: bytearray) -> JSONResponse | None:
+        """Return a refusal of JSON that is none, or names a file that no visitor sent."""
+        if body.count(b"[") + body.count(b"{") > _MOST_PARTS:
+            return _refuse(413, "The request has too many parts.")
         try:
-            asked = json.loads(body) if body else None
-            foreign = self._names_foreign_file(asked)
+            foreign = self._names_foreign_file(json.loads(body) if body else None)
         except (ValueError, RecursionError):
-            return _refuse(400, "The request is no JSON that can be read."), receive
+            return _refuse(400, "The request is no JSON that can be read.")
         if foreign:
             sentence = "The photo was not uploaded: send the file first, not its address or place."
-            return _refuse(400, sentence), receive
-        unread = iter([{"type": "http.request", "body": body, "more_body": False}])
+            return _refuse(400, sentence)
+        return None
 
-        async def replay() -> Message:
-            message = next(unread, None)
-            return await receive() if message is None else message
-
-        return None, replay
+    def _is_from_here(self, path: object) -> bool:
+        """Say whether a path leads into the folder; an address does not."""
+        try:
+            return Path(str(path)).resolve().is_relative_to(self._folder)
+        except (OSError, ValueError):  # no name that a file could have
+            return False
 
     def _names_foreign_file(self, value: Any) -> bool:
         """Say whether a request holds a file that no visitor sent: Gradio would fetch an URL."""
@@ -168,12 +219,10 @@ class Gate:
             return any(map(self._names_foreign_file, value))
         if not isinstance(value, dict):
             return False
-        path = value.get("path")
-        if "meta" in value and isinstance(path, str):
-            try:
-                return not Path(path).resolve().is_relative_to(self._folder)
-            except (OSError, ValueError):  # no name that a file could have
-                return True
+        if "meta" in value and not (
+            isinstance(value["meta"], dict) and self._is_from_here(value.get("path"))
+        ):
+            return True
         return any(map(self._names_foreign_file, value.values()))
 
     def drain(self) -> None:
@@ -225,12 +274,16 @@ def temporary_files() -> Iterator[Path]:
     To be entered before the page is built.
     """
     earlier = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(
-        prefix="captioner-", dir=earlier, ignore_cleanup_errors=True
-    ) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    place = Path(earlier or tempfile.gettempdir())
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(
+            prefix="captioner-", dir=place, ignore_cleanup_errors=True
+        )
+    with folder as name:
+        os.environ["GRADIO_TEMP_DIR"] = name
         try:
-            yield Path(folder)
+            yield Path(name)
         finally:
             del os.environ["GRADIO_TEMP_DIR"]
             if earlier is not None:
@@ -238,7 +291,9 @@ def temporary_files() -> Iterator[Path]:
 
 
 def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | None = None) -> None:
-    """Serve a page until SIGTERM or Ctrl-C; then answer who waits, and leave no file behind.
+    """Serve a page until a signal asks to end; then answer who waits, and leave no file behind.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP ask; a second one does not wait.
 
     Args:
         build: makes the page.
@@ -246,25 +301,78 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         port: None is the first free one from 7860 on.
 
     Raises:
-        OSError: no port is free.
+        ConfigError: there is no such address here, or the port is taken.
+        WriteError: there is no place for temporary files.
     """
     asked = threading.Event()
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, say
+            signal.signal(number, lambda *_: asked.set())
+    _try_to_listen(host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", port or 0)
     sys.setswitchinterval(0.001)  # the model's threads let the server's have a turn sooner
     _claim_zero_gpu()
-    with temporary_files():
+    with temporary_files() as folder:
+        # Gradio makes a folder there, also where another user owns /tmp/gradio.
+        gradio.routes.DEFAULT_TEMP_DIR = str(folder)  # type: ignore[attr-defined]
         gate = Gate()
-        demo = build().queue(max_size=MAX_WAITING)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: asked.set())
-        demo.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, **launch_options(gate)
-        )
-        asked.wait()
-        # A second signal ends it at once.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        gate.drain()
+        demo = build().queue(max_size=MAX_WAITING, api_open=False)
+        own = set(folder.rglob("*"))
+        try:
+            demo.launch(
+                server_name=host, server_port=port, prevent_thread_lock=True, **launch_options(gate)
+            )
+        except OSError as error:
+            raise ConfigError(f"{first_line(error)}: choose another --port") from error
+        unread: set[str] = set()
+        while not asked.wait(SWEEP_SECONDS):
+            _sweep(folder, own)
+            unread = _forget(demo, unread)
+        for number in _SIGNALS:
+            signal.signal(number, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            gate.drain()
         demo.close(verbose=False)
+
+
+def _try_to_listen(host: str, port: int) -> None:
+    """Raise ``ConfigError`` where that cannot be: Gradio would try for minutes."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        place = f"{host}, port {port}" if port else host
+        raise ConfigError(
+            f"cannot listen on {place} ({getattr(error, 'strerror', None) or error}): choose "
+            "another --host or --port"
+        ) from error
+
+
+def _sweep(folder: Path, own: set[Path]) -> None:
+    """Delete what visitors sent and got an hour ago, and the folders that this leaves empty."""
+    oldest = time.time() - KEPT_SECONDS
+    for path in sorted(set(folder.rglob("*")) - own, reverse=True):  # what a folder holds is first
+        with contextlib.suppress(OSError):  # a folder that is not empty
+            if path.lstat().st_ctime < oldest:
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _forget(demo: gr.Blocks, unread: set[str]) -> set[str]:
+    """Drop answers that nobody has fetched since the last look; return what is unread now.
+
+    Gradio would keep them for ever.
+    """
+    queue = demo._queue
+    now = {
+        session
+        for session, messages in list(queue.pending_messages_per_session.items())
+        if messages.qsize()
+    }
+    for session in now & unread:
+        events = queue.pending_event_ids_session.get(session, set())
+        if not events & queue.event_ids_to_events.keys():  # else one of them still waits
+            queue.pending_messages_per_session.pop(session, None)
+            queue.pending_event_ids_session.pop(session, None)
+    return now
 
 
 def _claim_zero_gpu() -> None:

@@ -134,7 +134,7 @@ def test_a_killed_job_goes_on_and_equals_an_uninterrupted_one(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert 16 <= len(table(output)) < 60
-    (output / ".old.parquet.part").write_bytes(b"what a kill left")
+    (output / f".{'0' * 32}.part").write_bytes(b"what a kill left")
     for folder in (output, whole):
         subprocess.run(command(folder), cwd=ROOT, check=True, capture_output=True)
     assert not list(output.glob(".*.part"))
@@ -198,6 +198,55 @@ def test_what_is_in_the_way_is_named_and_left(
     assert "cannot read the split" in told(["--data", str(tmp_path / "nowhere")], tmp_path / "out")
     data = write_parquet(tmp_path / "data", {"train": [{"alt_text": hub_row(0)["alt_text"]}]})
     assert "no column 'image'" in told(["--data", str(data)], tmp_path / "out")
+
+
+def test_captions_of_another_job_are_not_mixed_in(
+    album: Path,
+    tmp_path: Path,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = str(write_parquet(tmp_path / "data", {"train": [hub_row(0)], "test": [hub_row(1)]}))
+    output = tmp_path / "captions"
+    command = ["caption", "--data", data, "--output", str(output)]
+    assert main(command) == 0
+    before = table(output)
+    for more, what in (
+        (["--split", "test"], "data"),
+        (["--beam-size", "2"], "options"),
+        (["--split", "test", "--no-bans"], "data and options"),
+    ):
+        assert main([*command, *more]) == 2
+        assert f"holds captions of other {what}: choose another" in capsys.readouterr().err
+    assert main(["caption", str(album), "--output", str(output)]) == 2
+    assert main(command) == 0
+    assert table(output) == before
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_data_that_breaks_off_later_keeps_what_is_written(
+    tmp_path: Path,
+    hub_row: Callable[..., Row],
+    write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    monkeypatch.setattr(bulk, "_BATCH", 2)
+    data = write_parquet(tmp_path / "data", {"train": [hub_row(n) for n in range(4)]})
+    (first,) = data.rglob("*.parquet")
+    broken = first.with_name("train-00001-of-00002.parquet")
+    broken.write_bytes(first.read_bytes()[:-100])
+    output = tmp_path / "captions"
+    command = ["caption", "--data", str(data), "--output", str(output), "--engine", engine]
+    assert main(command) == (2 if engine == "local" else 1)
+    assert "the photos cannot be read on" in capsys.readouterr().err.splitlines()[-1]
+    if engine == "local":
+        assert {"0", "1"} <= table(output).keys()
+    broken.unlink()
+    assert main(command) == 0
+    assert list(table(output)) == ["0", "1", "2", "3"]
 
 
 def test_a_second_job_does_not_write_into_the_same_folder(

@@ -151,6 +151,8 @@ def test_a_bad_photo_is_named(captioner: Captioner, tmp_path: Path) -> None:
     bad.write_text("no photo")
     with pytest.raises(ImageError, match=r"bad\.jpg"):
         captioner.caption(bad)
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        captioner.score(bad, "a dog runs")
 
 
 def test_another_encoder_is_refused(captioner: Captioner) -> None:

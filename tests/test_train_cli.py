@@ -367,6 +367,15 @@ def test_more_epochs_are_the_same_run_where_the_schedule_allows(
     assert figures(out) == figures(whole)
 
 
+def test_resume_in_a_folder_without_a_run_is_refused(
+    arguments: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photo.jpg").write_text("mine")
+    assert train.main(arguments(tmp_path, "--resume")) == 2
+    assert "holds no run to resume: check --out" in _last_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
 def test_a_folder_that_holds_something_is_refused(
     whole: tuple[Path, str], arguments: MakeArguments, capsys: pytest.CaptureFixture[str]
 ) -> None:

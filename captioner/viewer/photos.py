@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from collections.abc import Iterable
 from importlib.resources import files
@@ -85,8 +83,6 @@ class PhotoInput(gr.Image):
         if payload is None:
             return None
         try:
-            if payload.url and payload.url.startswith("data:"):
-                return open_photo(base64.b64decode(payload.url.partition(",")[2], validate=True))
             if payload.path is None:
                 raise ImageError("no photo came with the request: send it as a file")
             # Gradio does not look where a path leads that comes without its mark of a file.
@@ -94,7 +90,7 @@ class PhotoInput(gr.Image):
             if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()):
                 raise ImageError("the photo was not uploaded: send the file first")
             return open_photo(path.read_bytes())
-        except (binascii.Error, OSError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no name that a file has
             raise ImageError("the photo did not arrive: send it again") from error
 
     def postprocess(  # type: ignore[override]
