@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import signal
 import socketserver
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import app
+from captioner import serving
+from captioner.errors import WriteError
 from captioner.serving import MAX_WAITING
 from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, run, running_page, visits
 
@@ -98,7 +102,7 @@ def test_who_waits_is_answered_when_the_page_is_asked_to_end(
         assert "Traceback" not in page.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_open_page_does_not_keep_the_server(tmp_path: Path, number: signal.Signals) -> None:
     with running_page(tmp_path) as page:
         session = httpx.stream("GET", f"{page.address}/gradio_api/heartbeat/me", timeout=60)
@@ -109,11 +113,102 @@ def test_an_open_page_does_not_keep_the_server(tmp_path: Path, number: signal.Si
         assert not [path for path in page.folder.rglob("*") if path.is_file()]
 
 
+def test_a_second_signal_does_not_wait_and_leaves_no_file_either(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    with running_page(tmp_path) as page:
+
+        async def end_twice() -> float:
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                for photo in photos[:15]:
+                    await ask(client, photo)
+                started = time.monotonic()
+                page.process.send_signal(signal.SIGINT)
+                while (await client.get("/healthz")).status_code == 200:
+                    await asyncio.sleep(0.01)
+                page.process.send_signal(signal.SIGINT)
+                return started
+
+        started = run(end_twice())
+        assert page.process.wait(timeout=30) == 0
+        assert time.monotonic() - started < 15
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+        assert "Traceback" not in page.log
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+        (["--port", "-1"], "cannot listen on 127.0.0.1, port -1"),
+        (["--host", "192.0.2.77"], "cannot listen on 192.0.2.77"),
+        (["--host", "no-such-host.invalid"], "cannot listen on no-such-host.invalid"),
+        ([], "Address already in use"),
+    ],
+)
+def test_where_it_cannot_listen_it_says_so_at_once(
+    page: Page, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in serving._SIGNALS}
+    try:
+        assert app.main(options or ["--port", page.address.rpartition(":")[2]]) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert "choose another --host or --port" in line
+
+
+def test_another_user_may_own_gradios_folder(tmp_path: Path, photos: list[bytes]) -> None:
+    code = "import sys, gradio.routes, app; gradio.routes.DEFAULT_TEMP_DIR = '/dev/null'; "
+    with running_page(tmp_path, "-c", code + "sys.exit(app.main())") as page:
+        assert captions(page.address, photos[:1])
+
+
+def test_a_folder_for_temporary_files_is_made_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "new"))
+    with serving.temporary_files() as folder:
+        assert folder.parent == tmp_path / "new"
+    assert not folder.exists()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/dev/null/nowhere")
+    with (
+        pytest.raises(WriteError, match="cannot write /dev/null/nowhere"),
+        serving.temporary_files(),
+    ):
+        pass
+
+
+def test_answers_that_nobody_fetches_are_dropped(tmp_path: Path, photos: list[bytes]) -> None:
+    code = "import app, sys; from captioner import serving; "
+    code += "serving.SWEEP_SECONDS = 2; sys.exit(app.main())"
+    with running_page(tmp_path, "-c", code) as page:
+
+        async def fetched_late() -> str:
+            text = ""
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                _, event = await ask(client, photos[0])
+                await asyncio.sleep(8)
+                with contextlib.suppress(httpx.RemoteProtocolError):  # Gradio breaks off
+                    async with client.stream("GET", f"{CALL}/{event}") as told:
+                        async for part in told.aiter_text():
+                            text += part
+            return text
+
+        assert "event: error" in run(fetched_late())
+        assert captions(page.address, photos[:1])
+
+
 def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
     tmp_path: Path, photos: list[bytes]
 ) -> None:
-    code = "import app, sys; app.DELETE_CACHE = (1, 2); sys.exit(app.main())"
+    code = "import app, sys; from captioner import serving; "
+    code += "serving.SWEEP_SECONDS, serving.KEPT_SECONDS = 1, 2; sys.exit(app.main())"
     with running_page(tmp_path, "-c", code) as page:
+        (folder,) = page.folder.glob("captioner-*")
+        own = {path for path in folder.rglob("*") if path.is_file()}
         (path,) = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])}).json()
         assert Path(path).read_bytes() == photos[0]
         address = f"{page.address}/gradio_api/file={path}"
@@ -123,6 +218,12 @@ def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert httpx.get(address).status_code in (403, 404)
+        # What Gradio itself never looks at again.
+        assert httpx.post(page.address + UPLOAD, files={"x": ("p.jpg", photos[0])}).json() == []
+        assert len({path for path in folder.rglob("*") if path.is_file()} - own) == 1
+        while {path for path in folder.rglob("*") if path.is_file()} != own:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         late = httpx.post(
             page.address + CALL,
             json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]},
@@ -167,6 +268,39 @@ def test_no_file_of_the_server_can_be_read(page: Page, route: str, secret: str) 
     assert Path(secret).read_bytes()[:40] not in answered.content
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "GET /gradio_api/deep_link?session_hash=x",
+        "GET /gradio_api/custom_component/a/client/b/c%0AFAKE%20LINE",
+        "GET /gradio_api/file/http://127.0.0.1:9/x",
+        "GET /gradio_api/proxy=http://127.0.0.1:9/x",
+        "GET /gradio_api/stream/a/b/1/playlist-file",
+        "GET /gradio_api/runs",
+        "GET /gradio_api/dev/reload",
+        "GET /monitoring",
+        "POST /login",
+        "POST /gradio_api/run/caption",
+        "POST /gradio_api/api/caption",
+        "POST /gradio_api/component_server",
+        "POST /gradio_api/process_recording",
+        "POST /gradio_api/run-history/connect",
+        "POST /gradio_api/stream/a",
+        "POST /gradio_api/vibe-edit",
+        "POST /",
+        "PUT /",
+        "DELETE /gradio_api/file=x",
+    ],
+)
+def test_what_the_page_does_not_need_is_shut(page: Page, place: str) -> None:
+    before = page.log
+    method, _, path = place.partition(" ")
+    answered = httpx.request(method, page.address + path)
+    assert answered.status_code == 404
+    assert answered.json() == {"detail": "There is nothing at this address."}
+    assert page.log == before
+
+
 def test_no_file_of_the_server_can_be_captioned(page: Page, example_photos: list[Path]) -> None:
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
         call = httpx.post(
@@ -201,7 +335,7 @@ class _Count(socketserver.BaseRequestHandler):
         self.server.asked += 1  # type: ignore[attr-defined]
 
 
-def test_no_address_makes_the_server_fetch(page: Page) -> None:
+def test_no_address_makes_the_server_fetch(page: Page, photos: list[bytes]) -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), _Count) as inside:
         inside.asked = 0  # type: ignore[attr-defined]
         threading.Thread(target=inside.serve_forever, daemon=True).start()
@@ -213,9 +347,9 @@ def test_no_address_makes_the_server_fetch(page: Page) -> None:
         count = len(httpx.get(f"{page.address}/config").json()["dependencies"])
         before = page.connections
         for address in addresses:
-            for route in ("file=", "proxy="):
+            for route, status in (("file=", 403), ("file/", 404), ("proxy=", 404)):
                 answered = httpx.get(f"{page.address}/gradio_api/{route}{address}")
-                assert answered.status_code == 403
+                assert answered.status_code == status
             for file in (
                 {"path": address, "meta": {"_type": "gradio.FileData"}},
                 {"path": "p", "url": address, "meta": {"_type": "gradio.FileData"}},
@@ -231,9 +365,11 @@ def test_no_address_makes_the_server_fetch(page: Page) -> None:
                     assert "event: error" in told
                 for number in range(count):
                     httpx.post(
-                        f"{page.address}/gradio_api/run/predict",
+                        f"{page.address}/gradio_api/queue/join",
                         json={"data": [file] * 12, "fn_index": number, "session_hash": "x"},
                     )
+        # Until all of that is done: the queue is emptied in order.
+        assert captions(page.address, photos[:1])
         inside.shutdown()
         assert inside.asked == 0  # type: ignore[attr-defined]
     assert "socket.connect" not in page.connections.removeprefix(before)
@@ -246,12 +382,17 @@ def test_nothing_is_looked_up_outside_the_machine(page: Page) -> None:
 
 
 def test_what_is_too_large_is_refused(page: Page) -> None:
-    large = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", bytes(11_000_000))})
-    assert large.status_code == 413
-    text = b'{"data": ["' + bytes(17_000_000) + b'"]}'
-    body = httpx.post(page.address + CALL, content=text)
-    assert body.status_code == 413
-    assert "send the photo as a file" in body.text
+    for body in (b'{"data": ["' + bytes(3_000_000) + b'"]}', b"[" + b"[]," * 60_000 + b"0]"):
+        assert httpx.post(page.address + CALL, content=body).status_code == 413
+    # Gradio would take a part that is no file into memory, whatever its size.
+    for name in ("p.jpg", None):
+        sent = httpx.post(page.address + UPLOAD, files={"files": (name, bytes(11_000_000))})
+        assert sent.status_code == 413
+    before = page.anonymous()
+    large = (bytes(1_000_000) for _ in range(300))
+    with contextlib.suppress(httpx.HTTPError):  # it may be cut off before the answer is read
+        assert httpx.post(page.address + UPLOAD, content=large).status_code == 413
+    assert page.anonymous() - before < 100_000
 
 
 def test_uploads_do_not_fill_the_disk(tmp_path: Path, photos: list[bytes]) -> None:
