@@ -1,4 +1,5 @@
-# The page in a container. Build: docker build -t captioner .   Run: docker run -p 7860:7860 captioner
+# The page in a container. Build: docker build -t captioner .
+# Run: docker run --stop-timeout 30 -p 7860:7860 captioner
 FROM python:3.11-slim-trixie
 
 RUN useradd --create-home --uid 1000 user
@@ -17,6 +18,7 @@ COPY --chown=user assets/checkpoint assets/checkpoint
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
     "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
-# exec form: SIGTERM reaches Python, which answers who waits and ends within 30 seconds.
+# exec form: SIGTERM reaches Python, which answers who waits and ends within 30 seconds; `docker stop`
+# waits for 10 unless it is told otherwise.
 STOPSIGNAL SIGTERM
 CMD ["python", "app.py", "--port", "7860"]

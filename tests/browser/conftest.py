@@ -34,6 +34,8 @@ def browser() -> Iterator[Browser]:
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--disable-sync",
+                "--use-fake-device-for-media-stream",  # a camera, whose use is allowed
+                "--use-fake-ui-for-media-stream",
             ],
         )
         yield browser

@@ -103,6 +103,14 @@ def test_of_two_photos_in_a_hurry_the_later_one_stays(
     expect_words(visit, captioner.caption(example_photos[1]).text)
 
 
+def test_the_camera_takes_a_photo(visit: Page) -> None:
+    visit.get_by_label("Capture from camera").click()
+    visit.get_by_text("Click to Access Webcam").click()
+    visit.get_by_label("capture photo").click()
+    visit.locator(".word").first.wait_for()
+    assert visit.locator(".photo").evaluate("photo => photo.naturalWidth") >= 640
+
+
 def test_a_photo_taken_away_takes_its_caption_along(cat: Page) -> None:
     cat.get_by_label("Remove Image").click()
     expect(cat.locator(".viewer .empty")).to_be_visible()
