@@ -44,10 +44,10 @@ ARROWS: dict[str, set[str]] = {
     "embeddings": {"vocab"},
     "overlay": {"caption"},
     "viewer": {"caption", "images"},
-    "serving": set(),
+    "serving": {"files"},
     "predictor": {"checkpoint", "encoders", "decoding", "caption", "packed"},
     "bulk": {"predictor", "files"},
-    "export": {"checkpoint"},
+    "export": {"checkpoint", "files"},
     "logbook": {"files"},
     "forecast": {"model", "decoding", "encoders", "self_critical"},
     "preparation": _TRAINING | {"forecast"},
@@ -58,7 +58,7 @@ ARROWS: dict[str, set[str]] = {
     # The names that are public, each loaded when it is used.
     "__init__": {"caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
-    "__main__": {"predictor", "overlay", "evaluation", "bulk", "export"},
+    "__main__": {"predictor", "overlay", "evaluation", "bulk", "export", "files"},
 }
 
 # Scripts hold layout and arguments only: for them the drawing is meant word by word.
