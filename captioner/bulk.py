@@ -218,8 +218,11 @@ def _begin(output: Path, source: str, captioner: Captioner, options: DecodingOpt
         weights.update(tensor.cpu().numpy().tobytes())
     job = {"data": source, "weights": weights.hexdigest(), "options": options.to_dict()}
     path = output / ".job.json"
-    before = json.loads(path.read_bytes()) if path.exists() else job
-    others = [name for name in job if before.get(name) != job[name]]
+    try:
+        before = json.loads(path.read_bytes())
+        others = [name for name in job if before[name] != job[name]]
+    except (OSError, ValueError, LookupError, TypeError):  # none there, or one that is damaged
+        others = []
     if others and any(output.glob("*.parquet")):
         raise ConfigError(
             f"{output} holds captions of other {' and '.join(others)}: choose another --output"

@@ -305,9 +305,10 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         WriteError: there is no place for temporary files.
     """
     asked = threading.Event()
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, say
-            signal.signal(number, lambda *_: asked.set())
+    # Not what is ignored, by nohup, say.
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, lambda *_: asked.set())
     _try_to_listen(host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", port or 0)
     sys.setswitchinterval(0.001)  # the model's threads let the server's have a turn sooner
     _claim_zero_gpu()
@@ -327,7 +328,7 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         while not asked.wait(SWEEP_SECONDS):
             _sweep(folder, own)
             unread = _forget(demo, unread)
-        for number in _SIGNALS:
+        for number in heard:
             signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             gate.drain()
@@ -350,10 +351,11 @@ def _try_to_listen(host: str, port: int) -> None:
 def _sweep(folder: Path, own: set[Path]) -> None:
     """Delete what visitors sent and got an hour ago, and the folders that this leaves empty."""
     oldest = time.time() - KEPT_SECONDS
-    for path in sorted(set(folder.rglob("*")) - own, reverse=True):  # what a folder holds is first
-        with contextlib.suppress(OSError):  # a folder that is not empty
-            if path.lstat().st_ctime < oldest:
-                path.rmdir() if path.is_dir() else path.unlink()
+    for place, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(place, name) for name in (*files, *folders)):
+            with contextlib.suppress(OSError):  # a folder that is not empty, a file that is gone
+                if path not in own and path.lstat().st_ctime < oldest:
+                    path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _forget(demo: gr.Blocks, unread: set[str]) -> set[str]:
@@ -368,8 +370,9 @@ def _forget(demo: gr.Blocks, unread: set[str]) -> set[str]:
         if messages.qsize()
     }
     for session in now & unread:
-        events = queue.pending_event_ids_session.get(session, set())
-        if not events & queue.event_ids_to_events.keys():  # else one of them still waits
+        # Asked one by one: the server's thread changes both while this one looks.
+        events = list(queue.pending_event_ids_session.get(session, ()))
+        if not any(event in queue.event_ids_to_events for event in events):  # that still waits
             queue.pending_messages_per_session.pop(session, None)
             queue.pending_event_ids_session.pop(session, None)
     return now
