@@ -79,11 +79,6 @@ _MOST_HELD = 200_000_000  # bytes of all requests that are being read
 _SPARE_BYTES = 200_000_000  # of the disk that uploads may not fill
 _DRAIN_SECONDS = 20  # with the rest under the 30 seconds that Kubernetes gives
 _QUIET_SECONDS = 1  # so long after the last request nobody waits any more
-_SIGNALS = [
-    number
-    for name in ("SIGTERM", "SIGINT", "SIGHUP")
-    if (number := getattr(signal, name, None)) is not None
-]
 
 _HEADERS = {
     # Gradio's page runs inline scripts, and builds functions from the viewer's script. Who may
@@ -305,8 +300,10 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         WriteError: there is no place for temporary files.
     """
     asked = threading.Event()
-    # Not what is ignored, by nohup, say.
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # by nohup
+        heard.append(hangup)
     for number in heard:
         signal.signal(number, lambda *_: asked.set())
     _try_to_listen(host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", port or 0)

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def running_page(
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
+            # Tests that run under nohup hand on that they ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
     try:
         while True:

@@ -125,6 +125,7 @@ def test_a_second_signal_does_not_wait_and_leaves_no_file_either(
                 started = time.monotonic()
                 page.process.send_signal(signal.SIGINT)
                 while (await client.get("/healthz")).status_code == 200:
+                    assert time.monotonic() - started < 15
                     await asyncio.sleep(0.01)
                 page.process.send_signal(signal.SIGINT)
                 return started
@@ -149,7 +150,8 @@ def test_a_second_signal_does_not_wait_and_leaves_no_file_either(
 def test_where_it_cannot_listen_it_says_so_at_once(
     page: Page, capsys: pytest.CaptureFixture[str], options: list[str], says: str
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in serving._SIGNALS}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in signals}
     try:
         assert app.main(options or ["--port", page.address.rpartition(":")[2]]) == 2
     finally:
