@@ -220,14 +220,15 @@ class Gate:
             return True
         return any(map(self._names_foreign_file, value.values()))
 
-    def drain(self) -> None:
-        """Close, and return when nobody has waited for a second, or after twenty."""
+    def drain(self) -> bool:
+        """Close, and say when nobody has waited for a second; False after twenty."""
         self.closed = True
         end = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < end:
             if not self._inside and time.monotonic() - self._last > _QUIET_SECONDS:
-                return
+                return True
             time.sleep(0.05)
+        return False
 
 
 def _refuse(status: int, sentence: str) -> JSONResponse:
@@ -327,9 +328,14 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
             unread = _forget(demo, unread)
         for number in heard:
             signal.signal(number, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            gate.drain()
+        try:
+            idle = gate.drain()
+        except KeyboardInterrupt:
+            idle = False
         demo.close(verbose=False)
+    if not idle:
+        sys.stdout.flush()
+        os._exit(0)  # the model is at work, whose threads Python's own end would abort
 
 
 def _try_to_listen(host: str, port: int) -> None:
