@@ -106,6 +106,7 @@ def test_of_two_photos_in_a_hurry_the_later_one_stays(
 def test_the_camera_takes_a_photo(visit: Page) -> None:
     visit.get_by_label("Capture from camera").click()
     visit.get_by_text("Click to Access Webcam").click()
+    visit.wait_for_function("document.querySelector('#bring video')?.videoWidth > 0")
     visit.get_by_label("capture photo").click()
     visit.locator(".word").first.wait_for()
     assert visit.locator(".photo").evaluate("photo => photo.naturalWidth") >= 640
