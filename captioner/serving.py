@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +77,7 @@ _MOST_PARTS = 50_000  # lists and objects of JSON, which hold up all others whil
 _MOST_HELD = 200_000_000  # bytes of all requests that are being read
 _SPARE_BYTES = 200_000_000  # of the disk that uploads may not fill
 _DRAIN_SECONDS = 20  # with the rest under the 30 seconds that Kubernetes gives
+_NAP_SECONDS = 0.05  # between two looks whether it shall end, or can
 _QUIET_SECONDS = 1  # so long after the last request nobody waits any more
 
 _HEADERS = {
@@ -227,7 +227,7 @@ class Gate:
         while time.monotonic() < end:
             if not self._inside and time.monotonic() - self._last > _QUIET_SECONDS:
                 return True
-            time.sleep(0.05)
+            time.sleep(_NAP_SECONDS)
         return False
 
 
@@ -300,13 +300,13 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         ConfigError: there is no such address here, or the port is taken.
         WriteError: there is no place for temporary files.
     """
-    asked = threading.Event()
+    asked: list[int] = []
     heard = [signal.SIGTERM, signal.SIGINT]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # by nohup
         heard.append(hangup)
     for number in heard:
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda number, _: asked.append(number))
     _try_to_listen(host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", port or 0)
     sys.setswitchinterval(0.001)  # the model's threads let the server's have a turn sooner
     _claim_zero_gpu()
@@ -323,9 +323,14 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
         except OSError as error:
             raise ConfigError(f"{first_line(error)}: choose another --port") from error
         unread: set[str] = set()
-        while not asked.wait(SWEEP_SECONDS):
-            _sweep(folder, own)
-            unread = _forget(demo, unread)
+        swept = time.monotonic()
+        while not asked:
+            # In short naps: the signal may come to another thread, which wakes nobody here.
+            time.sleep(_NAP_SECONDS)
+            if time.monotonic() - swept >= SWEEP_SECONDS:
+                _sweep(folder, own)
+                unread = _forget(demo, unread)
+                swept = time.monotonic()
         for number in heard:
             signal.signal(number, signal.default_int_handler)
         try:
