@@ -666,7 +666,7 @@ def edited(edits: Sequence[tuple[str, int, Any]]) -> bytes:
 @settings(max_examples=500, derandomize=True, deadline=None)
 @given(EDITS)
 def test_an_edited_jpeg_opens_or_is_refused(edits: list[tuple[str, int, Any]]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     try:
         image = open_photo(edited(edits))
     except ImageError as error:
@@ -674,7 +674,7 @@ def test_an_edited_jpeg_opens_or_is_refused(edits: list[tuple[str, int, Any]]) -
     else:
         outcome = image.mode
     assert re.search(f"^RGB$|{UNREAD}|{TOO_MANY}|is empty", outcome)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_the_page_takes_edited_jpegs(visitor: Visitor, warm: int, caption: str) -> None:
