@@ -21,6 +21,7 @@ from typing import Any
 
 import gradio as gr
 import gradio.routes
+from gradio.queueing import Queue
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -73,6 +74,8 @@ MAX_WAITING = 20  # visitors; the next one is told to try again
 _LARGEST_FILE = "10mb"
 _LARGEST_UPLOAD = 10_600_000  # bytes: such a file and what stands around it
 _LARGEST_BODY = 2_000_000  # of JSON; ten beams with all their maps have a quarter
+_LONGEST_ADDRESS = 2_000  # characters
+_LONGEST_NAME = 100  # characters, of a session or an event
 _MOST_PARTS = 50_000  # lists and objects of JSON, which hold up all others while they are read
 _MOST_HELD = 200_000_000  # bytes of all requests that are being read
 _SPARE_BYTES = 200_000_000  # of the disk that uploads may not fill
@@ -153,7 +156,7 @@ class Gate:
             counts = "/heartbeat/" not in scope["path"] and scope["path"] != "/healthz"
             self._inside += counts
             try:
-                refusal = self._look(scope["method"], scope["path"])
+                refusal = self._look(scope["method"], scope["path"], scope["query_string"])
                 if unread and not refusal:
                     upload = scope["path"].endswith("/upload")
                     refusal = await read(_LARGEST_UPLOAD if upload else _LARGEST_BODY)
@@ -170,8 +173,10 @@ class Gate:
 
         return guarded
 
-    def _look(self, method: str, path: str) -> JSONResponse | None:
+    def _look(self, method: str, path: str, query: bytes) -> JSONResponse | None:
         """Return a refusal of what is not open, or not now."""
+        if len(path) + len(query) > _LONGEST_ADDRESS:
+            return _refuse(414, "The address is too long.")
         if method != "OPTIONS" and not re.fullmatch(_ROUTES.get(method, ""), path):
             return _refuse(404, "There is nothing at this address.")
         _, is_file, name = path.partition("/gradio_api/file=")
@@ -193,9 +198,13 @@ class Gate:
         if body.count(b"[") + body.count(b"{") > _MOST_PARTS:
             return _refuse(413, "The request has too many parts.")
         try:
-            foreign = self._names_foreign_file(json.loads(body) if body else None)
+            request = json.loads(body) if body else {}
+            foreign = self._names_foreign_file(request)
         except (ValueError, RecursionError):
             return _refuse(400, "The request is no JSON that can be read.")
+        names = request.values() if isinstance(request, dict) else ()
+        if any(isinstance(name, str) and len(name) > _LONGEST_NAME for name in names):
+            return _refuse(400, "A name in the request is too long.")
         if foreign:
             sentence = "The photo was not uploaded: send the file first, not its address or place."
             return _refuse(400, sentence)
@@ -322,14 +331,15 @@ def serve(build: Callable[[], gr.Blocks], host: str | None = None, port: int | N
             )
         except OSError as error:
             raise ConfigError(f"{first_line(error)}: choose another --port") from error
+        loop = demo.server.servers[0].get_loop()
         unread: set[str] = set()
         swept = time.monotonic()
         while not asked:
             # In short naps: the signal may come to another thread, which wakes nobody here.
             time.sleep(_NAP_SECONDS)
             if time.monotonic() - swept >= SWEEP_SECONDS:
-                _sweep(folder, own)
-                unread = _forget(demo, unread)
+                _sweep(folder, own, demo.temp_file_sets)
+                loop.call_soon_threadsafe(_forget, demo._queue, unread)
                 swept = time.monotonic()
         for number in heard:
             signal.signal(number, signal.default_int_handler)
@@ -356,34 +366,52 @@ def _try_to_listen(host: str, port: int) -> None:
         ) from error
 
 
-def _sweep(folder: Path, own: set[Path]) -> None:
-    """Delete what visitors sent and got an hour ago, and the folders that this leaves empty."""
+def _sweep(folder: Path, own: set[Path], known: list[set[str]]) -> None:
+    """Delete what visitors sent and got an hour ago, and the folders that this leaves empty.
+
+    Args:
+        folder: where all of it lies.
+        own: what lay there before the first visitor came.
+        known: Gradio's lists of files, which it would only make longer.
+    """
     oldest = time.time() - KEPT_SECONDS
     for place, folders, files in os.walk(folder, topdown=False):
         for path in (Path(place, name) for name in (*files, *folders)):
             with contextlib.suppress(OSError):  # a folder that is not empty, a file that is gone
                 if path not in own and path.lstat().st_ctime < oldest:
                     path.rmdir() if path.is_dir() else path.unlink()
+                    for paths in known:
+                        paths.discard(str(path))
 
 
-def _forget(demo: gr.Blocks, unread: set[str]) -> set[str]:
-    """Drop answers that nobody has fetched since the last look; return what is unread now.
+def _forget(queue: Queue, unread: set[str]) -> None:
+    """Drop what is left of answers that were fetched, or that nobody has fetched since last time.
 
-    Gradio would keep them for ever.
+    And of uploads whose progress was asked for. Gradio would keep all that for ever. To be run in
+    the server's loop, where nothing changes meanwhile.
+
+    Args:
+        queue: Gradio's.
+        unread: the sessions with an answer that nobody had fetched last time; is brought up to
+            date.
     """
-    queue = demo._queue
-    now = {
-        session
-        for session, messages in list(queue.pending_messages_per_session.items())
-        if messages.qsize()
-    }
-    for session in now & unread:
-        # Asked one by one: the server's thread changes both while this one looks.
-        events = list(queue.pending_event_ids_session.get(session, ()))
-        if not any(event in queue.event_ids_to_events for event in events):  # that still waits
-            queue.pending_messages_per_session.pop(session, None)
-            queue.pending_event_ids_session.pop(session, None)
-    return now
+    messages, events = queue.pending_messages_per_session, queue.pending_event_ids_session
+    late = set()
+    for session in {*messages, *events}:
+        ids = events.get(session, ())
+        if any(event in queue.event_ids_to_events for event in ids):
+            continue  # it waits, or the model is at work on it
+        waits = session in messages and messages[session].qsize() > 0
+        if waits and ids and session not in unread:
+            late.add(session)
+        elif waits or not ids or session not in messages:
+            messages.pop(session, None)
+            events.pop(session, None)
+    unread.clear()
+    unread.update(late)
+    uploads = gradio.routes.file_upload_statuses
+    uploads._signals.clear()
+    uploads._statuses.clear()
 
 
 def _claim_zero_gpu() -> None:

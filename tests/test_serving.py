@@ -34,12 +34,6 @@ SECRETS = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with running_page(tmp_path_factory.mktemp("page")) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
 def photos(example_photos: list[Path]) -> list[bytes]:
     """A hundred photos, each of another part of an example."""
     made, random = [], np.random.default_rng(0)
@@ -51,6 +45,13 @@ def photos(example_photos: list[Path]) -> list[bytes]:
         part.resize((320, 240)).save(file, "JPEG")
         made.append(file.getvalue())
     return made
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, photos: list[bytes]) -> Iterator[Page]:
+    with running_page(tmp_path_factory.mktemp("page")) as page:
+        captions(page.address, photos[:1])  # by then it has said all that it says at its start
+        yield page
 
 
 @pytest.mark.parametrize(
@@ -189,10 +190,25 @@ def test_a_folder_for_temporary_files_is_made_or_named(
         pass
 
 
-def test_answers_that_nobody_fetches_are_dropped(tmp_path: Path, photos: list[bytes]) -> None:
-    code = "import app, sys; from captioner import serving; "
-    code += "serving.SWEEP_SECONDS = 2; sys.exit(app.main())"
-    with running_page(tmp_path, "-c", code) as page:
+_TELL_WHAT_IS_KEPT = """
+import sys, app
+from captioner import serving
+from gradio.routes import file_upload_statuses as uploads
+serving.SWEEP_SECONDS = 2
+forget = serving._forget
+def forget_and_tell(queue, unread):
+    before = len(queue.pending_messages_per_session) + len(uploads._statuses)
+    forget(queue, unread)
+    rest = (queue.pending_messages_per_session, queue.pending_event_ids_session)
+    rest += (uploads._statuses, uploads._signals)
+    print("kept", before, *map(len, rest), flush=True)
+serving._forget = forget_and_tell
+sys.exit(app.main())
+"""
+
+
+def test_nothing_is_kept_of_answers_fetched_or_not(tmp_path: Path, photos: list[bytes]) -> None:
+    with running_page(tmp_path, "-c", _TELL_WHAT_IS_KEPT) as page:
 
         async def fetched_late() -> str:
             text = ""
@@ -206,14 +222,27 @@ def test_answers_that_nobody_fetches_are_dropped(tmp_path: Path, photos: list[by
             return text
 
         assert "event: error" in run(fetched_late())
-        assert captions(page.address, photos[:1])
+        assert captions(page.address, photos[:5])
+        followed = {"params": {"upload_id": "me"}, "files": {"files": ("p.jpg", photos[0])}}
+        assert len(httpx.post(page.address + UPLOAD, **followed).json()) == 1  # type: ignore[arg-type]
+        asked = httpx.get(page.address + "/gradio_api/upload_progress", params={"upload_id": "you"})
+        assert asked.status_code == 404
+        deadline = time.monotonic() + 30
+        while not page.log.splitlines()[-1].startswith("kept 0 "):
+            assert time.monotonic() < deadline, page.log
+            time.sleep(0.5)
+        told = [line.split()[1:] for line in page.log.splitlines() if line.startswith("kept")]
+        assert max(int(line[0]) for line in told) > 0  # that there was something
+        assert told[-1] == ["0"] * 5
 
 
 def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
     tmp_path: Path, photos: list[bytes]
 ) -> None:
-    code = "import app, sys; from captioner import serving; "
-    code += "serving.SWEEP_SECONDS, serving.KEPT_SECONDS = 1, 2; sys.exit(app.main())"
+    code = "import app, sys; from captioner import serving; sweep = serving._sweep\n"
+    code += "def tell(*its): sweep(*its); print('known', *map(len, its[2]), flush=True)\n"
+    code += "serving._sweep, serving.SWEEP_SECONDS, serving.KEPT_SECONDS = tell, 1, 2\n"
+    code += "sys.exit(app.main())"
     with running_page(tmp_path, "-c", code) as page:
         (folder,) = page.folder.glob("captioner-*")
         own = {path for path in folder.rglob("*") if path.is_file()}
@@ -232,6 +261,9 @@ def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
         while {path for path in folder.rglob("*") if path.is_file()} != own:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        uploads = [line.split()[1] for line in page.log.splitlines() if line[:5] == "known"]
+        assert uploads[-1] == "0"
+        assert "1" in uploads
         late = httpx.post(
             page.address + CALL,
             json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]},
@@ -392,6 +424,10 @@ def test_nothing_is_looked_up_outside_the_machine(page: Page) -> None:
 def test_what_is_too_large_is_refused(page: Page) -> None:
     for body in (b'{"data": ["' + bytes(3_000_000) + b'"]}', b"[" + b"[]," * 60_000 + b"0]"):
         assert httpx.post(page.address + CALL, content=body).status_code == 413
+    named = httpx.post(page.address + CALL, json={"data": [None], "session_hash": "x" * 101})
+    assert (named.status_code, "too long" in named.text) == (400, True)
+    progress = page.address + "/gradio_api/upload_progress"
+    assert httpx.get(progress, params={"upload_id": "x" * 2000}).status_code == 414
     # Gradio would take a part that is no file into memory, whatever its size.
     for name in ("p.jpg", None):
         sent = httpx.post(page.address + UPLOAD, files={"files": (name, bytes(11_000_000))})
