@@ -407,6 +407,7 @@ def _forget(queue: Queue, unread: set[str]) -> None:
         elif waits or not ids or session not in messages:
             messages.pop(session, None)
             events.pop(session, None)
+        # Else the answer is being sent.
     unread.clear()
     unread.update(late)
     uploads = gradio.routes.file_upload_statuses
