@@ -28,6 +28,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "bool": ((bool,), "true or false"),
+    "bool | str": ((bool, str), "true, false or auto"),
     "str": ((str,), "text"),
     "str | None": ((str, type(None)), "text or nothing"),
     "dict[str, Any]": ((dict,), "names with values"),
@@ -40,7 +41,7 @@ def _check(config: object, **rules: tuple[float, float]) -> None:
         value = getattr(config, field.name)
         kinds, wanted = _TYPES[str(field.type)]
         # A bool is an int to Python; NaN fails both comparisons.
-        fits = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if field.name in rules:
             low, high = rules[field.name]
             fits = fits and low <= value <= high
@@ -49,13 +50,13 @@ def _check(config: object, **rules: tuple[float, float]) -> None:
             raise ConfigError(f"{field.name} is {reprlib.repr(value)}; it must be {wanted}")
 
 
-def _choose(config: object, **choices: tuple[str, ...]) -> None:
-    """Refuse any named field that is not one of its allowed words."""
+def _choose(config: object, **choices: tuple[str | bool, ...]) -> None:
+    """Refuse any named field that is not one of its allowed values."""
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(
                 f"{name} is {reprlib.repr(getattr(config, name))}; it must be one of "
-                f"{', '.join(allowed)}"
+                f"{', '.join(map(str, allowed)).replace('True, False', 'true, false')}"
             )
 
 
@@ -233,7 +234,8 @@ class TrainConfig(_Config):
         gradient_clip: largest gradient norm; 0 is none.
         label_smoothing: of the training loss; validation loss is never smoothed.
         ema_decay: of the averaged weights that are scored and saved; 0 is none.
-        bfloat16: matrix products of training in bfloat16 (the weights stay float32).
+        bfloat16: whether training multiplies matrices in bfloat16 (the weights stay float32);
+            "auto" does where this machine is faster with it.
         reward_epochs: at most so many of self-critical training on CIDEr-D, from the best epoch
             of cross-entropy on (Rennie et al. 2017).
         reward_batch_size: photos a step of it.
@@ -270,7 +272,7 @@ class TrainConfig(_Config):
     gradient_clip: float = 0.0
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
-    bfloat16: bool = False
+    bfloat16: bool | str = "auto"
     reward_epochs: int = 0
     reward_batch_size: int = 64
     reward_samples: int = 5
@@ -313,6 +315,7 @@ class TrainConfig(_Config):
             schedule=("plateau", "cosine"),
             device=("auto", "cpu", "cuda", "mps"),
             recipe=tuple(RECIPES),
+            bfloat16=(True, False, "auto"),
         )
         self.model_config(vocabulary_size=5, encoder_channels=1)
 
@@ -351,7 +354,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gradient_clip": 5.0,
         "label_smoothing": 0.1,
         "ema_decay": 0.997,
-        "bfloat16": True,
         "reward_epochs": 6,
         "reward_learning_rate": 1e-4,
         "model": {

@@ -57,14 +57,6 @@ def _home(encoder: Encoder, photos: CaptionedPhotos, folder: Path, view: int) ->
     return folder / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
 
 
-def count_missing(
-    encoder: Encoder, photos: CaptionedPhotos, folder: Path = FEATURES_FOLDER, *, view: int = 0
-) -> int:
-    """Return how many photos ``cache_features`` would have to pass through the encoder."""
-    done = _mapped(_home(encoder, photos, folder, view) / _DONE, (len(photos),))
-    return len(photos) if done is None else int((done == _MISSING).sum())
-
-
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """Map an array into memory, read-only; None where there is none of this shape."""
     try:

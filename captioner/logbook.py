@@ -110,7 +110,11 @@ def _git_commit() -> str | None:
 
 
 def write_record(
-    folder: Path, config: TrainConfig, rows: Sequence[dict[str, float]], processes: int
+    folder: Path,
+    config: TrainConfig,
+    rows: Sequence[dict[str, float]],
+    processes: int,
+    precision: str,
 ) -> None:
     """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
     packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
@@ -119,6 +123,7 @@ def write_record(
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "git_commit": _git_commit(),
         "processes": processes,
+        "precision": precision,
         "epochs": list(rows),
     }
     write_whole(folder / RECORD, json.dumps(record, indent=1).encode())

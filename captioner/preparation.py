@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,8 +28,7 @@ from captioner.data import (
 )
 from captioner.encoders import Encoder, check_encoder_name, choose_device, load_encoder
 from captioner.errors import DataError
-from captioner.features import Features, cache_features, count_missing
-from captioner.forecast import Work, forecast
+from captioner.features import Features, cache_features
 from captioner.processes import Processes
 from captioner.vocab import Vocabulary
 
@@ -128,13 +127,11 @@ def _nothing(features: Features, rows: Sequence[int]) -> np.ndarray:
 def prepare(
     config: TrainConfig,
     cache: Path = FEATURES_FOLDER,
-    announce: Callable[[str], object] = log.info,
     processes: Processes | None = None,
 ) -> Prepared:
     """Load the photos, build the vocabulary, and extract what features are not cached yet.
 
-    ``announce`` is told at the start about how long the run will take. All ``processes`` of a run
-    call this; each extracts a part of the features.
+    All ``processes`` of a run call this; each extracts a part of the features.
     """
     processes = processes or Processes()
     check_encoder_name(config.encoder)
@@ -143,19 +140,10 @@ def prepare(
     encoder.to(choose_device(config.device))
     same = validation_photos is photos
     more = [] if config.text is None else load_texts(config.text)
-    passes = sum(count_missing(encoder, photos, cache, view=view) for view in range(config.views))
-    passes += 0 if same else count_missing(encoder, validation_photos, cache)
     all_captions = list(photos.captions())
     count = 1 if config.captions == "first" else None
-    work = Work(
-        passes=passes,
-        photos=len(train_rows),
-        captions=count or max(map(len, all_captions)),
-        texts=len(more),
-        validation=len(validation_rows),
-        words=len(Vocabulary.build(itertools.chain(*all_captions), config.min_count)),
-    )
-    announce(forecast(config, encoder, work, processes.count))
+    # Captions of which no vocabulary can be made fail now, not after hours of extraction.
+    Vocabulary.build(itertools.chain(*all_captions), config.min_count)
 
     def features_of(photos: CaptionedPhotos, view: int = 0) -> Features:
         return cache_features(encoder, photos, cache, view=view, processes=processes)

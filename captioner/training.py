@@ -34,7 +34,7 @@ from captioner.logbook import RECORD, Logbook, write_record
 from captioner.metrics import score_captions
 from captioner.preparation import Batch, facts, prepare
 from captioner.processes import Processes, joined
-from captioner.run import CAPTIONS, REWARDS, TEXT, Run
+from captioner.run import CAPTIONS, REWARDS, TEXT, Run, choose_precision
 
 _SAVE_SECONDS = 120
 # What a checkpoint remembers of its epoch's row.
@@ -100,7 +100,7 @@ def _read(run: Run, features: Tensor, captions: Tensor) -> tuple[Tensor, float, 
     """Return the cross-entropy of captions, its sum over their words, and the words."""
     config = run.config
     targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
         logits, _ = run.reader(features, captions)
     loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
     return loss, loss.item() * len(targets), len(targets)
@@ -110,7 +110,7 @@ def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, floa
     """Return the self-critical loss of drawn captions, their summed reward, and how many."""
     assert run.reward is not None
     config = run.config
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bfloat16):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
         captions = self_critical.draw(
             run.model,
             features,
@@ -275,17 +275,22 @@ def _fit(
         if processes.first:
             print(text, flush=True)
 
+    bfloat16, why = choose_precision(config, processes)
+    precision = "bfloat16" if bfloat16 else "float32"
+
     def record(rows: Sequence[dict[str, float]]) -> None:
         if processes.first:
-            write_record(folder, config, rows, processes.count)
+            write_record(folder, config, rows, processes.count, precision)
+
+    say(f"precision    {precision} ({why})")
 
     if not (folder / RECORD).exists():
         # A run that is killed before its first save can be resumed.
         record([])
     processes.wait()  # until the folder is claimed
-    prepared = prepare(config, cache, say, processes)
+    prepared = prepare(config, cache, processes)
     say(facts(prepared, config))
-    run = Run(config, prepared, folder, processes)
+    run = Run(config, prepared, folder, processes, bfloat16=bfloat16)
     if resume:
         run.restore()
         processes.wait()  # until all have read what the first one will replace

@@ -26,7 +26,7 @@ SCORES = {
     "words": "mean_length",
 }
 # Where the files lie is the reader's own business, and so is the machine.
-ELSEWHERE = ("data", "text", "encoder_weights", "device", "seed")
+ELSEWHERE = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
 
 
 def _rows() -> list[dict[str, str]]:

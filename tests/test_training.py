@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +31,8 @@ from captioner.features import cache_features
 from captioner.logbook import Logbook, curves
 from captioner.predictor import Captioner
 from captioner.preparation import Prepared
-from captioner.run import Run
+from captioner.processes import Processes
+from captioner.run import Run, choose_precision
 from captioner.training import epoch_order, fit, learning_rate_at, train_one_epoch
 from captioner.vocab import Vocabulary, clean
 
@@ -366,3 +371,64 @@ def test_a_run_on_other_captions_is_not_resumed(tmp_path: Path) -> None:
     run.save()
     with pytest.raises(ConfigError, match="other photos, captions or encoder weights"):
         Run(config, _toy(photos=9), tmp_path).restore()
+
+
+# Precision
+
+
+class _Slower(Processes):
+    """Two processes, of which the other one is not faster in bfloat16."""
+
+    def total(self, *values: float) -> list[float]:
+        return [value + 1 for value in values]
+
+
+@pytest.mark.parametrize(
+    ("setting", "speedup", "processes", "expected"),
+    [
+        ("auto", 2.0, Processes(), True),
+        ("auto", 1.1, Processes(), False),
+        ("auto", 0.01, Processes(), False),
+        ("auto", 2.0, _Slower(), False),
+        (True, 2.0, Processes(), True),
+        (True, 0.01, Processes(), True),
+        (False, 2.0, Processes(), False),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster_or_set(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    setting: bool | str,
+    speedup: float,
+    processes: Processes,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr("captioner.run.bfloat16_speedup", lambda _: speedup)
+    config = TrainConfig.from_recipe("best", bfloat16=setting, device="cpu")
+    chosen, _ = choose_precision(config, processes)
+    assert chosen is expected
+    assert ("bfloat16 is slow on this machine" in caplog.text) == (setting is True and speedup < 1)
+
+
+_OLD_PROCESSOR = """
+import torch
+from captioner.run import bfloat16_speedup
+print(torch.backends.cpu.get_cpu_capability(), bfloat16_speedup(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86")
+def test_a_processor_without_bfloat16_instructions_trains_in_float32() -> None:
+    # oneDNN and torch do without what newer processors have.
+    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", _OLD_PROCESSOR],
+        cwd=Path(__file__).resolve().parent.parent,
+        env=os.environ | old,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    capability, speedup = done.stdout.split()
+    assert capability == "AVX2"
+    assert float(speedup) < 1

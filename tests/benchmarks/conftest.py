@@ -106,9 +106,8 @@ def captioner() -> Captioner:
     return Captioner.load()
 
 
-@pytest.fixture(scope="session")
-def photos() -> list[bytes]:
-    """64 JPEGs of 500 x 375 pixels, as in Flickr8k: the examples, in parts."""
+def make_photos() -> list[bytes]:
+    """Return 64 JPEGs of 500 x 375 pixels, as in Flickr8k: the examples, in parts."""
     made = []
     random = np.random.default_rng(0)
     for number in range(64):
@@ -121,3 +120,9 @@ def photos() -> list[bytes]:
         part.resize((500, 375)).save(file, "JPEG", quality=90)
         made.append(file.getvalue())
     return made
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[bytes]:
+    """The photos of ``make_photos``."""
+    return make_photos()
