@@ -105,7 +105,7 @@ _ROUTES["HEAD"] = _ROUTES["GET"]
 
 _STALLED_SECONDS = 30.0  # without progress, after which a request or a connection is given up
 _SLOWEST_SECONDS = 600.0  # for a whole body, however slowly it comes
-_STEP_BYTES = 65_536  # of a body in a second, or others may have its memory
+_STEP_BYTES = 65_536  # of a body, that have to come within a second if others need its memory
 _MOST_CONNECTIONS = 500  # open at once; idle ones make room for new ones, then the oldest pages
 KEPT_SECONDS = 3600  # that a visitor's file lies there
 SWEEP_SECONDS = 60  # between two looks at them
@@ -167,11 +167,13 @@ class Gate:
         closed: whether the server is about to end.
         stalled_seconds: without a byte of a body, after which its request is given up.
         slowest_seconds: for a whole body.
+        step_seconds: for a part of a body, after which others may have its memory.
         most_held: bytes of all bodies that are being read or worked on.
     """
 
     stalled_seconds = _STALLED_SECONDS
     slowest_seconds = _SLOWEST_SECONDS
+    step_seconds = 1.0
     most_held = _MOST_HELD
 
     def __init__(self) -> None:
@@ -217,7 +219,7 @@ class Gate:
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
 
             prefix = unquote(urlsplit(scope.get("root_path", "")).path).rstrip("/")
-            path = scope["path"]
+            path = whole_path = scope["path"]
             if prefix and path.startswith(prefix + "/"):
                 path = path.removeprefix(prefix)
             # The router strips nothing more: the root path may be a whole address, or come twice.
@@ -227,7 +229,7 @@ class Gate:
             self._inside += counts
             try:
                 refusal: Response | None = None
-                if prefix and path == prefix and scope["method"] in ("GET", "HEAD"):
+                if prefix and whole_path == prefix and scope["method"] in ("GET", "HEAD"):
                     query = scope["query_string"].decode("latin-1")
                     refusal = RedirectResponse(f"{prefix}/" + (f"?{query}" if query else ""))
                 refusal = refusal or self._look(scope)
@@ -281,7 +283,7 @@ class Gate:
         """Drop uploads that hardly move until another one has room; say whether it has."""
         while self._held > self.most_held:
             slowest = min(self._uploads - {upload}, key=lambda each: each.marked, default=upload)
-            if slowest is upload or now - slowest.marked < 1:
+            if slowest is upload or now - slowest.marked < self.step_seconds:
                 return False
             slowest.dropped = True
             slowest.deadline.reschedule(now)
