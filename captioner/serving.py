@@ -59,6 +59,10 @@ def without_proxies() -> contextlib.AbstractContextManager[None]:
     return _replaced(os.environ, NO_PROXY="*", no_proxy="*")
 
 
+for _name in ("GRADIO_SERVER_PORT", "GRADIO_NUM_PORTS"):  # gradio reads them when it is imported
+    if not os.environ.get(_name, "0").isdecimal():
+        raise ConfigError(f"{_name} is {os.environ[_name]!r}: set a number")
+
 with without_proxies():  # gradio makes a client when it is imported
     import gradio as gr
     import gradio.http_server
@@ -591,8 +595,9 @@ def _listen(host: str, port: int | None) -> list[socket.socket]:
     Raises:
         ConfigError: it cannot be.
     """
-    first, number = gradio.http_server.INITIAL_PORT_VALUE, gradio.http_server.TRY_NUM_PORTS
-    ports = range(first, first + number) if port is None else [port]
+    first = gradio.http_server.INITIAL_PORT_VALUE
+    last = first + max(1, gradio.http_server.TRY_NUM_PORTS)
+    ports = range(first, last) if port is None else [port]
     host = host.removeprefix("[").removesuffix("]")
     for each in ports:
         try:
@@ -602,11 +607,13 @@ def _listen(host: str, port: int | None) -> list[socket.socket]:
         except (OSError, ValueError) as error:  # ValueError: no name that a host could have
             if each != ports[-1] and getattr(error, "errno", None) == errno.EADDRINUSE:
                 continue
+            number = getattr(error, "errno", None) or 0
+            # Those of names are below 0. ``create_server`` adds the address to the others' text.
+            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", "") or error
             raise ConfigError(
-                f"cannot listen on {host}, port {each} "
-                f"({getattr(error, 'strerror', None) or error}): choose another --host or --port"
+                f"cannot listen on {host}, port {each} ({reason}): choose another --host or --port"
             ) from error
-    raise AssertionError  # range(0), which Gradio's setting could ask for
+    raise AssertionError  # the last port returns or raises
 
 
 def _listen_on(host: str, port: int) -> list[socket.socket]:

@@ -228,6 +228,15 @@ def test_address_works_in_a_browser_when_localhost_is_only_ipv6(
             each.close()
 
 
+def test_setting_is_named_when_gradio_could_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "http")
+    code = Path(serving.__file__).read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="GRADIO_SERVER_PORT is 'http'"):
+        exec(compile(code, serving.__file__, "exec"), {"__name__": "captioner.serving"})
+
+
 def test_port_is_the_next_free_one_when_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     (taken,) = serving._listen("127.0.0.1", 0)
     with taken:
@@ -894,8 +903,8 @@ def test_connection_is_dropped_when_its_peer_stalls(impatient: Impatient) -> Non
         ends = [each.getsockname()[1] for each in (silent, headless, unread, page)]
 
         def still_open() -> list[int]:
-            connections = impatient.demo.server.server_state.connections
-            peers = [each.client[1] for each in list(connections)]
+            connections: list[Any] = [*impatient.demo.server.server_state.connections]
+            peers = [each.client[1] for each in connections]
             return [number for number, end in enumerate(ends) if end in peers]
 
         deadline = time.monotonic() + 15
