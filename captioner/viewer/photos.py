@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Self
 
 import gradio as gr
 from gradio.data_classes import ImageData
 from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from PIL import Image
+from pydantic import ValidationError
 
 from captioner.errors import ImageError
 from captioner.images import open_photo
@@ -68,6 +70,23 @@ def name_examples(subjects: Iterable[str]) -> str:
 BROWSER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
 
 
+class PhotoData(ImageData):
+    """A photo as it travels: the path of a file that was uploaded."""
+
+    @classmethod
+    @told
+    def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
+        """Validate, with an error that says what to send: Gradio would answer with nothing."""
+        try:
+            return super().model_validate(*args, **kwargs)
+        except ValidationError as error:
+            raise ImageError(
+                "the photo is not an uploaded file: send it to /gradio_api/upload first, then name "
+                'it as {"path": …, "meta": {"_type": "gradio.FileData"}}, with the path that came '
+                "back"
+            ) from error
+
+
 class PhotoInput(gr.Image):
     """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
 
@@ -76,6 +95,7 @@ class PhotoInput(gr.Image):
     """
 
     is_template = True  # the browser draws it as the stock image component
+    data_model = PhotoData
 
     @told
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
