@@ -237,9 +237,11 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         arguments.paths = [path.absolute() for path in arguments.paths]
     source = ""
     if arguments.data:
-        photos = bulk.photos_of(arguments.data, arguments.split)
+        from captioner.data import split_name, stream_photos
+
+        photos = stream_photos(arguments.data, arguments.split)
         place = Path(arguments.data)
-        source = f"{place.resolve() if place.exists() else place} {arguments.split}"
+        source = f"{place.resolve() if place.exists() else place} {split_name(arguments.split)}"
     else:
         # Walked once before, so that a folder that holds no photo is told at the start.
         for named in arguments.paths:

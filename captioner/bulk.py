@@ -64,43 +64,6 @@ def photos_at(paths: Callable[[], Iterable[Path]]) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(rows)
 
 
-def photos_of(source: str, split: str = "train") -> datasets.IterableDataset:
-    """Stream the photos of a Hub id or a folder of Parquet as rows for ``caption_all``.
-
-    Args:
-        source: has a column ``image``; needs no captions.
-        split: of the data.
-
-    Raises:
-        DataError: it cannot be had, or has no such split or column.
-    """
-    try:
-        table = datasets.load_dataset(source, split=split, streaming=True)
-        columns = list(table.column_names or next(iter(table)))
-    except Exception as error:
-        raise DataError(
-            f"cannot read the split {split!r} of {source} ({first_line(error)[:160]}): give a Hub "
-            "id or a folder of Parquet files, and one of its splits"
-        ) from error
-    if "image" not in columns:
-        raise DataError(f"{source} has no column 'image', only: {', '.join(columns)}")
-    name = next((name for name in ("filename", "img_id") if name in columns), None)
-
-    def row(values: dict[str, Any], number: int) -> dict[str, Any]:
-        image = values["image"] or {"bytes": None, "path": None}
-        path = image["path"] if image["bytes"] is None else None
-        return {
-            "photo": str(number),
-            "filename": str(values[name]) if name else None,
-            # Paths in a local folder's Parquet are meant from there.
-            "path": os.fsencode(Path(source, path)) if path else None,
-            "data": image["bytes"],
-        }
-
-    table = table.cast_column("image", datasets.Image(decode=False))
-    return table.map(row, with_indices=True, remove_columns=columns)
-
-
 def _caption(
     captioner: Captioner, options: DecodingOptions, rows: dict[str, list[Any]]
 ) -> pa.Table:
