@@ -1,12 +1,14 @@
-"""Captions for any number of photos, in bounded memory, into a folder of Parquet files.
+"""Captions for any number of photos, in bounded memory, as Parquet, CSV or JSON Lines.
 
-A job that was stopped goes on where it stood. Knows nothing of the command line, and has no
-scheduler of its own: many workers are Ray Data's.
+A stopped job resumes where it stopped. Knows nothing of the command line, and has no scheduler of
+its own: Ray Data runs several workers.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -29,8 +31,8 @@ from captioner.predictor import Captioner
 
 SCHEMA = pa.schema(
     [
-        ("photo", pa.string()),  # its path as given, or its row in the data
-        ("filename", pa.string()),  # without folders, or as the data calls it
+        ("photo", pa.string()),  # its path as given, or its row number in the split of the data
+        ("filename", pa.string()),  # its name without folders, or what the data calls it
         ("caption", pa.string()),
         ("log_probability", pa.float32()),
         ("error", pa.string()),  # why there is no caption
@@ -46,8 +48,10 @@ _ROWS = pa.schema(
     ]
 )
 ENGINES = ("local", "ray")
+# How the files begin that are no folder of Parquet.
+_BEGINNINGS = {".csv": ",".join(SCHEMA.names).encode(), ".jsonl": b'{"photo":'}
 _BATCH = 64  # photos captioned at once
-_PART = 512  # photos a file, and at most lost by a kill
+_PART = 512  # photos written at once; a kill loses no more
 
 
 def photos_at(paths: Callable[[], Iterable[Path]]) -> datasets.IterableDataset:
@@ -90,9 +94,60 @@ def _key(photo: str) -> int:
     return int.from_bytes(hashlib.blake2b(photo.encode(), digest_size=8).digest())
 
 
-def _done(output: Path) -> np.ndarray:
-    """Return the sorted keys of the photos that ``output`` has rows of."""
-    keys: list[np.ndarray] = [np.empty(0, np.uint64)]
+def _text_rows(output: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows of a CSV or JSON Lines file, each with the offset of its end in bytes.
+
+    A last row that a kill or a full disk cut off is left out.
+    """
+    if not output.exists():
+        return
+    suffix, end, number = output.suffix.lower(), 0, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield line.decode()
+
+    with output.open("rb") as file:
+        beginning = _BEGINNINGS[suffix]
+        if not beginning.startswith(file.read(len(beginning))):
+            raise DataError(f"{output} is no file of captions: choose another --output")
+        file.seek(0)
+        rows: Iterator[Any]
+        if suffix == ".csv":
+            cells = csv.reader(lines(), strict=True)
+            rows = (dict(zip(SCHEMA.names, row, strict=True)) for row in cells)
+        else:
+            rows = map(json.loads, lines())
+        try:
+            if suffix == ".csv":
+                next(cells, None)  # the header
+            for row in rows:
+                if (
+                    not isinstance(row, dict)
+                    or list(row) != SCHEMA.names
+                    or not isinstance(row["photo"], str)
+                ):
+                    raise ValueError("it has other columns")
+                yield row, end
+                number += 1
+        except (ValueError, csv.Error) as error:
+            if "unexpected end of data" in str(error):  # inside quotation marks
+                return
+            raise DataError(
+                f"{output} is damaged after {number} rows ({first_line(error)[:160]}): repair or "
+                "delete it, or choose another --output"
+            ) from error
+
+
+def _rows(output: Path) -> Iterator[tuple[list[str], int]]:
+    """Yield photos that ``output`` has rows of, and how many of them have an error."""
+    if output.suffix.lower() in _BEGINNINGS:
+        for row, _ in _text_rows(output):
+            yield [row["photo"]], bool(row["error"])
+        return
     for part in sorted(output.glob("*.parquet")):
         try:
             file = pq.ParquetFile(part)
@@ -105,10 +160,15 @@ def _done(output: Path) -> np.ndarray:
                 f"{part} is no file of captions (its columns are "
                 f"{', '.join(file.schema_arrow.names)}): choose another --output"
             )
-        for batch in file.iter_batches(columns=["photo"]):
-            photos = batch.column(0).to_pylist()
-            keys.append(np.fromiter(map(_key, photos), np.uint64, len(photos)))
-    return np.sort(np.concatenate(keys))
+        for batch in file.iter_batches(columns=["photo", "error"]):
+            photos, errors = batch.columns
+            yield photos.to_pylist(), len(errors) - errors.null_count
+
+
+def _done(output: Path) -> np.ndarray:
+    """Return the sorted keys of the photos that ``output`` has rows of."""
+    photos = itertools.chain.from_iterable(photos for photos, _ in _rows(output))
+    return np.sort(np.fromiter(map(_key, photos), np.uint64))
 
 
 def _is_in(keys: np.ndarray, key: int) -> bool:
@@ -132,12 +192,13 @@ def caption_all(
     Args:
         load: makes the captioner, with "ray" once in each worker.
         photos: from ``photos_at`` or ``photos_of``.
-        output: a folder of Parquet files, which datasets, pandas, DuckDB and their like read as
-            one table. With "ray" all machines need to see it, and the photos' files.
+        output: a .csv or .jsonl (JSON Lines) file; or, with .parquet or no suffix, a folder of
+            Parquet files, which datasets, pandas and DuckDB read as one table. Beside a file, the
+            hidden folder ``.NAME.job`` keeps what is needed to resume.
         options: of the decoding.
         source: the data and split whose rows the photos are; paths stand for themselves.
         engine: "local", or "ray": Ray Data, on this machine or on the cluster of ``RAY_ADDRESS``.
-        workers: of Ray, each with its own model.
+        workers: of Ray, each with its own model. All machines need to see the photos' files.
         gpus: of each worker.
 
     Returns:
@@ -145,7 +206,8 @@ def caption_all(
 
     Raises:
         ConfigError: the engine is unknown or not installed, ``workers`` is no number of them, or
-            ``output`` is a file, or holds captions of other data, options or another checkpoint.
+            ``output`` has another suffix, is a file or folder where it must not be, or holds
+            captions of other data, options or another checkpoint.
         DataError: ``output`` holds something else, or the photos cannot be read on.
         WriteError: ``output`` cannot be written.
         CheckpointError: the checkpoint cannot be loaded.
@@ -156,12 +218,25 @@ def caption_all(
         raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if not 1 <= workers <= 10_000:
         raise ConfigError(f"workers is {workers}; it must be a whole number from 1 to 10000")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file: choose another --output, which becomes a folder")
-    captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
-    with claimed(output):
+    suffix = output.suffix.lower()
+    if suffix not in ("", ".parquet", *_BEGINNINGS):
+        raise ConfigError(
+            f"{output}: captions are written as .csv, as .jsonl (JSON Lines), or as a folder of "
+            f"Parquet files (.parquet or no suffix), not as {suffix}: choose another --output"
+        )
+    is_file = suffix in _BEGINNINGS
+    if output.exists() and output.is_dir() == is_file:
+        now, wanted = ("folder", "file") if is_file else ("file", "folder")
+        raise ConfigError(f"{output} is a {now}: choose another --output, which becomes a {wanted}")
+    if is_file:
+        next(_text_rows(output), None)  # refuses a file that is not ours
+    captioner = load()  # with "ray" too: its errors are reported before anything starts
+    with claimed(_home(output)):
         done = _done(output)
-        _begin(output, source, captioner, options)
+        _begin(output, source, captioner, options, has_rows=len(done) > 0)
+        if is_file and output.exists():
+            with writing(output):
+                os.truncate(output, max((end for _, end in _text_rows(output)), default=0))
         left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
         with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
             if engine == "ray":
@@ -172,21 +247,30 @@ def caption_all(
         return _count(output)
 
 
-def _begin(output: Path, source: str, captioner: Captioner, options: DecodingOptions) -> None:
-    """Clear away what a kill left; write down whose captions these are, or refuse other ones."""
-    for partial in output.glob(f".{'?' * 32}.part"):
+def _home(output: Path) -> Path:
+    """Return the folder with a job's lock and its record."""
+    is_file = output.suffix.lower() in _BEGINNINGS
+    return output.with_name(f".{output.name}.job") if is_file else output
+
+
+def _begin(
+    output: Path, source: str, captioner: Captioner, options: DecodingOptions, *, has_rows: bool
+) -> None:
+    """Delete what a kill left; record what the captions are of, or refuse captions of others."""
+    home = _home(output)
+    for partial in home.glob(f".{'?' * 32}.part"):
         partial.unlink()
     weights = hashlib.sha256()
     for _, tensor in sorted(captioner.checkpoint.model.state_dict().items()):
         weights.update(tensor.cpu().numpy().tobytes())
     job = {"data": source, "weights": weights.hexdigest(), "options": options.to_dict()}
-    path = output / ".job.json"
+    path = home / ".job.json"
     try:
         before = json.loads(path.read_bytes())
         others = [name for name in job if before[name] != job[name]]
     except (OSError, ValueError, LookupError, TypeError):  # none there, or one that is damaged
         others = []
-    if others and any(output.glob("*.parquet")):
+    if others and has_rows:
         raise ConfigError(
             f"{output} holds captions of other {' and '.join(others)}: choose another --output"
         )
@@ -227,17 +311,14 @@ def _alone(
 
 
 class _Worker:
-    """Captions and writes a file's rows at a time, in a process of Ray's."""
+    """Captions photos in a process of Ray's."""
 
-    def __init__(
-        self, load: Callable[[], Captioner], options: DecodingOptions, output: Path
-    ) -> None:
-        self._captioner, self._options, self._output = load(), options, output
+    def __init__(self, load: Callable[[], Captioner], options: DecodingOptions) -> None:
+        self._captioner, self._options = load(), options
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, list[int]]:
-        """Return how many rows were written."""
-        _write(_caption(self._captioner, self._options, rows), self._output)
-        return {"rows": [len(rows["photo"])]}
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        """Return a table of ``SCHEMA``."""
+        return _caption(self._captioner, self._options, rows)
 
 
 def _with_ray(
@@ -249,7 +330,7 @@ def _with_ray(
     gpus: int,
     bar: tqdm[Any],
 ) -> None:
-    """Read in one task of Ray's, caption and write in its workers."""
+    """Read in one task of Ray's, caption in its workers, write in this process."""
     try:
         import ray
         import ray.data
@@ -283,9 +364,9 @@ def _with_ray(
             override_num_blocks=1,
             num_cpus=0,
         )
-        written = rows.map_batches(
+        captions = rows.map_batches(
             _Worker,
-            fn_constructor_args=(load, options, output.resolve()),
+            fn_constructor_args=(load, options),
             batch_size=_PART,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus or None,
@@ -293,8 +374,9 @@ def _with_ray(
             max_restarts=3,
             max_task_retries=3,
         )
-        for row in written.iter_rows():
-            bar.update(row["rows"])
+        for table in captions.iter_batches(batch_size=None, batch_format="pyarrow"):
+            _write(table, output)
+            bar.update(len(table))
     except ray.exceptions.RayError as error:
         # Our own error stands in the midst of Ray's; of others the last line says why.
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -309,10 +391,14 @@ def _with_ray(
 
 
 def _write(table: pa.Table, output: Path) -> None:
-    """Add a file whole or not at all: one that is being written has another name.
+    """Append the rows to a file, or add a file to a folder, whole or not at all.
 
-    It is called by its photos: where Ray does a task again, the same file comes of it.
+    The added file is named after its photos, so that writing them again replaces it.
     """
+    if output.suffix.lower() in _BEGINNINGS:
+        with writing(output), output.open("ab") as file:
+            file.write(_as_text(table, output.suffix.lower(), header=file.tell() == 0))
+        return
     photos = "\0".join(table.column("photo").to_pylist())
     name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
     partial = output / f".{uuid.uuid4().hex}.part"
@@ -324,9 +410,22 @@ def _write(table: pa.Table, output: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def _as_text(table: pa.Table, suffix: str, *, header: bool) -> bytes:
+    """Return the rows as CSV or JSON Lines, UTF-8."""
+    rows = table.to_pylist()
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def _count(output: Path) -> tuple[int, int]:
+    """Return how many rows there are, and how many of them have an error."""
     rows = errors = 0
-    for part in output.glob("*.parquet"):
-        column = pq.read_table(part, columns=["error"]).column("error")
-        rows, errors = rows + len(column), errors + len(column) - column.null_count
+    for photos, failed in _rows(output):
+        rows, errors = rows + len(photos), errors + failed
     return rows, errors

@@ -321,7 +321,7 @@ def _choose_split(source: str, splits: Mapping[str, Table], split: str) -> Table
     """Return one split; a single table for all is divided by its column ``split``."""
 
     def name_of(cell: str | None) -> str:
-        return split_name(cell or "train")
+        return split_name(str(cell or "train"))
 
     named = {split_name(name): table for name, table in splits.items()}
     names = list(named)
@@ -334,8 +334,9 @@ def _choose_split(source: str, splits: Mapping[str, Table], split: str) -> Table
         else:
             names = []
             for row in table.select_columns("split"):
-                names.append(name_of(row["split"]))
-                if names[-1] == split:  # far enough: the rest may be gigabytes
+                if (name := name_of(row["split"])) not in names:
+                    names.append(name)
+                if name == split:  # far enough: the rest may be gigabytes
                     break
             named = {split: table.filter(lambda row: name_of(row["split"]) == split)}
     if split not in names:
