@@ -149,20 +149,25 @@ def _rows(output: Path) -> Iterator[tuple[list[str], int]]:
             yield [row["photo"]], bool(row["error"])
         return
     for part in sorted(output.glob("*.parquet")):
-        try:
-            file = pq.ParquetFile(part)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{part} is damaged: delete it, and its photos are captioned again"
-            ) from error
-        if file.schema_arrow.names != SCHEMA.names:
-            raise DataError(
-                f"{part} is no file of captions (its columns are "
-                f"{', '.join(file.schema_arrow.names)}): choose another --output"
-            )
-        for batch in file.iter_batches(columns=["photo", "error"]):
+        for batch in _open_part(part).iter_batches(columns=["photo", "error"]):
             photos, errors = batch.columns
             yield photos.to_pylist(), len(errors) - errors.null_count
+
+
+def _open_part(part: Path) -> pq.ParquetFile:
+    """Open a Parquet file of captions."""
+    try:
+        file = pq.ParquetFile(part)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{part} is damaged: delete it, and its photos are captioned again"
+        ) from error
+    if file.schema_arrow.names != SCHEMA.names:
+        raise DataError(
+            f"{part} is no file of captions (its columns are "
+            f"{', '.join(file.schema_arrow.names)}): choose another --output"
+        )
+    return file
 
 
 def _done(output: Path) -> np.ndarray:
@@ -194,11 +199,12 @@ def caption_all(
         photos: from ``photos_at`` or ``photos_of``.
         output: a .csv or .jsonl (JSON Lines) file; or, with .parquet or no suffix, a folder of
             Parquet files, which datasets, pandas and DuckDB read as one table. Beside a file, the
-            hidden folder ``.NAME.job`` keeps what is needed to resume.
+            hidden folder ``.NAME.job`` keeps what is needed to resume. With "ray" all machines
+            need to see the folder of the output, and the photos' files.
         options: of the decoding.
         source: the data and split whose rows the photos are; paths stand for themselves.
         engine: "local", or "ray": Ray Data, on this machine or on the cluster of ``RAY_ADDRESS``.
-        workers: of Ray, each with its own model. All machines need to see the photos' files.
+        workers: of Ray, each with its own model.
         gpus: of each worker.
 
     Returns:
@@ -232,23 +238,27 @@ def caption_all(
         next(_text_rows(output), None)  # refuses a file that is not ours
     captioner = load()  # with "ray" too: its errors are reported before anything starts
     with claimed(_home(output)):
-        done = _done(output)
-        _begin(output, source, captioner, options, has_rows=len(done) > 0)
         if is_file and output.exists():
             with writing(output):
                 os.truncate(output, max((end for _, end in _text_rows(output)), default=0))
+        _collect(output, _done(output))  # what a kill left
+        done = _done(output)
+        _begin(output, source, captioner, options, has_rows=len(done) > 0)
         left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
         with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
-            if engine == "ray":
-                del captioner
-                _with_ray(load, left, output, options, workers, gpus, bar)
-            else:
-                _alone(captioner, left, output, options, bar)
+            try:
+                if engine == "ray":
+                    del captioner
+                    _with_ray(load, left, output, options, workers, gpus, bar)
+                else:
+                    _alone(captioner, left, output, options, bar)
+            finally:
+                _collect(output)
         return _count(output)
 
 
 def _home(output: Path) -> Path:
-    """Return the folder with a job's lock and its record."""
+    """Return the folder with a job's lock, its record, and the Parquet files that it writes."""
     is_file = output.suffix.lower() in _BEGINNINGS
     return output.with_name(f".{output.name}.job") if is_file else output
 
@@ -305,20 +315,24 @@ def _alone(
                 bar.update(len(tables[-1]))
         finally:  # after Ctrl-C too
             if tables:
-                _write(pa.concat_tables(tables), output)
+                _write(pa.concat_tables(tables), _home(output))
+                _collect(output)
         if not tables:
             break
 
 
 class _Worker:
-    """Captions photos in a process of Ray's."""
+    """Captions photos and writes a file of their rows at a time, in a process of Ray's."""
 
-    def __init__(self, load: Callable[[], Captioner], options: DecodingOptions) -> None:
-        self._captioner, self._options = load(), options
+    def __init__(
+        self, load: Callable[[], Captioner], options: DecodingOptions, folder: Path
+    ) -> None:
+        self._captioner, self._options, self._folder = load(), options, folder
 
-    def __call__(self, rows: dict[str, Any]) -> pa.Table:
-        """Return a table of ``SCHEMA``."""
-        return _caption(self._captioner, self._options, rows)
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[int]]:
+        """Return how many rows were written."""
+        _write(_caption(self._captioner, self._options, rows), self._folder)
+        return {"rows": [len(rows["photo"])]}
 
 
 def _with_ray(
@@ -330,7 +344,7 @@ def _with_ray(
     gpus: int,
     bar: tqdm[Any],
 ) -> None:
-    """Read in one task of Ray's, caption in its workers, write in this process."""
+    """Read in one task of Ray's; caption and write in its workers."""
     try:
         import ray
         import ray.data
@@ -364,9 +378,9 @@ def _with_ray(
             override_num_blocks=1,
             num_cpus=0,
         )
-        captions = rows.map_batches(
+        written = rows.map_batches(
             _Worker,
-            fn_constructor_args=(load, options),
+            fn_constructor_args=(load, options, _home(output).resolve()),
             batch_size=_PART,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus or None,
@@ -374,9 +388,8 @@ def _with_ray(
             max_restarts=3,
             max_task_retries=3,
         )
-        for table in captions.iter_batches(batch_size=None, batch_format="pyarrow"):
-            _write(table, output)
-            bar.update(len(table))
+        for row in written.iter_rows():
+            bar.update(row["rows"])
     except ray.exceptions.RayError as error:
         # Our own error stands in the midst of Ray's; of others the last line says why.
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -390,29 +403,44 @@ def _with_ray(
             ray.shutdown()
 
 
-def _write(table: pa.Table, output: Path) -> None:
-    """Append the rows to a file, or add a file to a folder, whole or not at all.
+def _write(table: pa.Table, folder: Path) -> None:
+    """Add a Parquet file whole or not at all: while it is being written, it has another name.
 
-    The added file is named after its photos, so that writing them again replaces it.
+    It is named after its photos: where Ray repeats a task, the same file comes of it.
     """
-    if output.suffix.lower() in _BEGINNINGS:
-        with writing(output), output.open("ab") as file:
-            file.write(_as_text(table, output.suffix.lower(), header=file.tell() == 0))
-        return
     photos = "\0".join(table.column("photo").to_pylist())
     name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
-    partial = output / f".{uuid.uuid4().hex}.part"
-    with writing(output):
+    partial = folder / f".{uuid.uuid4().hex}.part"
+    with writing(folder):
         try:
             pq.write_table(table, partial)
-            partial.replace(output / name)
+            partial.replace(folder / name)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _as_text(table: pa.Table, suffix: str, *, header: bool) -> bytes:
+def _collect(output: Path, done: np.ndarray | None = None) -> None:
+    """Move the rows of the job's Parquet files to the end of a CSV or JSON Lines file.
+
+    Photos in ``done`` have a row there already.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in _BEGINNINGS:
+        return
+    for part in sorted(_home(output).glob("*.parquet")):
+        rows = _open_part(part).read().to_pylist()
+        if done is not None:
+            rows = [row for row in rows if not _is_in(done, _key(row["photo"]))]
+        with writing(output):
+            with output.open("ab") as file:
+                file.write(_as_text(rows, suffix, header=file.tell() == 0))
+                file.flush()
+                os.fsync(file.fileno())
+            part.unlink()
+
+
+def _as_text(rows: list[dict[str, Any]], suffix: str, *, header: bool) -> bytes:
     """Return the rows as CSV or JSON Lines, UTF-8."""
-    rows = table.to_pylist()
     if suffix == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     text = io.StringIO(newline="")

@@ -94,15 +94,17 @@ class CaptionedPhotos:
 
     def names(self) -> list[str]:
         """Return each photo's file name or id, or its row number if the data has neither."""
-        there = self._table.column_names
-        # Without the photos' bytes, unless their file names are stored nowhere else.
-        columns = [name for name in _NAME_COLUMNS if name in there]
-        columns = columns or ["image", *(name for name in _ID_COLUMNS if name in there)]
-        names = (
-            _photo_name(dict(zip(batch, values, strict=True)), self.source)
-            for batch in self._table.select_columns(columns).iter(batch_size=100)
-            for values in zip(*batch.values(), strict=True)
-        )
+        names: list[str | None] = []
+        # Without the photos' bytes, unless a file name is stored nowhere else.
+        for wanted in (_NAME_COLUMNS, (*_NAME_COLUMNS, "image", *_ID_COLUMNS)):
+            columns = [column for column in wanted if column in self._table.column_names]
+            names = [
+                _photo_name(dict(zip(batch, cells, strict=True)), self.source)
+                for batch in self._table.select_columns(columns).iter(batch_size=100)
+                for cells in zip(*batch.values(), strict=True)
+            ]
+            if names and None not in names:
+                break
         return [str(row) if name is None else name for row, name in enumerate(names)]
 
     @functools.cached_property
@@ -119,9 +121,16 @@ class CaptionedPhotos:
         return digest.hexdigest()
 
 
-def _stored_photo(image: Mapping[str, Any] | None, source: str) -> bytes | Path | None:
+def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
+    """Return what a cell of the column ``image`` holds: datasets leaves some cells as stored."""
+    if isinstance(cell, Mapping):
+        return cell.get("bytes"), cell.get("path")
+    return (cell, None) if isinstance(cell, bytes) else (None, cell)
+
+
+def _stored_photo(cell: Any, source: str) -> bytes | Path | None:
     """Return the bytes or the path in a cell of the column ``image``, None if it is empty."""
-    data, path = (image["bytes"], image["path"]) if image else (None, None)
+    data, path = _bytes_and_path(cell)
     if data is not None or not path:
         return data
     if "://" in path:  # on the Hub, or inside an archive
@@ -139,7 +148,8 @@ def _photo_name(row: Mapping[str, Any], source: str) -> str | None:
     for column in _NAME_COLUMNS:
         if row.get(column):
             return str(row[column])
-    if path := (row.get("image") or {}).get("path"):
+    _, path = _bytes_and_path(row.get("image"))
+    if path:
         return _relative_name(path, source)
     ids = (row[column] for column in _ID_COLUMNS if row.get(column) not in (None, ""))
     return next(map(str, ids), None)

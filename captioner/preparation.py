@@ -177,6 +177,15 @@ def prepare(
     references = [validation_captions[row] for row in validation_rows]
     texts = [text for some in captions for text in some]
     vocabulary = Vocabulary.build(texts, config.min_count)
+    room = config.max_length - 2  # without <bos> and <eos>
+    num_cut = sum(len(vocabulary.encode(text)) > room for text in texts)
+    if num_cut > len(texts) / 3:
+        log.warning(
+            "%d of %d captions are cut after %d words: raise the limit with --set max_length=N",
+            num_cut,
+            len(texts),
+            room,
+        )
     matrix = None
     if config.word2vec:
         from captioner.embeddings import word2vec_matrix

@@ -20,11 +20,10 @@ _CHARACTER_WORD = re.compile(rf"[{CHARACTER_WORDS}][^\w\s]*")  # the character a
 # Word separators that are not white space: zero-width space, Tibetan tsheg, Ethiopic word space.
 _SEPARATORS = str.maketrans(dict.fromkeys("\u200b\u0f0b\u0f0c\u1361", " "))
 # Thai, Lao, Burmese, Khmer, Tai, Balinese and Javanese have no spaces between words.
-_UNSPACED_WORD = re.compile(
+_UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
-    r"\ua980-\ua9ff\uaa60-\uaadf]\S*"
+    r"\ua980-\ua9ff\uaa60-\uaadf]+"
 )
-_MAX_UNSPACED_LENGTH = 6  # letters per word on average; segmented words have about 3 to 4
 ONE_WORD = 1.5  # fewer words per caption than this are about one
 
 
@@ -89,17 +88,15 @@ def mean_words(captions: Iterable[str]) -> float:
         text = clean(caption)
         num_captions += 1
         num_words += len(text.split())
-        unspaced = [] if text.isascii() else _UNSPACED_WORD.findall(text)
+        unspaced = [] if text.isascii() else _UNSPACED.findall(text)
         if unspaced:
             example = example or unspaced[0]
             unspaced_captions += 1
             unspaced_words += len(unspaced)
             unspaced_letters += sum(letter.isalpha() for word in unspaced for letter in word)
-    # A few captions in another language do no harm.
-    if unspaced_captions > num_captions / 10 and (
-        unspaced_letters > _MAX_UNSPACED_LENGTH * unspaced_words
-        or unspaced_words < ONE_WORD * unspaced_captions
-    ):
+    # Segmented words have 3 to 4 letters on average. A few captions in another language are fine.
+    longest = 3 if unspaced_words < ONE_WORD * unspaced_captions else 6
+    if unspaced_captions > num_captions / 10 and unspaced_letters > longest * unspaced_words:
         raise DataError(
             f"the captions have no spaces between words ({reprlib.repr(example)}), so a sentence "
             "would count as one word: segment them first (PyThaiNLP does so for Thai, ICU for "
