@@ -45,6 +45,14 @@ def table(output: Path) -> dict[str, Row]:
     return {row["photo"]: row for row in rows}
 
 
+def rounded(output: Path) -> dict[str, Row]:
+    """Return the rows with what batches of any size have in common of the numbers."""
+    rows = table(output)
+    for row in rows.values():
+        row["log_probability"] = row["log_probability"] and round(row["log_probability"], 3)
+    return rows
+
+
 @pytest.fixture
 def album(tmp_path: Path, example_photos: list[Path]) -> Path:
     """Four photos in two folders, one of them broken, and a name that is no valid text."""
@@ -128,7 +136,7 @@ def test_text_tables_hold_what_parquet_holds_and_resume_after_a_torn_row(
     folder, output = tmp_path / "captions.parquet", tmp_path / f"captions{suffix}"
     write(folder)
     write(output)
-    assert table(output) == table(folder)
+    assert rounded(output) == rounded(folder)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == [
         f".{output.name}.job"
     ]
@@ -141,11 +149,11 @@ def test_text_tables_hold_what_parquet_holds_and_resume_after_a_torn_row(
         output.write_bytes(whole[:end])
         asked.clear()
         write(output)
-        assert table(output) == table(folder)
+        assert rounded(output) == rounded(folder)
         assert asked
     output.unlink()  # and all of them are captioned again
     write(output)
-    assert table(output) == table(folder)
+    assert rounded(output) == rounded(folder)
 
 
 def test_rows_that_a_kill_left_beside_a_text_table_are_moved_into_it(
@@ -180,7 +188,7 @@ def test_captions_of_a_data_set_are_named_after_its_photos(
     write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
     tmp_path: Path,
 ) -> None:
-    rows = [hub_row(n, ("train", "val", "test")[max(0, n - 15) // 4]) for n in range(24)]
+    rows = [hub_row(n, ("train", "val", "test")[max(0, n - 12) // 4]) for n in range(24)]
     for row in rows:
         del row["filename"], row["img_id"]
     stored = write_parquet(tmp_path / "stored", {"test": rows})
@@ -194,8 +202,8 @@ def test_captions_of_a_data_set_are_named_after_its_photos(
     (captioned / "captions.txt").write_text("image,caption\nb.png,a dog\nb.png,a cat\n")
     for number, (source, split, names) in enumerate(
         (
-            (stored, "test", [f"{1000 + n}.png" for n in range(23, 24)]),
-            (stored, "val", [f"{1000 + n}.png" for n in range(19, 23)]),
+            (stored, "test", [f"{1000 + n}.png" for n in range(20, 24)]),
+            (stored, "val", [f"{1000 + n}.png" for n in range(16, 20)]),
             (photos, "train", ["a.png"]),
             (captioned, "Train", ["b.png"]),
         )
