@@ -27,6 +27,7 @@ from captioner.data import (
 )
 from captioner.errors import ConfigError, DataError, ImageError
 from captioner.images import Transform
+from captioner.preparation import check_lengths
 from captioner.vocab import Vocabulary, clean
 
 Draw = Callable[..., bytes]
@@ -171,6 +172,16 @@ def test_photos_beside_a_captions_file_are_streamed(tmp_path: Path, draw: Draw) 
         (row,) = stream_photos(str(source), "dev")
         assert row["filename"] == "b/a.png"
         assert Path(row["path"].decode()).read_bytes() == draw(1)
+
+
+def test_captions_that_are_mostly_cut_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    captions = ["一只黑色的狗在绿色的草地上快速地奔跑着", "一只狗", "一只猫"]
+    vocabulary = Vocabulary.build(captions, min_count=1)
+    check_lengths(captions, vocabulary, 20)
+    assert not caplog.text
+    check_lengths(captions[:2], vocabulary, 20)
+    assert "1 of 2 captions are cut after 18 words" in caplog.text
+    assert "--set max_length=" in caplog.text
 
 
 def test_a_bare_string_is_one_caption(
