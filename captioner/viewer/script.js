@@ -363,7 +363,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
     find(".beams").replaceChildren(
       ...beams.map((each, at) => {
         const node = button("beam");
-        const text = each.words.map((word) => word.text).join(" ") || "(no words)";
+        const text = each.text || "(no words)";
         node.setAttribute("aria-pressed", String(at === beam));
         node.append(make("span", "rank", `#${at + 1}`), make("span", "text", text), make("span", "number", `log p ${each.log_probability.toFixed(2).replace("-", "−")}`));
         node.addEventListener("click", () => {
@@ -421,7 +421,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
     buildBeams();
     buildCells();
     find(".position").max = items().length - 1;
-    find(".photo").alt = chosen().words.map((each) => each.text).join(" ");
+    find(".photo").alt = chosen().text;
     const first = chosen().words.findIndex((each) => !SMALL.has(each.text));
     pin(Math.min(word ?? Math.max(first, 0), items().length - 1));
     drawAnswers();
@@ -490,7 +490,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
   find(".overview").addEventListener("toggle", drawTiles);
   find(".photo").addEventListener("load", drawTiles);
   find(".copy").addEventListener("click", async () => {
-    const text = chosen().words.map((word) => word.text).join(" ");
+    const { text } = chosen();
     try {
       await navigator.clipboard.writeText(text);
       find(".taken").textContent = "Copied.";
