@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from PIL.TiffTags import RATIONAL, SIGNED_RATIONAL
@@ -48,6 +51,9 @@ _MAX_PIXELS_OF: dict[str | None, int] = {
 }
 # Larger ones are reduced as they are converted: nothing here looks closer, and copies take memory.
 _KEPT_PIXELS = 16_000_000
+# The same where colours are converted to sRGB, which takes longer than decoding a JPEG.
+_KEPT_PIXELS_OF_PROFILE = 4_000_000
+_MAX_PROFILE_BYTES = 8_000_000
 # Photoshop's history in a good PNG takes more than the megabyte that Pillow allows.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 # The C library gives memory back at once that came in pieces of more than 32 MB. Of Pillow's own 16
@@ -57,6 +63,10 @@ Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]
 Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+# The colour space of an ICC profile -> the mode of the pixels that it describes.
+_MODE_OF_SPACE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _ORIENTATION = 0x0112  # EXIF's tag
 _FULL_SIZE = "full_size"  # an attribute: unlike Image.info it is lost where somebody crops
 _TURNS = {
@@ -134,8 +144,8 @@ def _to_eight_bit(values: np.ndarray, full_scale: float) -> Image.Image:
     return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """Return eight-bit RGB, alpha on white."""
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Return the picture in mode L, CMYK, LAB, RGB or RGBA, its colours as they are."""
     if image.mode in _WIDE:
         values = np.asarray(image)
         if image.mode == "F":
@@ -143,38 +153,89 @@ def _flat(image: Image.Image) -> Image.Image:
         else:
             full_scale = 65535 if values.size and values.max() > 255 else 255
         image = _to_eight_bit(values, full_scale)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, "white")
-        image.alpha_composite(layer)
-    return image.convert("RGB")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")
 
 
-def _factor(size: tuple[int, int]) -> int:
+def _flat(image: Image.Image, to_srgb: ImageCms.ImageCmsTransform | None) -> Image.Image:
+    """Return eight-bit sRGB, alpha on white."""
+    if to_srgb is None:
+        rgb = image.convert("RGB")
+    else:
+        rgb = to_srgb.apply(image.convert(to_srgb.input_mode))
+    if image.mode != "RGBA":
+        return rgb
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgb, mask=image.getchannel("A"))
+    return white
+
+
+def _profile_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return the way from the image's ICC profile to sRGB, None where its colours can stay.
+
+    PNG's gAMA and cHRM chunks and EXIF's colour space are ignored: most that differ from sRGB are
+    wrong, and browsers ignore the latter too.
+    """
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= _MAX_PROFILE_BYTES:
+        return None
+    grey = image.mode in ("1", "L", "LA", "La", *_WIDE)
+    mode = "L" if grey else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
+    return _transform_to_srgb(profile, mode)
+
+
+@functools.lru_cache(maxsize=4)  # a profile may have megabytes; an album has one or two
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return None if the profile is broken, of another mode than the pixels, or sRGB itself."""
+    if b"mpet" in profile:  # any number of steps for each colour: small files could take minutes
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if _MODE_OF_SPACE.get(
+            source.profile.xcolor_space.strip()
+        ) != mode or source.profile.device_class not in ("scnr", "mntr", "prtr", "spac"):
+            return None
+        transform = ImageCms.buildTransform(source, _SRGB, mode, "RGB")
+        # The profile's name proves nothing, so compare what becomes of 9 x 9 x 9 colours.
+        colours = np.stack(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), axis=-1).astype(np.uint8)
+        probe = Image.fromarray(colours.reshape(9, 81, 3)).convert(mode)
+        before, after = (
+            np.asarray(each, int) for each in (probe.convert("RGB"), transform.apply(probe))
+        )
+    except Exception:  # a broken profile must not hide a good picture
+        return None
+    return transform if np.abs(after - before).max() > 2 else None
+
+
+def _factor(image: Image.Image) -> int:
     """Return by how much both sides are divided."""
-    return math.ceil(math.sqrt(math.prod(size) / _KEPT_PIXELS)) or 1
+    kept = _KEPT_PIXELS if _profile_transform(image) is None else _KEPT_PIXELS_OF_PROFILE
+    return math.ceil(math.sqrt(math.prod(image.size) / kept)) or 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the upright picture in eight-bit RGB: first frame, EXIF rotation, alpha on white.
+    """Return the upright picture in eight-bit sRGB: first frame, EXIF rotation, alpha on white.
 
-    One of more than 16 million pixels is reduced below that by a whole factor; ``full_size`` knows
-    how large it was. It carries no metadata.
+    A picture of more than 16 million pixels (4 million, if an ICC profile other than sRGB has to
+    be converted) is reduced below that by a whole factor; ``full_size`` remembers its size. The
+    result carries no metadata.
     """
     size = full_size(image)
-    factor = _factor(image.size)
+    factor, to_srgb = _factor(image), _profile_transform(image)
     width, height = (math.ceil(length / factor) for length in image.size)
     if factor == 1:
-        rgb = _flat(image)
+        rgb = _flat(_eight_bit(image), to_srgb)
     elif image.mode in (*_WIDE, "LAB"):  # slow to convert; LAB's signed bytes have no mean
-        rgb = _flat(image.resize((width, height), Image.Resampling.NEAREST))
+        small = image.resize((width, height), Image.Resampling.NEAREST)
+        rgb = _flat(_eight_bit(small), to_srgb)
     else:
         # In bands: a copy of the whole in another mode would take as much memory again.
         rgb = Image.new("RGB", (width, height))
         rows = max(2_000_000 // image.width, factor) // factor * factor
         for top in range(0, image.height, rows):
             band = image.crop((0, top, image.width, min(top + rows, image.height)))
-            rgb.paste(_flat(band).reduce(factor), (0, top // factor))
+            rgb.paste(_flat(_eight_bit(band).reduce(factor), to_srgb), (0, top // factor))
     turn = None
     with contextlib.suppress(Exception):  # a broken EXIF block must not hide a good picture
         turn = _TURNS.get(image.getexif()[_ORIENTATION])
@@ -255,7 +316,7 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"{name} is not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
             ) from error
         _check_size(source, name, max_pixels)
-        size, factor = source.size, _factor(source.size)
+        size, factor = source.size, _factor(source)
         # A JPEG is decoded smaller at once, a HEIC from its preview if that is large enough.
         if factor > 1 and source.draft(None, (size[0] // factor or 1, size[1] // factor or 1)):
             setattr(source, _FULL_SIZE, size)
