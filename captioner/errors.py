@@ -1,5 +1,11 @@
 """What can go wrong, as a small tree. Every message names the cause and the way out."""
 
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
 
 class CaptionerError(Exception):
     """Base of all errors that this package raises on purpose; its text is fit to show a user.
@@ -50,3 +56,34 @@ class WriteError(CaptionerError):
 def first_line(error: BaseException) -> str:
     """Return an error's first line, or its kind where it has no text, to quote in a message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class _First(logging.Filter):
+    """Lets only the first record through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_first = True
+
+    def filter(self, _: logging.LogRecord) -> bool:
+        is_first, self._is_first = self._is_first, False
+        return is_first
+
+
+@contextlib.contextmanager
+def logging_to_stderr(prefix: str = "") -> Iterator[None]:
+    """Print this package's warnings on standard error, each once, for a command.
+
+    Libraries print their own, which a handler of the root logger would repeat. Of the Hub's retries
+    only the first is printed: the error at the end names the cause.
+    """
+    logger, retries = (logging.getLogger(n) for n in ("captioner", "huggingface_hub.utils._http"))
+    handler, first = logging.StreamHandler(), _First()
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logger.addHandler(handler)
+    retries.addFilter(first)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        retries.removeFilter(first)

@@ -1,4 +1,4 @@
-"""Opening any photo safely, and the one preprocessing that training and serving share.
+"""Finding photos, opening any of them safely, and the preprocessing of training and serving.
 
 Knows nothing of models: an encoder hands in its own size, mean and deviation.
 """
@@ -29,7 +29,17 @@ MAX_PIXELS = 60_000_000
 MAX_SIDE = 65_535  # pixels, as in JPEG; every row takes memory
 MAX_BYTES = 250_000_000  # of a file: that many pixels, uncompressed
 DISPLAY_SIDE = 1024  # pixels of the longer side, for a browser
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .tif .tiff .avif".split())  # noqa: SIM905
+SUFFIXES = frozenset(  # of files that are opened
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .webp .bmp .tif .tiff .avif".split()  # noqa: SIM905
+)
+_HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+# Other pictures, which a folder may hold. Opening one names the problem, so that none is left out
+# silently. Of some raw photos Pillow opens the preview.
+_OTHER_SUFFIXES = frozenset(
+    """.3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw
+    .rw2 .rwl .sr2 .srf .srw .x3f .jxl .jp2 .j2k .jpf .jpx .jxr .wdp .dib .exr .hdr .heics .heifs
+    .avifs .pbm .pgm .ppm .pnm .psb .psd .svg .svgz .tga .xcf""".split()  # noqa: SIM905
+)
 
 # What is opened, whatever the file is called: Pillow reads EPS by running Ghostscript, and more.
 _FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
@@ -38,7 +48,7 @@ with contextlib.suppress(ImportError):  # the photos of iPhones, where pillow-he
 
     register_heif_opener()
     _FORMATS.append("HEIF")
-    SUFFIXES |= {".heic", ".heif"}
+    SUFFIXES |= _HEIF_SUFFIXES
 
 # Of formats and modes of which Pillow holds several copies, or libjpeg whole progressive scans.
 _MAX_PIXELS_OF: dict[str | None, int] = {
@@ -304,14 +314,17 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"{name} has {length / 1e6:,.0f} megabytes, more than {MAX_BYTES / 1e6:.0f}: "
                 "scale it down"
             )
+        file.seek(0)
+        head = file.read(12)
         try:
-            with warnings.catch_warnings():
-                # Pillow only warns up to twice its own limit; ours is checked below.
-                warnings.simplefilter("ignore")
-                source = Image.open(file, formats=_FORMATS)
+            source = _open(file)
         except Image.DecompressionBombError as error:
             raise ImageError(f"{name} has too many pixels: scale it down") from error
         except Exception as error:
+            if "HEIF" not in _FORMATS and (
+                _is_heif(head) or Path(name).suffix.lower() in _HEIF_SUFFIXES
+            ):
+                raise _heif_error(name) from error
             raise ImageError(
                 f"{name} is not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
             ) from error
@@ -326,19 +339,102 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _decode(source, name)
 
 
+def _is_heif(head: bytes) -> bool:
+    """Tell from the first 12 bytes of a file."""
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+    return head[4:8] == b"ftyp" and head[8:12] in brands
+
+
+def _heif_error(name: str | Path) -> ImageError:
+    return ImageError(f"{name} is a HEIC photo: pip install pillow-heif, or convert it to JPEG")
+
+
 def _file(photo: bytes | str | os.PathLike[str]) -> _Reader:
     """Open bytes or a regular file: a FIFO would block."""
     if isinstance(photo, bytes):
         return _Reader(io.BytesIO(photo))
+    if re.match(r"[a-z][a-z0-9+.-]+://", str(photo), re.IGNORECASE):
+        raise ImageError(
+            f"{photo} is an address, not a file: download it first, or pipe it, as in "
+            "`curl -L ADDRESS | captioner caption -`"
+        )
     path = Path(photo)
     try:
         if not path.exists():
-            raise ImageError(f"there is no file {path}")
+            broken = ": it is a broken link" if path.is_symlink() else ""
+            raise ImageError(f"there is no file {path}{broken}")
         if not path.is_file():
             raise ImageError(f"{path} is not a file")
         return _Reader(io.FileIO(path))
     except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
         raise ImageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def find_photos(folder: Path) -> Iterator[tuple[Path, ImageError | None]]:
+    """Yield the photos of a folder and of all folders in it, in the order of their names.
+
+    Links to folders are followed, after all others; no folder is read twice. What looks like a
+    photo by its name is yielded even if ``open_photo`` will refuse it. Folders that cannot be read,
+    and HEIC photos where pillow-heif is missing, come with the error.
+    """
+    suffixes = SUFFIXES | _HEIF_SUFFIXES | _OTHER_SUFFIXES
+    folders, links, visited = [folder], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        try:
+            status = current.stat()
+            if (key := (status.st_dev, status.st_ino)) in visited:
+                continue
+            visited.add(key)
+            with os.scandir(current) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            yield current, ImageError(f"cannot read the folder {current}: {error.strerror}")
+            continue
+        inside = []
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                inside.append(path)
+            elif entry.is_symlink() and os.path.isdir(path):  # noqa: PTH112 -- Path may raise
+                links.append(path)
+            elif path.suffix.lower() in suffixes:
+                yield path, _heif_error(path) if _lacks_heif(path) else None
+            elif not path.suffix and _may_be_photo(path):
+                yield path, None
+        folders += reversed(inside)
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a regular file, none if it cannot be read."""
+    with contextlib.suppress(ImageError, OSError), _file(path) as file:
+        return file.read(16)
+    return b""
+
+
+def _lacks_heif(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return "HEIF" not in _FORMATS and suffix in _HEIF_SUFFIXES and _is_heif(_head(path))
+
+
+def _may_be_photo(path: Path) -> bool:
+    """Look into a file whose name has no suffix; a broken link may be one to a folder of photos."""
+    if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 -- Path may raise
+        return True
+    if _is_heif(_head(path)):
+        return True
+    with contextlib.suppress(Exception), _file(path) as file:
+        _open(file)
+        return True
+    return False
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    """Read the header of a picture."""
+    with warnings.catch_warnings():
+        # Pillow only warns up to twice its own limit; ours is checked later.
+        warnings.simplefilter("ignore")
+        return Image.open(file, formats=_FORMATS)
 
 
 def _check_size(source: Image.Image, name: str, max_pixels: int) -> None:
