@@ -50,7 +50,7 @@ _DECODING: dict[str, tuple[type, str, str]] = {
         "above 0 words are sampled, more randomly as it rises; default 0: beam search",
     ),
     "top_p": (float, "P", "of --temperature: sample from the likeliest words of this probability"),
-    "samples": (int, "N", "of --temperature: captions to sample, the likeliest comes first"),
+    "samples": (int, "N", "of --temperature: captions to sample; --json holds all of them"),
     "seed": (int, "N", "of --temperature; default 0"),
 }
 
