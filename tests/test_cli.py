@@ -534,6 +534,8 @@ def test_each_warning_is_printed_once_and_only_the_first_retry_of_the_hub(
     monkeypatch.setattr("captioner.__main__._caption", warn)
     monkeypatch.setattr(train, "fit", warn)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (printer,) = logging.getLogger("huggingface_hub").handlers
+    monkeypatch.setattr(printer, "stream", sys.stderr)
     for command, prefix in ((main, "captioner: "), (train.main, "")):
         assert command(["caption"] if command is main else []) == 0
         assert root.handlers == []
