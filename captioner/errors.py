@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
+import itertools
 import logging
-from collections.abc import Iterator
 
 
 class CaptionerError(Exception):
@@ -58,32 +59,24 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class _First(logging.Filter):
-    """Lets only the first record through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._is_first = True
-
-    def filter(self, _: logging.LogRecord) -> bool:
-        is_first, self._is_first = self._is_first, False
-        return is_first
-
-
 @contextlib.contextmanager
-def logging_to_stderr(prefix: str = "") -> Iterator[None]:
+def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
     """Print this package's warnings on standard error, each once, for a command.
 
     Libraries print their own, which a handler of the root logger would repeat. Of the Hub's retries
     only the first is printed: the error at the end names the cause.
     """
     logger, retries = (logging.getLogger(n) for n in ("captioner", "huggingface_hub.utils._http"))
-    handler, first = logging.StreamHandler(), _First()
+    handler, numbers = logging.StreamHandler(), itertools.count()
+
+    def is_first(_: logging.LogRecord) -> bool:
+        return next(numbers) == 0
+
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     logger.addHandler(handler)
-    retries.addFilter(first)
+    retries.addFilter(is_first)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        retries.removeFilter(first)
+        retries.removeFilter(is_first)

@@ -165,7 +165,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         image = _to_eight_bit(values, full_scale)
     if image.mode in _ALPHA or "transparency" in image.info:
         return image.convert("RGBA")
-    return image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")
+    return image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB")
 
 
 def _flat(image: Image.Image, to_srgb: ImageCms.ImageCmsTransform | None) -> Image.Image:
