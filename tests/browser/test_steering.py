@@ -124,7 +124,7 @@ def test_a_beginning_with_an_unknown_word_says_which(cat: Page) -> None:
     words = words_of(cat)
     cat.get_by_label("Your own words").fill("a zorblax on")
     cat.get_by_role("button", name="Write on from here").click()
-    expect(cat.get_by_text("does not know the word 'zorblax'")).to_be_visible()
+    expect(cat.get_by_text("\"zorblax\" isn't in the model's vocabulary")).to_be_visible()
     assert words_of(cat) == words
 
 
