@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+import captioner  # noqa: F401  # isort: skip -- before gradio, which looks for a cache
 import gradio as gr
 
 from captioner import viewer

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,15 @@ class Captioner:
         self.checkpoint = checkpoint
         self.encoder = encoder
         self._decoder = pack(checkpoint.model.to(encoder.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the packed decoder, which holds the weights of the checkpoint once more."""
+        return {**self.__dict__, "_decoder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the decoder for the machine that this is now."""
+        self.__dict__.update(state)
+        self._decoder = pack(self.checkpoint.model)
 
     @classmethod
     def load(
