@@ -16,6 +16,7 @@ import torch
 from captioner.config import DecodingOptions, ModelConfig
 from captioner.errors import CaptionerError, CheckpointError, first_line
 from captioner.files import whole_folder
+from captioner.isolation import torch_defaults
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
 
@@ -135,6 +136,7 @@ def find(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
+@torch_defaults()
 def load(path_or_hub_id: str | Path) -> Checkpoint:
     """Load a checkpoint, checked throughout.
 

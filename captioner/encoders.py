@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner.errors import ConfigError, EncoderError, first_line
 from captioner.images import Transform
+from captioner.isolation import torch_defaults
 
 GRID = 7
 _Item = TypeVar("_Item")
@@ -100,7 +101,8 @@ class Encoder(nn.Module):
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # copied while the GPU computes
         images = images.to(self.device, non_blocking=self.device.type == "cuda")
-        grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(self.device.type, enabled=False):  # the caller's
+            grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
         if grid.ndim != 4:
             raise EncoderError(
                 f"{self.name} gives {tuple(grid.shape)}, no spatial feature map (B, C, h, w): "
@@ -397,6 +399,7 @@ def check_encoder_name(name: str) -> None:
         )
 
 
+@torch_defaults()
 def load_encoder(name: str, weights: str | Path | None = None) -> Encoder:
     """Load a frozen encoder with real weights.
 

@@ -187,7 +187,9 @@ class Captioner:
     ) -> list[Caption | ImageError]:
         """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
         if len(photos) == 1:
-            return self._write(photos, search)
+            # Other threads begin without the caller's autocast.
+            with torch.autocast(self.encoder.device.type, enabled=False):
+                return self._write(photos, search)
         batch = 64
         if self.encoder.device.type == "cpu":
             batch = min(16, math.ceil(len(photos) / torch.get_num_threads()) or 1)
