@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from captioner.caches import writing_caches
+from captioner.caches import cache_access
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError, first_line
 from captioner.files import claimed, write_whole, writing
@@ -65,7 +65,7 @@ def photos_at(paths: Callable[[], Iterable[Path]]) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(rows)
 
 
-@writing_caches()
+@cache_access()
 def photos_of(source: str, split: str = "train") -> datasets.IterableDataset:
     """Stream the photos of a Hub id or a folder of Parquet as rows for ``caption_all``.
 

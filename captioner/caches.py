@@ -85,11 +85,13 @@ def _temporary_folder(name: str) -> str:
 
 
 @contextlib.contextmanager
-def writing_caches() -> Iterator[None]:
-    """Wrap code that fills a cache: announce a temporary one, once, and name the right culprit.
+def cache_access() -> Iterator[None]:
+    """Wrap calls that download or convert: announce a temporary cache, once.
+
+    Without the Hub's warnings about each retry: when it gives up, it raises an error.
 
     Raises:
-        WriteError: the cache cannot be written, whatever the library made of that.
+        WriteError: the cache cannot be written, whatever error the library made of that.
     """
     global _announced
     if _temporary is not None and not _announced:
@@ -99,6 +101,9 @@ def writing_caches() -> Iterator[None]:
             "exit; set HF_HOME to keep them",
             _temporary.name,
         )
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:
@@ -112,6 +117,8 @@ def writing_caches() -> Iterator[None]:
                 ) from error
             cause = cause.__cause__ or cause.__context__
         raise
+    finally:
+        hub.setLevel(level)
 
 
 def _cache_of(error: OSError) -> tuple[str, Path] | None:

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from captioner.caches import writing_caches
+from captioner.caches import cache_access
 from captioner.config import DEFAULT_SOURCE, PAD
 from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.images import Transform, open_photo
@@ -182,7 +182,7 @@ def _by_split(table: datasets.Dataset) -> dict[str, datasets.Dataset]:
     return {name: table.select(some) for name, some in rows.items()}
 
 
-@writing_caches()
+@cache_access()
 def _load_splits(source: str) -> tuple[dict[str, datasets.Dataset], int]:
     """Return the splits of a source by name, nothing decoded, and how many photos are missing."""
     try:
@@ -278,7 +278,7 @@ def load_captions(
     return photos
 
 
-@writing_caches()
+@cache_access()
 def load_texts(source: str) -> list[list[str]]:
     """Read captions without photos: Parquet files with the column ``alt_text``, five a row or so.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from captioner.caches import cache_access
 from captioner.errors import ConfigError, EncoderError, first_line
 from captioner.images import Transform
 from captioner.isolation import torch_defaults
@@ -294,6 +295,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     return Encoder(name, _Levels(model), transform, hasten=_hasten_lite)
 
 
+@cache_access()
 def _timm(name: str, weights: str | None) -> Encoder:
     """Any timm model that has a spatial feature map; its weights come from the Hub."""
     import timm
