@@ -6,10 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-import captioner  # noqa: F401  # isort: skip -- before gradio, which looks for a cache
+from captioner import viewer  # isort: skip -- before gradio, which looks for a cache
 import gradio as gr
 
-from captioner import viewer
 from captioner.config import DecodingOptions
 from captioner.errors import CaptionerError
 from captioner.overlay import render

@@ -151,7 +151,7 @@ def _download(name: str) -> Path:
             f"{hub_reason(error, repository)}"
         ) from error
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{name} of the Hugging Face Hub is no checkpoint: it has no {CONFIG}")
+        raise CheckpointError(f"{name} of the Hub is no captioner checkpoint: it has no {CONFIG}")
     return folder
 
 

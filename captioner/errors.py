@@ -82,7 +82,10 @@ def hub_reason(error: BaseException, path: str) -> str:
             "with `hf auth login`"
         )
     if is_due_to(hub.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and the cache lacks it: unset that, or give a local folder"
+        return (
+            "HF_HUB_OFFLINE is set, and the cache lacks it: unset it and use your internet "
+            "connection, or give a local folder"
+        )
     for each in causes:
         if isinstance(each, hub.HfHubHTTPError):
             status = each.response.status_code
