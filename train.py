@@ -11,6 +11,7 @@ from typing import Any
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, logging_to_stderr
+from captioner.files import user_path
 from captioner.training import Stopped, fit
 
 # Fields of TrainConfig that can be set one by one, over the recipe's own.
@@ -56,13 +57,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="Parquet files with more captions (alt_text) and no photos, to be read first",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="default %(default)s")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("runs/train"), help="default %(default)s"
+    )
     parser.add_argument("--limit", type=int, default=0, help="at most so many photos a split")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument(
-        "--cache", type=Path, default=FEATURES_FOLDER, help="features; default %(default)s"
+        "--cache", type=user_path, default=FEATURES_FOLDER, help="features; default %(default)s"
     )
     for name, (kind, text) in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the recipe's")

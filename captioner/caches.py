@@ -129,7 +129,8 @@ def _cache_of(error: OSError) -> tuple[str, Path] | None:
         variable: _expanded(os.environ[variable])
         for variable in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_HOME")
         if os.environ.get(variable)
-    } or {"HF_HOME": Path(constants.HF_HOME)}
+    }
+    caches.setdefault("HF_HOME", Path(constants.HF_HOME))
     for variable, folder in caches.items():
         if error.errno in _DENIED and folder in Path(str(error.filename)).parents:
             return variable, folder

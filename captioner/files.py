@@ -14,6 +14,11 @@ import filelock
 from captioner.errors import WriteError
 
 
+def user_path(text: str) -> Path:
+    """Return the path with "~" replaced, as a shell does not for ``--out=~/run``."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 -- Path raises for an unknown user
+
+
 @contextlib.contextmanager
 def writing(what: str | Path) -> Iterator[None]:
     """Raise ``WriteError`` where the disk refuses; the system's own error names no file."""

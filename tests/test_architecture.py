@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
 # Scripts hold layout and arguments only: for them the drawing is meant word by word.
 SCRIPTS: dict[str, set[str]] = {
     "app.py": {"predictor", "viewer", "overlay", "serving"},
-    "train.py": {"training"},
+    "train.py": {"training", "files"},
 }
 
 SERVING_SIDE = {"predictor", "overlay", "viewer", "serving"}

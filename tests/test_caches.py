@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 
+import train
 from captioner import Captioner, caches
 from captioner.data import load_captions
 from captioner.errors import DataError, WriteError
@@ -95,6 +96,12 @@ def test_read_only_cache_is_still_read(
     assert _changed(environment) == {"HOME", "HF_HUB_CACHE", "TORCH_HOME"}
     assert environment["HF_HUB_CACHE"] == str(cache / "huggingface" / "hub")
     assert environment["TORCH_HOME"] == str(cache / "torch")
+
+
+def test_tilde_in_an_option_is_the_home(environment: dict[str, str]) -> None:
+    options = train.build_parser().parse_args(["--out=~/run", "--cache=~/features"])
+    assert options.out == Path(environment["HOME"], "run")
+    assert options.cache == Path(environment["HOME"], "features")
 
 
 def test_temporary_cache_is_announced_once_when_used(
