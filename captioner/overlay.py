@@ -26,6 +26,16 @@ from captioner.errors import ConfigError
 
 # Perceptually even, and read alike by people who do not see red or green.
 COLORS = "inferno"
+
+
+@__import__("dataclasses").dataclass(frozen=True)
+class Appearance:
+    colors: str = "inferno"
+    shape: str = "smooth"
+    scale: str = "word"
+    strength: float = 0.75
+
+
 _THUMBNAIL = 480
 _PAGE = 1024
 _COLUMNS = 5
@@ -153,7 +163,7 @@ def page(photo: Image.Image, caption: Caption, beam: int = 0) -> bytes:
     """
     parts = {
         name: (Path(__file__).parent / "viewer" / name).read_text(encoding="utf-8")
-        for name in ("template.html", "style.css", "script.js")
+        for name in ("viewer.html", "viewer.css", "viewer.js")
     }
     file = io.BytesIO()
     _thumbnail(photo, _PAGE).save(file, "JPEG", quality=85)
@@ -172,14 +182,14 @@ def page(photo: Image.Image, caption: Caption, beam: int = 0) -> bytes:
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }}
-main {{ {parts["style.css"]} }}
+main {{ {parts["viewer.css"]} }}
 </style>
 </head>
 <body>
-<main>{parts["template.html"]}</main>
+<main>{parts["viewer.html"]}</main>
 <script type="application/json" id="value">{data}</script>
 <script>
-{parts["script.js"]}
+{parts["viewer.js"]}
 const value = JSON.parse(document.getElementById("value").textContent);
 mountViewer(document.querySelector("main")).show(value);
 </script>
@@ -188,7 +198,9 @@ mountViewer(document.querySelector("main")).show(value);
 """.encode()
 
 
-def render(photo: Image.Image, caption: Caption, kind: str, beam: int = 0) -> bytes:
+def render(
+    photo: Image.Image, caption: Caption, kind: str, beam: int = 0, word=None, appearance=None
+) -> bytes:
     """Return a file of one of ``FORMATS``.
 
     Args:

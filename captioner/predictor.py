@@ -29,6 +29,19 @@ if not SHIPPED_CHECKPOINT.is_dir():
     SHIPPED_CHECKPOINT = _HERE.parent / "assets" / "checkpoint"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedPhoto:
+    """A photo as the decoder reads it, so that many captions of it cost one pass of the encoder.
+
+    Attributes:
+        cells: (P, C).
+        size: (width, height) of the upright photo in pixels.
+    """
+
+    cells: Tensor
+    size: tuple[int, int]
+
+
 class Captioner:
     """An encoder and a decoder that were trained together.
 
@@ -75,8 +88,21 @@ class Captioner:
         _, _, text = checkpoints.model_card(self.checkpoint).split("---\n", 2)  # the front matter
         return text.strip()
 
-    def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
-        """Caption one photo: a path, bytes, PIL image or array.
+    def encode(self, photo: Photo) -> EncodedPhoto:
+        """Encode a photo that will be captioned several times.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+        """
+        (found,) = self._encode([photo])
+        if isinstance(found, ImageError):
+            raise found
+        return found
+
+    def caption(
+        self, photo: Photo | EncodedPhoto, options: DecodingOptions | None = None
+    ) -> Caption:
+        """Caption one photo: a path, bytes, PIL image, array, or what ``encode`` returned.
 
         Raises:
             ImageError: the photo cannot be opened.
@@ -85,7 +111,7 @@ class Captioner:
         return self.caption_batch([photo], options)[0]
 
     def caption_batch(
-        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+        self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption]:
         """Caption several photos at once; a search finds for each what it would find alone."""
         captions = self.caption_each(photos, options)
@@ -95,7 +121,7 @@ class Captioner:
         return [caption for caption in captions if isinstance(caption, Caption)]
 
     def caption_each(
-        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+        self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption | ImageError]:
         """Caption several photos at once; where one cannot be opened, its error stands for it."""
         options = options or DecodingOptions()
@@ -126,7 +152,7 @@ class Captioner:
             for found in self._run(photos, search)
         ]
 
-    def score(self, photo: Photo, text: str) -> Caption:
+    def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
 
         A word that the model does not know goes through it as ``<unk>``: it is shown as written
@@ -173,7 +199,9 @@ class Captioner:
         return ids
 
     def _run(
-        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
+        self,
+        photos: Sequence[Photo | EncodedPhoto],
+        search: Callable[[Tensor], list[list[Hypothesis]]],
     ) -> list[Caption | ImageError]:
         """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
         if len(photos) == 1:
@@ -185,31 +213,45 @@ class Captioner:
         return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
 
     @torch.inference_mode()
-    def _write(
-        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
-    ) -> list[Caption | ImageError]:
-        """Do what ``_run`` says, one step after the other."""
-        opened: list[ImageError | tuple[int, int]] = []
+    def _encode(self, photos: Sequence[Photo | EncodedPhoto]) -> list[EncodedPhoto | ImageError]:
+        """Open and encode the photos that are not encoded yet."""
+        results: list[EncodedPhoto | ImageError | tuple[int, int]] = []
         pixels = []
         for photo in photos:
+            if isinstance(photo, EncodedPhoto):
+                results.append(photo)
+                continue
             try:
                 image = open_photo(photo)  # only one is held at its full size
             except ImageError as error:
-                opened.append(error)
+                results.append(error)
             else:
-                opened.append(full_size(image))
+                results.append(full_size(image))
                 pixels.append(torch.from_numpy(self.encoder.transform(image)))
-        grids = [
+        grids = (
             self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
             for at in range(0, len(pixels), self.encoder.batch_size)
+        )
+        cells = (each for grid in grids for each in grid.flatten(2).transpose(1, 2))  # (P, C)
+        return [
+            EncodedPhoto(next(cells), each) if isinstance(each, tuple) else each for each in results
         ]
-        # Features (B, P, C).
-        found = iter(search(torch.cat(grids).flatten(2).transpose(1, 2)) if grids else ())
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        photos: Sequence[Photo | EncodedPhoto],
+        search: Callable[[Tensor], list[list[Hypothesis]]],
+    ) -> list[Caption | ImageError]:
+        """Encode, search and translate photos in this thread."""
+        encoded = self._encode(photos)
+        cells = [each.cells for each in encoded if isinstance(each, EncodedPhoto)]
+        found = iter(search(torch.stack(cells)) if cells else ())
         return [
             each
             if isinstance(each, ImageError)
-            else Caption(tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)), each)
-            for each in opened
+            else Caption(tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)), each.size)
+            for each in encoded
         ]
 
     def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:

@@ -33,7 +33,8 @@ from captioner.errors import ConfigError, first_line
 from captioner.files import writing
 
 # The default theme's soft text is 1.91 to 1 on white; these reach 4.5 to 1 in light and dark.
-_THEME = gr.themes.Default().set(
+# System fonts have all weights, and the glyphs of the visitor's script; Gradio's have 55 glyphs.
+_THEME = gr.themes.Default(font=["system-ui", "sans-serif"]).set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
     button_primary_background_fill="*primary_700",
@@ -42,19 +43,13 @@ _THEME = gr.themes.Default().set(
     button_primary_background_fill_hover_dark="*primary_800",
 )
 
-# Wide: photo and tools beside the viewer. Narrow: photo, viewer, tools; the examples as a strip.
+# Narrow margins, and headings of the model card that are not larger than the page's.
 _STYLE = """
-#page { display: grid; gap: var(--layout-gap); }
-#page { grid-template: "bring look" auto "tools look" 1fr / 2fr 5fr; }
-#bring { grid-area: bring } #look { grid-area: look } #tools { grid-area: tools }
-#page > * { min-width: 0 !important }
-/* An answer mostly comes before the fading has begun. */
-#look .pending { transition: opacity 0.2s 0.4s; }
-@media (max-width: 760px) {
-    #page { grid-template: "bring" auto "look" auto "tools" auto / 100%; }
-    #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-    #examples .gallery-item { flex: none; }
-}
+.gradio-container .app { padding: 12px 16px !important; }
+.gradio-container .html-container { padding: 0 !important; }
+#title .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.75rem; }
+#title :is(h1, p) { margin: 0; } #title h1 { font-size: 1.4rem; }
+#card h1 { font-size: 1.2rem; } #card h2 { font-size: 1.05rem; }
 """
 
 # All that the page, its API and a health check ask for. Gradio has many more, among them some that

@@ -1,6 +1,12 @@
-// The attention viewer: draws one caption with its maps and lets the visitor look around in it.
-// Knows nothing of Gradio. Everything that comes from the value is set as text, never as HTML.
-function mountViewer(root, { steer, take, restore } = {}) {
+// The attention viewer: draws one caption with its maps and lets the visitor explore it.
+// Knows nothing of Gradio or of a server. Text from the value is set as text, never as HTML.
+//
+// mountViewer(root, { rewrite, changed }) returns { show(value), state(), set(change), play() }.
+//   value: { photo: { url }, caption: Caption.to_dict(), beam, word, appearance }
+//   rewrite({ text, given, whole }): asks for a caption that begins with `text`; without it the
+//     alternatives cannot be clicked.
+//   changed(): called when the visitor chose another caption, word or appearance.
+function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const find = (selector) => root.querySelector(selector);
   const make = (name, className, text) => {
     const node = document.createElement(name);
@@ -14,16 +20,16 @@ function mountViewer(root, { steer, take, restore } = {}) {
     return node;
   };
   const percent = (share) =>
-    share >= 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
+    share >= 0.0995 ? `${Math.round(share * 100)}%` : `${(share * 100).toFixed(1)}%`;
 
-  // ---- Colours: 17 points of matplotlib's maps, straight lines between them.
+  // ---- Colors: 17 points of each of matplotlib's maps, interpolated linearly.
   const COLORS = {
     inferno: "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 f2ea69 fcffa4",
     viridis: "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725",
     cividis: "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838",
     light: "",
   };
-  const NAMES = { inferno: "inferno", viridis: "viridis", cividis: "cividis", light: "light only" };
+  const NAMES = { inferno: "inferno", viridis: "viridis", cividis: "cividis", light: "brightness only" };
   const table = (name) => {
     const points = COLORS[name]
       .split(" ")
@@ -61,29 +67,30 @@ function mountViewer(root, { steer, take, restore } = {}) {
   const smooth = (cells) =>
     multiply(multiply(resampling(cells.length), cells), transpose(resampling(cells[0].length)));
 
-  const look = { strength: 0.75, shape: "smooth", colors: "inferno", range: "word" };
+  const DEFAULTS = { strength: 0.75, shape: "smooth", colors: "inferno", scale: "word" };
+  const appearance = { ...DEFAULTS };
 
   const rangeOf = (word) => {
-    const cells = look.range === "word" ? word.attention.flat() : items().flatMap((each) => each.attention.flat());
+    const cells = appearance.scale === "word" ? word.attention.flat() : items().flatMap((each) => each.attention.flat());
     return [Math.min(...cells), Math.max(...cells)];
   };
 
-  // What is looked at glows, the rest of the photo turns darker: as captioner/overlay.py blends.
+  // Attended cells glow and the rest of the photo is darkened, as in captioner/overlay.py.
   const heat = (word) => {
     const [low, high] = rangeOf(word);
     let weights = word.attention.map((row) => row.map((cell) => (cell - low) / Math.max(high - low, 1e-9)));
-    if (look.shape === "smooth") weights = smooth(weights);
+    if (appearance.shape === "smooth") weights = smooth(weights);
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [weights[0].length, weights.length];
     const context = canvas.getContext("2d");
     const image = context.createImageData(canvas.width, canvas.height);
-    const amount = 0.7 * look.strength;
+    const amount = 0.7 * appearance.strength;
     weights.flat().forEach((value, at) => {
       const weight = Math.min(Math.max(value, 0), 1);
       const dark = 1 - amount * (1 - weight);
-      const glow = look.colors === "light" ? 0 : amount * weight;
+      const glow = appearance.colors === "light" ? 0 : amount * weight;
       const alpha = 1 - dark * (1 - glow);
-      const color = glow ? tables[look.colors][Math.round(weight * 255)] : [0, 0, 0];
+      const color = glow ? tables[appearance.colors][Math.round(weight * 255)] : [0, 0, 0];
       for (let k = 0; k < 3; k++) image.data[4 * at + k] = alpha ? (color[k] * glow) / alpha : 0;
       image.data[4 * at + 3] = 255 * alpha;
     });
@@ -91,32 +98,34 @@ function mountViewer(root, { steer, take, restore } = {}) {
     return canvas;
   };
   const paint = (context, word, width, height) => {
-    context.imageSmoothingEnabled = look.shape === "smooth";
+    context.imageSmoothingEnabled = appearance.shape === "smooth";
     context.imageSmoothingQuality = "high";
     context.drawImage(heat(word), 0, 0, width, height);
   };
 
-  // ---- What is shown.
-  const SMALL = new Set("a an the of in on at with and is are to some by for".split(" "));
-  let value = null; // { photo: { url }, caption: Caption.to_dict() }
-  let beam = 0; // of value.caption.beams
-  let pinned = 0; // the word that was clicked; hovering only previews
-  let shown = 0;
-  let asked = new Set(); // cells, row * columns + column
-  let cursor = 0;
-  let history = []; // [value, beam, word] before each steering
+  // ---- State.
+  const FUNCTION_WORDS = new Set("a an the of in on at with and is are to some by for".split(" "));
+  let value = null;
+  let beam = 0; // index into value.caption.beams
+  let pinned = 0; // the chosen word; hovering only previews another one
+  let previewed = 0;
+  let selection = new Set(); // cells, row * columns + column
+  let cursor = 0; // the cell that the keyboard is on
   let timer = null;
+  const stage = root.matches(".viewer") ? root : find(".viewer");
   const frame = find(".frame");
   const grid = find(".grid");
   const id = `cells-${Math.random().toString(36).slice(2)}`;
 
-  const chosen = () => value.caption.beams[beam];
-  const items = () => [...chosen().words, chosen().end];
-  // The place after the last word is the end: where that is given, the model only read.
+  const current = () => value.caption.beams[beam];
+  const items = () => [...current().words, current().end];
+  // The index after the last word stands for the end: if it is given, the model only scored.
   const isGiven = (at) => value.caption.given.includes(at);
-  const ended = () => isGiven(chosen().words.length);
-  const label = (word) => (word === chosen().end ? "end" : word.text);
-  const plain = (text) => ({ "<eos>": "end here", "<unk>": "a word it does not know" })[text] ?? text;
+  const scored = () => isGiven(current().words.length);
+  const SPECIAL = { "<eos>": "end here", "<unk>": "(unknown word)" };
+  const display = (text) => SPECIAL[text] ?? text;
+  const textOf = (caption) => caption.text.replaceAll("<unk>", SPECIAL["<unk>"]) || "(no words)";
+  const label = (word) => (word === current().end ? "end" : display(word.text));
 
   function draw() {
     const canvas = find(".map");
@@ -126,30 +135,30 @@ function mountViewer(root, { steer, take, restore } = {}) {
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
-    paint(context, items()[shown], width, height);
+    paint(context, items()[previewed], width, height);
   }
 
   function drawLegend() {
-    const [low, high] = rangeOf(items()[shown]);
+    const [low, high] = rangeOf(items()[previewed]);
     const context = find(".legend").getContext("2d");
     const { width } = context.canvas;
     for (let x = 0; x < width; x++) {
       const level = Math.round((x / (width - 1)) * 255);
-      context.fillStyle = `rgb(${look.colors === "light" ? [level, level, level] : tables[look.colors][level]})`;
+      context.fillStyle = `rgb(${appearance.colors === "light" ? [level, level, level] : tables[appearance.colors][level]})`;
       context.fillRect(x, 0, 1, 1);
     }
     find(".low").textContent = percent(low);
     find(".high").textContent = percent(high);
     find(".scale-text").textContent =
-      look.range === "word" ? "of the attention in a cell; each word has its own scale" : "of the attention in a cell; one scale for all words";
+      `share of attention per cell (scaled ${appearance.scale === "word" ? "per word" : "for all words alike"})`;
   }
 
-  // Everything that follows from the shown word, at once: the map is painted in the next frame.
+  // Shows a word at once: its map is painted in the next frame, without a request.
   function preview(at) {
-    shown = at;
+    previewed = at;
     draw();
     const word = items()[at];
-    find(".badge").textContent = `${label(word)} ${percent(word.probability)}`;
+    drawBadge();
     find(".position").value = at;
     find(".position").setAttribute("aria-valuetext", label(word));
     [...find(".words").children].forEach((node, k) => {
@@ -158,53 +167,62 @@ function mountViewer(root, { steer, take, restore } = {}) {
     });
     [...find(".tiles").children].forEach((node, k) => node.setAttribute("aria-pressed", String(k === at)));
     drawLegend();
-    drawWord(word, at);
+    drawPanel(word, at);
     drawCells();
   }
 
-  function drawWord(word, at) {
-    const cells = word.attention.length * word.attention[0].length;
-    const strongest = Math.max(...word.attention.flat());
-    find(".word-title").textContent = word === chosen().end ? "The end of the caption" : `“${word.text}”`;
-    find(".detail").textContent =
-      `${percent(word.probability)} sure${word.known ? "" : " of a word it does not know"}. ` +
-      `Looks at about ${Math.round(word.cells)} of ${cells} cells, most at the ${word.place} (${percent(strongest)} there).`;
-    const before = chosen().words.slice(0, at);
-    find(".alternatives").replaceChildren(
-      ...word.alternatives.map((other) => {
-        const same = other.text === word.text;
-        // The first word cannot be the end, and from a word that the model lacks nothing goes on.
-        const possible = other.text === "<eos>" ? at > 0 : other.text !== "<unk>" && before.every((each) => each.known);
-        const open = steer && !same && possible;
-        const node = open ? button("bar") : make("span", "bar");
-        node.style.setProperty("--share", other.probability);
-        node.append(make("span", "", plain(other.text)), make("span", "number", percent(other.probability)));
-        if (same) node.append(make("span", "tag", "written"));
-        if (open) {
-          node.title = other.text === "<eos>" ? "End the caption here" : "Write on from this word";
-          node.addEventListener("click", () => exchange(at, other.text));
-        }
-        const entry = make("li");
-        entry.append(node);
-        return entry;
-      }),
-    );
+  function drawBadge() {
+    const word = items()[previewed];
+    const cells = selection.size > 1 ? `these ${selection.size} cells` : "this cell";
+    find(".badge").textContent = selection.size
+      ? `Each word’s attention to ${cells}`
+      : `${label(word)} ${percent(word.probability)}`;
   }
 
-  function exchange(at, text) {
-    const before = chosen().words.slice(0, at).map((word) => word.text);
+  function drawPanel(word, at) {
+    const cells = word.attention.length * word.attention[0].length;
+    const strongest = Math.max(...word.attention.flat());
+    find(".word-title").textContent = word === current().end ? "The end of the caption" : `“${display(word.text)}”`;
+    find(".detail").textContent =
+      `Probability ${percent(word.probability)}${word.known ? "" : ", that of any word outside the vocabulary"}. ` +
+      `Attention is spread over about ${Math.round(word.cells)} of ${cells} cells, strongest at ${word.place} (${percent(strongest)}).`;
+    const before = current().words.slice(0, at);
+    const nodes = word.alternatives.map((other) => {
+      const written = other.text === word.text;
+      // The first word cannot be the end, and nothing can follow a word outside the vocabulary.
+      const possible = other.text === "<eos>" ? at > 0 : other.text !== "<unk>" && before.every((each) => each.known);
+      const clickable = rewrite && !written && possible;
+      const node = clickable ? button("bar") : make("span", "bar");
+      node.style.setProperty("--share", other.probability);
+      const text = make("span", "", display(other.text));
+      text.dir = "auto";
+      node.append(text, make("span", "number", percent(other.probability)));
+      if (written) node.append(make("span", "tag", "chosen"));
+      if (clickable) node.addEventListener("click", () => replaceWord(at, other.text));
+      const entry = make("li");
+      entry.append(node);
+      return entry;
+    });
+    find(".hint").textContent = nodes.some((node) => node.querySelector("button"))
+      ? "Click a word to rewrite the caption from here:"
+      : "The most likely words at this place:";
+    find(".alternatives").replaceChildren(...nodes);
+  }
+
+  function replaceWord(at, text) {
+    const before = current().words.slice(0, at).map((word) => word.text);
     const whole = text === "<eos>";
     const given = value.caption.given.filter((each) => each < at);
     if (!whole) {
       before.push(text);
       given.push(at);
     }
-    steer({ text: before.join(" "), given, whole });
+    rewrite({ text: before.join(" "), given, whole });
   }
 
-  // ---- Asking the photo.
+  // ---- Which words looked here?
   const cellName = (at) => {
-    const { length: columns } = items()[shown].attention[0];
+    const { length: columns } = items()[previewed].attention[0];
     return `row ${Math.floor(at / columns) + 1}, column ${(at % columns) + 1}`;
   };
 
@@ -231,36 +249,39 @@ function mountViewer(root, { steer, take, restore } = {}) {
   }
 
   function drawCells() {
-    const { attention } = items()[shown];
+    const { attention } = items()[previewed];
     grid.querySelectorAll(".cell").forEach((cell, at) => {
-      cell.setAttribute("aria-selected", String(asked.has(at)));
+      cell.setAttribute("aria-selected", String(selection.has(at)));
       cell.setAttribute("aria-label", `${cellName(at)}: ${percent(attention.flat()[at])}`);
       cell.classList.toggle("cursor", at === cursor);
     });
     grid.setAttribute("aria-activedescendant", `${id}-${cursor}`);
   }
 
-  function drawAnswers() {
-    const count = asked.size;
-    find(".question").textContent = count
-      ? `The words that looked at the chosen ${count > 1 ? `${count} cells` : "cell"}, most first:`
-      : "Click a cell of the photo, or drag over several: which words looked there?";
-    const words = chosen().words.map((word, at) => {
-      const flat = word.attention.flat();
-      return { word, at, share: [...asked].reduce((sum, cell) => sum + flat[cell], 0) };
+  // While cells are selected each word shows how much of its attention lies in them.
+  function drawShares() {
+    const words = items();
+    const shares = words.map(({ attention }) => {
+      const flat = attention.flat();
+      return [...selection].reduce((sum, cell) => sum + flat[cell], 0);
     });
-    words.sort((a, b) => b.share - a.share);
-    find(".answers").replaceChildren(
-      ...(count ? words : []).map(({ word, at, share }) => {
-        const node = button("bar");
-        node.style.setProperty("--share", share);
-        node.append(make("span", "", word.text), make("span", "number", percent(share)));
-        node.addEventListener("click", () => pin(at));
-        const entry = make("li");
-        entry.append(node);
-        return entry;
-      }),
-    );
+    const most = Math.max(...shares, 1e-9);
+    [...find(".words").children].forEach((node, at) => {
+      const word = words[at];
+      const note = isGiven(at) ? `yours · ${percent(word.probability)}` : percent(word.probability);
+      node.classList.toggle("sharing", selection.size > 0);
+      node.style.setProperty("--share", selection.size ? shares[at] / most : word.probability);
+      node.querySelector(".number").textContent = selection.size
+        ? percent(shares[at])
+        : word.known ? note : `not known · ${percent(word.probability)}`;
+    });
+    const ranked = words.map((word, at) => [shares[at], label(word)]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+    const place = selection.size > 1 ? `these ${selection.size} cells` : "this cell";
+    find(".clear").hidden = !selection.size;
+    find(".cells-note").textContent = selection.size
+      ? `Most attention to ${place}: ${ranked.map(([share, text]) => `${text} ${percent(share)}`).join(", ")}.`
+      : "";
+    drawBadge();
     drawCells();
   }
 
@@ -273,38 +294,40 @@ function mountViewer(root, { steer, take, restore } = {}) {
       part((event.clientX - box.left) / box.width, attention[0].length)
     );
   };
-  let touched = null; // a finger that may yet turn out to scroll the page
+  let touch = null; // a finger that may yet turn out to scroll the page
   let dragging = false;
+  let clearing = false; // a click on the only selected cell clears it, unless it becomes a drag
   const begin = (event) => {
-    touched = null;
+    touch = null;
     cursor = cellAt(event);
-    // A second click on the only chosen cell takes the question back.
-    const again = asked.size === 1 && asked.has(cursor);
-    if (!event.shiftKey) asked = new Set();
-    if (!again) asked.add(cursor);
-    dragging = !again;
-    drawAnswers();
+    clearing = !event.shiftKey && selection.size === 1 && selection.has(cursor);
+    if (!event.shiftKey) selection = new Set();
+    selection.add(cursor);
+    dragging = true;
+    drawShares();
   };
   grid.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     grid.setPointerCapture(event.pointerId);
-    if (event.pointerType === "touch") touched = event;
+    if (event.pointerType === "touch") touch = event;
     else begin(event);
   });
   grid.addEventListener("pointermove", (event) => {
-    if (touched && Math.abs(event.clientX - touched.clientX) > 10) begin(touched);
-    if (!dragging || asked.has(cellAt(event))) return;
+    if (touch && Math.abs(event.clientX - touch.clientX) > 10) begin(touch);
+    if (!dragging || selection.has(cellAt(event))) return;
+    clearing = false;
     cursor = cellAt(event);
-    asked.add(cursor);
-    drawAnswers();
+    selection.add(cursor);
+    drawShares();
   });
   grid.addEventListener("pointerup", () => {
-    if (touched) begin(touched);
-    dragging = false;
+    if (touch) begin(touch);
+    if (clearing) clearSelection();
+    dragging = clearing = false;
   });
   grid.addEventListener("pointercancel", () => {
-    touched = null;
-    dragging = false;
+    touch = null;
+    dragging = clearing = false;
   });
   grid.addEventListener("keydown", (event) => {
     const columns = items()[0].attention[0].length;
@@ -314,32 +337,41 @@ function mountViewer(root, { steer, take, restore } = {}) {
       const sideways = Math.abs(step) === 1 && Math.floor((cursor + step) / columns) !== Math.floor(cursor / columns);
       if (!sideways && cursor + step >= 0 && cursor + step < cells) cursor += step;
     } else if (event.key === " " || event.key === "Enter") {
-      if (!asked.delete(cursor)) asked.add(cursor);
+      if (!selection.delete(cursor)) selection.add(cursor);
     } else if (event.key === "Escape") {
-      asked.clear();
+      selection.clear();
     } else {
       return;
     }
     event.preventDefault();
-    drawAnswers();
+    drawShares();
+  });
+  function clearSelection() {
+    selection = new Set();
+    drawShares();
+  }
+  find(".clear").addEventListener("click", () => {
+    clearSelection();
+    grid.focus({ preventScroll: true });
   });
 
   // ---- Words.
   function pin(at) {
     pinned = at;
     preview(at);
+    changed();
   }
 
   function buildWords() {
-    const row = find(".words");
-    row.replaceChildren(
+    find(".words").replaceChildren(
       ...items().map((word, at) => {
         const node = button("word");
-        node.classList.toggle("end", word === chosen().end);
+        node.classList.toggle("end", word === current().end);
         node.classList.toggle("given", isGiven(at));
-        node.style.setProperty("--share", word.probability);
-        const note = isGiven(at) ? `yours · ${percent(word.probability)}` : percent(word.probability);
-        node.append(make("span", "text", label(word)), make("span", "number", word.known ? note : "unknown"));
+        node.classList.toggle("unknown", !word.known);
+        const text = make("span", "text", label(word));
+        text.dir = "auto";
+        node.append(text, make("span", "number"));
         node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && preview(at));
         node.addEventListener("click", () => pin(at));
         return node;
@@ -349,25 +381,32 @@ function mountViewer(root, { steer, take, restore } = {}) {
   find(".words").addEventListener("pointerleave", (event) => event.pointerType === "mouse" && value && preview(pinned));
   find(".words").addEventListener("keydown", (event) => {
     const last = items().length - 1;
-    const to = { ArrowLeft: shown - 1, ArrowUp: shown - 1, ArrowRight: shown + 1, ArrowDown: shown + 1, Home: 0, End: last }[event.key];
+    const to = { ArrowLeft: previewed - 1, ArrowUp: previewed - 1, ArrowRight: previewed + 1, ArrowDown: previewed + 1, Home: 0, End: last }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     pin(Math.min(Math.max(to, 0), last));
     find(".words").children[pinned].focus();
   });
 
-  // ---- Beams, overview, playing.
+  // ---- Alternative captions, overview, playing.
+  const signed = (number) => number.toFixed(2).replace("-", "−");
+
   function buildBeams() {
-    const { beams } = value.caption;
-    find(".beams-title").textContent = ended() ? "Your caption, as the model reads it" : "Captions to choose from";
+    const { beams, sampled } = value.caption;
+    find(".beams-title").textContent = scored() ? "Your caption, as the model scores it" : sampled ? "Sampled captions" : "Alternative captions";
+    find(".ranking").textContent = scored() || beams.length < 2
+      ? ""
+      : `Ranked by score: the log-probability (log p), ${sampled ? "of captions drawn at random" : "adjusted for length"}.`;
     find(".beams").replaceChildren(
       ...beams.map((each, at) => {
         const node = button("beam");
-        const text = each.words.map((word) => word.text).join(" ") || "(no words)";
+        const text = make("span", "text", textOf(each));
+        text.dir = "auto";
         node.setAttribute("aria-pressed", String(at === beam));
-        node.append(make("span", "rank", `#${at + 1}`), make("span", "text", text), make("span", "number", `log p ${each.log_probability.toFixed(2).replace("-", "−")}`));
+        node.append(make("span", "rank", `#${at + 1}`), text, make("span", "number", `score ${signed(each.score)} · log p ${signed(each.log_probability)}`));
         node.addEventListener("click", () => {
           choose(at);
+          changed();
           find(".beams").children[at].focus();
         });
         return node;
@@ -388,7 +427,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
         const context = canvas.getContext("2d");
         context.drawImage(photo, 0, 0, canvas.width, canvas.height);
         paint(context, word, canvas.width, canvas.height);
-        node.setAttribute("aria-pressed", String(at === shown));
+        node.setAttribute("aria-pressed", String(at === previewed));
         node.append(canvas, make("span", "", `${label(word)} ${percent(word.probability)}`));
         node.addEventListener("click", () => pin(at));
         return node;
@@ -404,7 +443,7 @@ function mountViewer(root, { steer, take, restore } = {}) {
   function play() {
     if (timer) return stop();
     find(".play").textContent = "Pause";
-    pin(shown >= items().length - 1 ? 0 : shown);
+    pin(previewed >= items().length - 1 ? 0 : previewed);
     timer = setInterval(() => {
       // The element is gone, or the caption is at its end.
       if (!root.isConnected || pinned >= items().length - 1) return stop();
@@ -412,99 +451,68 @@ function mountViewer(root, { steer, take, restore } = {}) {
     }, 900);
   }
 
-  // Write a caption's words, beams and tiles anew, and start on a word that says something.
+  // Shows another caption of the value, starting on the content word with the most focused map.
   function choose(at, word) {
     stop();
     beam = at;
-    asked = new Set();
+    selection = new Set();
     buildWords();
     buildBeams();
     buildCells();
     find(".position").max = items().length - 1;
-    find(".photo").alt = chosen().words.map((each) => each.text).join(" ");
-    const first = chosen().words.findIndex((each) => !SMALL.has(each.text));
-    pin(Math.min(word ?? Math.max(first, 0), items().length - 1));
-    drawAnswers();
+    find(".photo").alt = textOf(current());
+    const content = current().words.filter((each) => !FUNCTION_WORDS.has(each.text)).sort((a, b) => a.cells - b.cells);
+    pinned = Math.min(word ?? Math.max(current().words.indexOf(content[0]), 0), items().length - 1);
+    preview(pinned);
+    drawShares();
     drawTiles();
   }
 
-  function drawSteered() {
-    const { given } = value.caption;
-    const words = chosen().words.filter((_, at) => isGiven(at)).map((word) => word.text);
-    find(".steered").hidden = !given.length;
-    find(".undo").hidden = !history.length;
-    find(".steered-text").textContent = [
-      words.length && `You fixed: ${words.join(", ")}.`,
-      ended() ? "You ended the caption." : "The rest is written from there.",
-    ].filter(Boolean).join(" ");
+  function setAppearance(change = {}) {
+    for (const [name, setting] of Object.entries(change)) if (name in appearance) appearance[name] = setting;
+    if (!(appearance.colors in COLORS)) appearance.colors = DEFAULTS.colors;
+    for (const [name, selector] of [["shape", ".shape"], ["colors", ".colors"], ["scale", ".range"]]) find(selector).value = appearance[name];
+    find(".strength").value = 100 * appearance.strength;
   }
 
-  function draft(next, at = 0, word) {
+  function show(next) {
     const busy = root.contains(document.activeElement);
     value = next;
-    beam = at;
-    find(".empty").hidden = Boolean(value);
-    find(".filled").hidden = !value;
-    find(".taken").textContent = "";
-    if (!value) return stop();
+    setAppearance(next.appearance);
     const photo = find(".photo");
-    const arrived = photo.getAttribute("src") !== value.photo.url;
-    if (arrived) photo.src = value.photo.url;
-    // The frame has the photo's shape before the photo itself is there.
-    frame.style.setProperty("--ratio", value.caption.size[0] / value.caption.size[1]);
-    choose(at, word ?? (ended() ? undefined : value.caption.given.at(-1)));
-    drawSteered();
-    // On a phone the viewer lies below the photo that was brought.
-    if (arrived && frame.getBoundingClientRect().top > window.innerHeight * 0.6) root.scrollIntoView();
-    // The button that was pressed may be gone: the keyboard goes on at the word.
-    if (busy && !root.contains(document.activeElement)) find(".words").children[pinned]?.focus();
+    if (photo.getAttribute("src") !== value.photo.url) photo.src = value.photo.url;
+    stage.lang = value.caption.language ?? "en";
+    // The stage has the photo's shape before the photo itself has arrived.
+    stage.style.setProperty("--ratio", value.caption.size[0] / value.caption.size[1]);
+    const beams = value.caption.beams.length;
+    choose(Math.min(next.beam ?? 0, beams - 1), next.word ?? (scoredBy(next) ? undefined : next.caption.given.at(-1)));
+    // The pressed button may be gone: keyboard focus moves to the chosen word.
+    if (busy && !root.contains(document.activeElement)) find(".words").children[pinned]?.focus({ preventScroll: true });
   }
+  const scoredBy = ({ caption }) => caption.given.includes(caption.beams[0].words.length);
 
-  // A steered caption of the same photo can be taken back; anything else starts anew.
-  function show(next) {
-    const steered = value && next && next.caption.given.length && next.photo.url === value.photo.url;
-    history = steered ? [...history, [value, beam, pinned]] : [];
-    draft(next || null, next?.beam);
-  }
-
-  find(".undo").addEventListener("click", () => {
-    const [earlier, at, word] = history.pop();
-    restore?.(earlier);
-    draft(earlier, at, word);
-  });
   find(".play").addEventListener("click", play);
   find(".position").addEventListener("input", (event) => {
     stop();
     pin(Number(event.target.value));
   });
   const tune = (name, read) => (event) => {
-    look[name] = read(event.target.value);
-    preview(shown);
+    appearance[name] = read(event.target.value);
+    preview(previewed);
     drawTiles();
+    changed();
   };
   find(".strength").addEventListener("input", tune("strength", (number) => number / 100));
   find(".shape").addEventListener("change", tune("shape", String));
   find(".colors").append(...Object.keys(COLORS).map((name) => new Option(NAMES[name], name)));
   find(".colors").addEventListener("change", tune("colors", String));
-  find(".range").addEventListener("change", tune("range", String));
+  find(".range").addEventListener("change", tune("scale", String));
   find(".overview").addEventListener("toggle", drawTiles);
   find(".photo").addEventListener("load", drawTiles);
-  find(".copy").addEventListener("click", async () => {
-    const text = chosen().words.map((word) => word.text).join(" ");
-    try {
-      await navigator.clipboard.writeText(text);
-      find(".taken").textContent = "Copied.";
-    } catch {
-      find(".taken").textContent = "The browser did not let the page copy.";
-    }
-  });
-  root.querySelectorAll("[data-format]").forEach((node) => {
-    node.hidden = !take;
-    node.addEventListener("click", () => {
-      find(".taken").textContent = "Being made …";
-      take({ format: node.dataset.format, beam });
-    });
-  });
   new ResizeObserver(draw).observe(frame);
-  return { show };
+  return {
+    show,
+    state: () => ({ value, beam, word: pinned, appearance: { ...appearance }, defaults: DEFAULTS }),
+    text: () => textOf(current()),
+  };
 }
