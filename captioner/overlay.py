@@ -29,7 +29,7 @@ COLORS = "inferno"
 
 
 @__import__("dataclasses").dataclass(frozen=True)
-class Appearance:
+class Appearance(__import__("captioner.config").config._Config):
     colors: str = "inferno"
     shape: str = "smooth"
     scale: str = "word"

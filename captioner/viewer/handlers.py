@@ -19,6 +19,8 @@ from captioner.predictor import EncodedPhoto
 from captioner.viewer.attention import CaptionRequest, Example, ExportRequest, View
 from captioner.viewer.errors import show_errors
 from captioner.viewer.photos import ExamplePhoto
+from captioner.viewer.settings import decoding_options, setting_values
+from captioner.vocab import clean
 
 _MAX_CHARACTERS = 2000
 _KEPT_PHOTOS = 64  # encoded, 0.3 MB each
@@ -51,13 +53,14 @@ class Handlers:
             lambda path: model.encode(path.read_bytes())  # bytes: errors must not name the path
         )
         self._caption_example = functools.lru_cache(256)(self._write)
+        defaults = decoding_options(setting_values(DecodingOptions()))  # as a request brings them
         self.examples = [
             Example(
                 name,
                 example.title,
                 example.note,
                 _display_copy(example.path),
-                self._caption_example(example.path, DecodingOptions()),
+                self._caption_example(example.path, defaults),
             )
             for name, example in examples.items()
         ]
@@ -88,10 +91,10 @@ class Handlers:
                 f"the text has {len(request.text)} characters; the limit is {_MAX_CHARACTERS}"
             )
         path = self._path(request)
-        given = request.given
+        given = _marks(request.text, request.given)
         if request.whole:
             caption = self._model.score(self._encoded(path), request.text)
-            given = [*given, len(caption.words)]
+            given.append(len(caption.words))
         else:
             options = dataclasses.replace(request.options, prefix=request.text)
             write = self._write if request.example is None else self._caption_example
@@ -104,8 +107,8 @@ class Handlers:
     @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:
         """Return a file of what is on the screen: its data and its name."""
-        photo = open_photo(self._path(request))
-        appearance = Appearance(**request.appearance)
+        photo = open_photo(self._path(request).read_bytes())  # errors must not name the path
+        appearance = Appearance.from_dict(request.appearance)
         data = render(
             photo, request.caption, request.format, request.beam, request.word, appearance
         )
@@ -117,6 +120,20 @@ class Handlers:
         if photo is None:
             raise ImageError("no photo came with the request: send one")
         return self._model.caption(photo).to_dict()
+
+
+def _marks(text: str, given: list[int]) -> list[int]:
+    """Return the indices of the visitor's words among those that the model reads.
+
+    It may read more or fewer than are typed: of "two - women" it reads two.
+    """
+    marked, marks, count = set(given), [], 0
+    for index, typed in enumerate(text.split()):
+        words = len(clean(typed).split())
+        if index in marked:
+            marks += range(count, count + words)
+        count += words
+    return marks
 
 
 def _display_copy(path: Path) -> Image.Image:

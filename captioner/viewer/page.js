@@ -43,6 +43,12 @@ function mountPage(root, { caption, save, upload }) {
     pending = null;
     busy(false);
     if (next.photo) asked.url = next.photo.url;
+    // From here on the visitor's words are spelled as the model reads them.
+    if (asked.given.length === asked.text.split(" ").filter(Boolean).length) {
+      const words = next.caption.beams[0].words.map((word) => word.text);
+      asked.given = next.caption.given.filter((at) => at < words.length);
+      asked.text = words.slice(0, asked.given.length).join(" ");
+    }
     adopt(asked, { caption: next.caption, photo: { url: asked.url } }, view);
   }
 
