@@ -47,7 +47,7 @@ from tests.test_images import (
 )
 
 SECONDS, MEGABYTES = 5, 500  # that a photo may take, above the warm process
-CAT = next(path for path, subject in viewer.example_photos().items() if subject == "cat")
+CAT = viewer.example_photos()["cat"].path
 SCENE = Image.open(CAT).convert("RGB").resize((320, 240))
 JPEG = encoded(SCENE, "JPEG", quality=95)
 PNG = encoded(SCENE, "PNG")
