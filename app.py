@@ -6,12 +6,17 @@ import argparse
 import sys
 from typing import Any
 
-import gradio as gr
+from captioner.errors import report
 
-from captioner import viewer
-from captioner.errors import CaptionerError
-from captioner.predictor import Captioner
-from captioner.serving import serve
+try:
+    # First: it imports gradio, whatever proxies are set.
+    from captioner.serving import serve  # noqa: I001
+    import gradio as gr
+
+    from captioner import viewer
+    from captioner.predictor import Captioner
+except (Exception, KeyboardInterrupt) as error:
+    sys.exit(report("app.py", error))
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
@@ -56,13 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
     parser.add_argument("--host", help="address to listen on; default: this machine only")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--root-path", help="where a proxy serves the page, such as /captions")
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
-        serve(lambda: build_demo(captioner), options.host, options.port)
-    except CaptionerError as error:
-        print(f"app.py: {error}", file=sys.stderr)
-        return error.exit_code
+        serve(lambda: build_demo(captioner), options.host, options.port, options.root_path)
+    except (Exception, KeyboardInterrupt) as error:
+        return report("app.py", error)
     return 0
 
 

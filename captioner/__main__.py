@@ -40,15 +40,22 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--data",
         metavar="HUB_ID|FOLDER",
-        help="the photos of a data set (Parquet, column image) instead of PATH; with --output",
+        help="the photos of a data set instead of PATH, with --output: a Hub id, a folder of "
+        "Parquet (column image), or photos with captions.csv, captions.txt or metadata.csv",
     )
-    caption.add_argument("--split", default="train", help="of --data; default %(default)s")
+    caption.add_argument(
+        "--split",
+        default="train",
+        help="of --data, such as train, validation (or val) and test; default %(default)s",
+    )
     caption.add_argument(
         "--output",
         type=Path,
-        metavar="DIR",
-        help="write photo, filename, caption, log_probability and error as Parquet files into "
-        "this folder, as in --output captions.parquet",
+        metavar="TABLE",
+        help="write photo, filename, caption, log_probability and error to captions.csv, to "
+        "captions.jsonl (JSON Lines), or as Parquet files into a folder such as captions.parquet. "
+        "photo is the path as given, or the row number in the split of --data; filename is the "
+        "photo's name there",
     )
     caption.add_argument(
         "--engine",
@@ -220,7 +227,7 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
 
 
 def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int:
-    """Write the captions of any number of photos as Parquet; say how many there are."""
+    """Write the captions of any number of photos to a table; print how many there are."""
     if bool(arguments.paths) == bool(arguments.data):
         raise ConfigError("--output takes either PATHs or --data: give one of them")
     if arguments.json or arguments.heatmaps:
@@ -237,9 +244,11 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         arguments.paths = [path.absolute() for path in arguments.paths]
     source = ""
     if arguments.data:
-        photos = bulk.photos_of(arguments.data, arguments.split)
+        from captioner.data import split_name, stream_photos
+
+        photos = stream_photos(arguments.data, arguments.split)
         place = Path(arguments.data)
-        source = f"{place.resolve() if place.exists() else place} {arguments.split}"
+        source = f"{place.resolve() if place.exists() else place} {split_name(arguments.split)}"
     else:
         # Walked once before, so that a folder that holds no photo is told at the start.
         for named in arguments.paths:

@@ -1,12 +1,14 @@
-"""Captions for any number of photos, in bounded memory, into a folder of Parquet files.
+"""Captions for any number of photos, in bounded memory, as Parquet, CSV or JSON Lines.
 
-A job that was stopped goes on where it stood. Knows nothing of the command line, and has no
-scheduler of its own: many workers are Ray Data's.
+A stopped job resumes where it stopped. Knows nothing of the command line, and has no scheduler of
+its own: Ray Data runs several workers.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -29,8 +31,8 @@ from captioner.predictor import Captioner
 
 SCHEMA = pa.schema(
     [
-        ("photo", pa.string()),  # its path as given, or its row in the data
-        ("filename", pa.string()),  # without folders, or as the data calls it
+        ("photo", pa.string()),  # its path as given, or its row number in the split of the data
+        ("filename", pa.string()),  # its name without folders, or what the data calls it
         ("caption", pa.string()),
         ("log_probability", pa.float32()),
         ("error", pa.string()),  # why there is no caption
@@ -46,8 +48,10 @@ _ROWS = pa.schema(
     ]
 )
 ENGINES = ("local", "ray")
+# How the files begin that are no folder of Parquet.
+_BEGINNINGS = {".csv": ",".join(SCHEMA.names).encode(), ".jsonl": b'{"photo":'}
 _BATCH = 64  # photos captioned at once
-_PART = 512  # photos a file, and at most lost by a kill
+_PART = 512  # photos written at once; a kill loses no more
 
 
 def photos_at(paths: Callable[[], Iterable[Path]]) -> datasets.IterableDataset:
@@ -62,43 +66,6 @@ def photos_at(paths: Callable[[], Iterable[Path]]) -> datasets.IterableDataset:
             yield {"photo": photo, "filename": filename, "path": os.fsencode(path), "data": None}
 
     return datasets.IterableDataset.from_generator(rows)
-
-
-def photos_of(source: str, split: str = "train") -> datasets.IterableDataset:
-    """Stream the photos of a Hub id or a folder of Parquet as rows for ``caption_all``.
-
-    Args:
-        source: has a column ``image``; needs no captions.
-        split: of the data.
-
-    Raises:
-        DataError: it cannot be had, or has no such split or column.
-    """
-    try:
-        table = datasets.load_dataset(source, split=split, streaming=True)
-        columns = list(table.column_names or next(iter(table)))
-    except Exception as error:
-        raise DataError(
-            f"cannot read the split {split!r} of {source} ({first_line(error)[:160]}): give a Hub "
-            "id or a folder of Parquet files, and one of its splits"
-        ) from error
-    if "image" not in columns:
-        raise DataError(f"{source} has no column 'image', only: {', '.join(columns)}")
-    name = next((name for name in ("filename", "img_id") if name in columns), None)
-
-    def row(values: dict[str, Any], number: int) -> dict[str, Any]:
-        image = values["image"] or {"bytes": None, "path": None}
-        path = image["path"] if image["bytes"] is None else None
-        return {
-            "photo": str(number),
-            "filename": str(values[name]) if name else None,
-            # Paths in a local folder's Parquet are meant from there.
-            "path": os.fsencode(Path(source, path)) if path else None,
-            "data": image["bytes"],
-        }
-
-    table = table.cast_column("image", datasets.Image(decode=False))
-    return table.map(row, with_indices=True, remove_columns=columns)
 
 
 def _caption(
@@ -127,25 +94,86 @@ def _key(photo: str) -> int:
     return int.from_bytes(hashlib.blake2b(photo.encode(), digest_size=8).digest())
 
 
+def _text_rows(output: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows of a CSV or JSON Lines file, each with the offset of its end in bytes.
+
+    A last row that a kill or a full disk cut off is left out.
+    """
+    if not output.exists():
+        return
+    suffix, end, number = output.suffix.lower(), 0, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield line.decode()
+
+    with output.open("rb") as file:
+        beginning = _BEGINNINGS[suffix]
+        if not beginning.startswith(file.read(len(beginning))):
+            raise DataError(f"{output} is no file of captions: choose another --output")
+        file.seek(0)
+        rows: Iterator[Any]
+        if suffix == ".csv":
+            cells = csv.reader(lines(), strict=True)
+            rows = (dict(zip(SCHEMA.names, row, strict=True)) for row in cells)
+        else:
+            rows = map(json.loads, lines())
+        try:
+            if suffix == ".csv":
+                next(cells, None)  # the header
+            for row in rows:
+                if (
+                    not isinstance(row, dict)
+                    or list(row) != SCHEMA.names
+                    or not isinstance(row["photo"], str)
+                ):
+                    raise ValueError("it has other columns")
+                yield row, end
+                number += 1
+        except (ValueError, csv.Error) as error:
+            if "unexpected end of data" in str(error):  # inside quotation marks
+                return
+            raise DataError(
+                f"{output} is damaged after {number} rows ({first_line(error)[:160]}): repair or "
+                "delete it, or choose another --output"
+            ) from error
+
+
+def _rows(output: Path) -> Iterator[tuple[list[str], int]]:
+    """Yield photos that ``output`` has rows of, and how many of them have an error."""
+    if output.suffix.lower() in _BEGINNINGS:
+        for row, _ in _text_rows(output):
+            yield [row["photo"]], bool(row["error"])
+        return
+    for part in sorted(output.glob("*.parquet")):
+        for batch in _open_part(part).iter_batches(columns=["photo", "error"]):
+            photos, errors = batch.columns
+            yield photos.to_pylist(), len(errors) - errors.null_count
+
+
+def _open_part(part: Path) -> pq.ParquetFile:
+    """Open a Parquet file of captions."""
+    try:
+        file = pq.ParquetFile(part)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{part} is damaged: delete it, and its photos are captioned again"
+        ) from error
+    if file.schema_arrow.names != SCHEMA.names:
+        raise DataError(
+            f"{part} is no file of captions (its columns are "
+            f"{', '.join(file.schema_arrow.names)}): choose another --output"
+        )
+    return file
+
+
 def _done(output: Path) -> np.ndarray:
     """Return the sorted keys of the photos that ``output`` has rows of."""
-    keys: list[np.ndarray] = [np.empty(0, np.uint64)]
-    for part in sorted(output.glob("*.parquet")):
-        try:
-            file = pq.ParquetFile(part)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{part} is damaged: delete it, and its photos are captioned again"
-            ) from error
-        if file.schema_arrow.names != SCHEMA.names:
-            raise DataError(
-                f"{part} is no file of captions (its columns are "
-                f"{', '.join(file.schema_arrow.names)}): choose another --output"
-            )
-        for batch in file.iter_batches(columns=["photo"]):
-            photos = batch.column(0).to_pylist()
-            keys.append(np.fromiter(map(_key, photos), np.uint64, len(photos)))
-    return np.sort(np.concatenate(keys))
+    photos = itertools.chain.from_iterable(photos for photos, _ in _rows(output))
+    return np.sort(np.fromiter(map(_key, photos), np.uint64))
 
 
 def _is_in(keys: np.ndarray, key: int) -> bool:
@@ -169,8 +197,10 @@ def caption_all(
     Args:
         load: makes the captioner, with "ray" once in each worker.
         photos: from ``photos_at`` or ``photos_of``.
-        output: a folder of Parquet files, which datasets, pandas, DuckDB and their like read as
-            one table. With "ray" all machines need to see it, and the photos' files.
+        output: a .csv or .jsonl (JSON Lines) file; or, with .parquet or no suffix, a folder of
+            Parquet files, which datasets, pandas and DuckDB read as one table. Beside a file, the
+            hidden folder ``.NAME.job`` keeps what is needed to resume. With "ray" all machines
+            need to see the folder of the output, and the photos' files.
         options: of the decoding.
         source: the data and split whose rows the photos are; paths stand for themselves.
         engine: "local", or "ray": Ray Data, on this machine or on the cluster of ``RAY_ADDRESS``.
@@ -182,7 +212,8 @@ def caption_all(
 
     Raises:
         ConfigError: the engine is unknown or not installed, ``workers`` is no number of them, or
-            ``output`` is a file, or holds captions of other data, options or another checkpoint.
+            ``output`` has another suffix, is a file or folder where it must not be, or holds
+            captions of other data, options or another checkpoint.
         DataError: ``output`` holds something else, or the photos cannot be read on.
         WriteError: ``output`` cannot be written.
         CheckpointError: the checkpoint cannot be loaded.
@@ -193,37 +224,63 @@ def caption_all(
         raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if not 1 <= workers <= 10_000:
         raise ConfigError(f"workers is {workers}; it must be a whole number from 1 to 10000")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file: choose another --output, which becomes a folder")
-    captioner = load()  # with "ray" too: what is wrong with it is told before anything starts
-    with claimed(output):
+    suffix = output.suffix.lower()
+    if suffix not in ("", ".parquet", *_BEGINNINGS):
+        raise ConfigError(
+            f"{output}: captions are written as .csv, as .jsonl (JSON Lines), or as a folder of "
+            f"Parquet files (.parquet or no suffix), not as {suffix}: choose another --output"
+        )
+    is_file = suffix in _BEGINNINGS
+    if output.exists() and output.is_dir() == is_file:
+        now, wanted = ("folder", "file") if is_file else ("file", "folder")
+        raise ConfigError(f"{output} is a {now}: choose another --output, which becomes a {wanted}")
+    if is_file:
+        next(_text_rows(output), None)  # refuses a file that is not ours
+    captioner = load()  # with "ray" too: its errors are reported before anything starts
+    with claimed(_home(output)):
+        if is_file and output.exists():
+            with writing(output):
+                os.truncate(output, max((end for _, end in _text_rows(output)), default=0))
+        _collect(output, _done(output))  # what a kill left
         done = _done(output)
-        _begin(output, source, captioner, options)
+        _begin(output, source, captioner, options, has_rows=len(done) > 0)
         left = photos.filter(lambda row: not _is_in(done, _key(row["photo"])))
         with tqdm(desc="captions", unit="photo", initial=len(done), smoothing=0.05) as bar:
-            if engine == "ray":
-                del captioner
-                _with_ray(load, left, output, options, workers, gpus, bar)
-            else:
-                _alone(captioner, left, output, options, bar)
+            try:
+                if engine == "ray":
+                    del captioner
+                    _with_ray(load, left, output, options, workers, gpus, bar)
+                else:
+                    _alone(captioner, left, output, options, bar)
+            finally:
+                _collect(output)
         return _count(output)
 
 
-def _begin(output: Path, source: str, captioner: Captioner, options: DecodingOptions) -> None:
-    """Clear away what a kill left; write down whose captions these are, or refuse other ones."""
-    for partial in output.glob(f".{'?' * 32}.part"):
+def _home(output: Path) -> Path:
+    """Return the folder with a job's lock, its record, and the Parquet files that it writes."""
+    is_file = output.suffix.lower() in _BEGINNINGS
+    return output.with_name(f".{output.name}.job") if is_file else output
+
+
+def _begin(
+    output: Path, source: str, captioner: Captioner, options: DecodingOptions, *, has_rows: bool
+) -> None:
+    """Delete what a kill left; record what the captions are of, or refuse captions of others."""
+    home = _home(output)
+    for partial in home.glob(f".{'?' * 32}.part"):
         partial.unlink()
     weights = hashlib.sha256()
     for _, tensor in sorted(captioner.checkpoint.model.state_dict().items()):
         weights.update(tensor.cpu().numpy().tobytes())
     job = {"data": source, "weights": weights.hexdigest(), "options": options.to_dict()}
-    path = output / ".job.json"
+    path = home / ".job.json"
     try:
         before = json.loads(path.read_bytes())
         others = [name for name in job if before[name] != job[name]]
     except (OSError, ValueError, LookupError, TypeError):  # none there, or one that is damaged
         others = []
-    if others and any(output.glob("*.parquet")):
+    if others and has_rows:
         raise ConfigError(
             f"{output} holds captions of other {' and '.join(others)}: choose another --output"
         )
@@ -258,22 +315,23 @@ def _alone(
                 bar.update(len(tables[-1]))
         finally:  # after Ctrl-C too
             if tables:
-                _write(pa.concat_tables(tables), output)
+                _write(pa.concat_tables(tables), _home(output))
+                _collect(output)
         if not tables:
             break
 
 
 class _Worker:
-    """Captions and writes a file's rows at a time, in a process of Ray's."""
+    """Captions photos and writes a file of their rows at a time, in a process of Ray's."""
 
     def __init__(
-        self, load: Callable[[], Captioner], options: DecodingOptions, output: Path
+        self, load: Callable[[], Captioner], options: DecodingOptions, folder: Path
     ) -> None:
-        self._captioner, self._options, self._output = load(), options, output
+        self._captioner, self._options, self._folder = load(), options, folder
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[int]]:
         """Return how many rows were written."""
-        _write(_caption(self._captioner, self._options, rows), self._output)
+        _write(_caption(self._captioner, self._options, rows), self._folder)
         return {"rows": [len(rows["photo"])]}
 
 
@@ -286,7 +344,7 @@ def _with_ray(
     gpus: int,
     bar: tqdm[Any],
 ) -> None:
-    """Read in one task of Ray's, caption and write in its workers."""
+    """Read in one task of Ray's; caption and write in its workers."""
     try:
         import ray
         import ray.data
@@ -322,7 +380,7 @@ def _with_ray(
         )
         written = rows.map_batches(
             _Worker,
-            fn_constructor_args=(load, options, output.resolve()),
+            fn_constructor_args=(load, options, _home(output).resolve()),
             batch_size=_PART,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus or None,
@@ -345,25 +403,57 @@ def _with_ray(
             ray.shutdown()
 
 
-def _write(table: pa.Table, output: Path) -> None:
-    """Add a file whole or not at all: one that is being written has another name.
+def _write(table: pa.Table, folder: Path) -> None:
+    """Add a Parquet file whole or not at all: while it is being written, it has another name.
 
-    It is called by its photos: where Ray does a task again, the same file comes of it.
+    It is named after its photos: where Ray repeats a task, the same file comes of it.
     """
     photos = "\0".join(table.column("photo").to_pylist())
     name = f"{hashlib.blake2b(photos.encode(), digest_size=16).hexdigest()}.parquet"
-    partial = output / f".{uuid.uuid4().hex}.part"
-    with writing(output):
+    partial = folder / f".{uuid.uuid4().hex}.part"
+    with writing(folder):
         try:
             pq.write_table(table, partial)
-            partial.replace(output / name)
+            partial.replace(folder / name)
         finally:
             partial.unlink(missing_ok=True)
 
 
+def _collect(output: Path, done: np.ndarray | None = None) -> None:
+    """Move the rows of the job's Parquet files to the end of a CSV or JSON Lines file.
+
+    Photos in ``done`` have a row there already.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in _BEGINNINGS:
+        return
+    for part in sorted(_home(output).glob("*.parquet")):
+        rows = _open_part(part).read().to_pylist()
+        if done is not None:
+            rows = [row for row in rows if not _is_in(done, _key(row["photo"]))]
+        with writing(output):
+            with output.open("ab") as file:
+                file.write(_as_text(rows, suffix, header=file.tell() == 0))
+                file.flush()
+                os.fsync(file.fileno())
+            part.unlink()
+
+
+def _as_text(rows: list[dict[str, Any]], suffix: str, *, header: bool) -> bytes:
+    """Return the rows as CSV or JSON Lines, UTF-8."""
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def _count(output: Path) -> tuple[int, int]:
+    """Return how many rows there are, and how many of them have an error."""
     rows = errors = 0
-    for part in output.glob("*.parquet"):
-        column = pq.read_table(part, columns=["error"]).column("error")
-        rows, errors = rows + len(column), errors + len(column) - column.null_count
+    for photos, failed in _rows(output):
+        rows, errors = rows + len(photos), errors + failed
     return rows, errors

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from captioner.config import INNER_SPACE
 from captioner.errors import DataError, first_line
 
 _ROWS = ("upper", "middle", "lower")
@@ -140,8 +141,8 @@ class Beam:
 
     @property
     def text(self) -> str:
-        """The words with spaces between them."""
-        return " ".join(word.text for word in self.words)
+        """The words with spaces between them, but none between Chinese or Japanese characters."""
+        return INNER_SPACE.sub("", " ".join(word.text for word in self.words))
 
     @property
     def attention(self) -> np.ndarray:

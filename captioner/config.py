@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,14 @@ BAD_ENDINGS = (
     "a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with",
 )
 # fmt: on
+# Han, kana and Bopomofo, for a regular expression: each of these characters counts as a word.
+CHARACTER_WORDS = (
+    "\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+    "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U0001aff0-\U0001b16f\U00020000-\U0003fffd"
+)
+# What is removed from such a text to display it.
+INNER_SPACE = re.compile(rf"(?<=[{CHARACTER_WORDS}]) (?=[{CHARACTER_WORDS}])")
 
 
 # What a field's annotation allows, and how to say so.

@@ -5,21 +5,26 @@ Photos stay lazy: a row is decoded when it is asked for, and nothing keeps it.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import functools
 import hashlib
 import logging
+import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
@@ -27,11 +32,17 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from captioner.config import DEFAULT_SOURCE, PAD
 from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.images import Transform, open_photo
-from captioner.vocab import Vocabulary, clean
+from captioner.vocab import ONE_WORD, Vocabulary, clean, mean_words
 
 log = logging.getLogger(__name__)
 
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
 CAPTION_FILES = ("captions.csv", "captions.txt")
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl")  # beside photos, read by datasets
+# Columns with a photo's file name, and those that identify it if there is no file name.
+_NAME_COLUMNS = ("filename", "file_name", "image_name")
+_ID_COLUMNS = ("img_id", "image_id", "__key__", "id")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _LOCAL_WAY = (
     "give a local folder with --data: Parquet files with the columns image and alt_text, or "
@@ -67,11 +78,10 @@ class CaptionedPhotos:
 
     def data(self, row: int) -> bytes | Path:
         """Return one photo's file as it is stored: its bytes, or its path."""
-        image = self._table[row]["image"]
-        if image is None or (image["bytes"] is None and image["path"] is None):
+        data = _stored_photo(self._table[row]["image"], self.source)
+        if data is None:
             raise ImageError(f"row {row} holds no photo")
-        # Paths in a local folder's Parquet are meant from there.
-        return Path(self.source, image["path"]) if image["bytes"] is None else image["bytes"]
+        return data
 
     def photo(self, row: int) -> Image.Image:
         """Decode one photo; ``ImageError`` where that fails."""
@@ -83,11 +93,19 @@ class CaptionedPhotos:
             yield from (_texts(value) for value in batch["alt_text"])
 
     def names(self) -> list[str]:
-        """Return each photo's file name, or its row number where the data has none."""
-        for column in ("filename", "img_id"):
-            if column in self._table.column_names:
-                return [str(name) for name in self._table[column]]
-        return [str(row) for row in range(len(self))]
+        """Return each photo's file name or id, or its row number if the data has neither."""
+        names: list[str | None] = []
+        # Without the photos' bytes, unless a file name is stored nowhere else.
+        for wanted in (_NAME_COLUMNS, (*_NAME_COLUMNS, "image", *_ID_COLUMNS)):
+            columns = [column for column in wanted if column in self._table.column_names]
+            names = [
+                _photo_name(dict(zip(batch, cells, strict=True)), self.source)
+                for batch in self._table.select_columns(columns).iter(batch_size=100)
+                for cells in zip(*batch.values(), strict=True)
+            ]
+            if names and None not in names:
+                break
+        return [str(row) if name is None else name for row, name in enumerate(names)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,6 +119,52 @@ class CaptionedPhotos:
                 data = b""
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()
+
+
+def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
+    """Return what a cell of the column ``image`` holds: datasets leaves some cells as stored."""
+    if isinstance(cell, Mapping):
+        return cell.get("bytes"), cell.get("path")
+    return (cell, None) if isinstance(cell, bytes) else (None, cell)
+
+
+def _stored_photo(cell: Any, source: str) -> bytes | Path | None:
+    """Return the bytes or the path in a cell of the column ``image``, None if it is empty."""
+    data, path = _bytes_and_path(cell)
+    if data is not None or not path:
+        return data
+    if "://" in path:  # on the Hub, or inside an archive
+        try:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        except Exception as error:
+            raise ImageError(f"cannot read {path}: {first_line(error)}") from error
+    # Relative paths start at the folder of the data.
+    return Path(source).expanduser() / path
+
+
+def _photo_name(row: Mapping[str, Any], source: str) -> str | None:
+    """Return what the data calls a photo: its file name, else its id, else None."""
+    for column in _NAME_COLUMNS:
+        if row.get(column):
+            return str(row[column])
+    _, path = _bytes_and_path(row.get("image"))
+    if path:
+        return _relative_name(path, source)
+    ids = (row[column] for column in _ID_COLUMNS if row.get(column) not in (None, ""))
+    return next(map(str, ids), None)
+
+
+def _relative_name(path: str, source: str) -> str:
+    """Return a photo's path inside its data set: folders keep equal file names apart."""
+    inner = path.split("::")[0].split("://")[-1]  # of zip://folder/a.png::/home/me/photos.zip
+    if inner != path:
+        return re.sub(r"^datasets/[^/]+/[^/]+/", "", inner)  # hf://datasets/owner/name@commit/
+    folder = Path(source).expanduser()
+    for root in (folder, folder.absolute(), folder.resolve()):
+        with contextlib.suppress(ValueError):
+            return Path(path).relative_to(root).as_posix()
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _texts(value: str | Sequence[str] | None) -> list[str]:
@@ -172,17 +236,17 @@ def _read_captions_file(path: Path) -> tuple[datasets.Dataset, int]:
     return table, missing
 
 
-def _by_split(table: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """Part one table for all by its column ``split``; a row that names none is for training."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(table["split"]):
-        name = str(name or "train")
-        rows.setdefault(_SPLIT_NAMES.get(name, name), []).append(row)
-    return {name: table.select(some) for name, some in rows.items()}
+def split_name(name: str) -> str:
+    """Return the usual name of a split: "Val" and "dev" are "validation"."""
+    name = name.strip().lower()
+    return _SPLIT_NAMES.get(name, name)
 
 
-def _load_splits(source: str) -> tuple[dict[str, datasets.Dataset], int]:
-    """Return the splits of a source by name, nothing decoded, and how many photos are missing."""
+def _open_source(source: str, *, streaming: bool) -> tuple[dict[str, Table], int]:
+    """Return the splits of a source, photos not decoded, and how many photos are missing.
+
+    Only streaming reads a folder of photos without captions.
+    """
     try:
         path = Path(source).expanduser()
         if path.is_file() and path.name in CAPTION_FILES:
@@ -190,34 +254,154 @@ def _load_splits(source: str) -> tuple[dict[str, datasets.Dataset], int]:
         is_folder = path.is_dir()
     except (OSError, RuntimeError):  # no name that a folder could have, or no such user
         is_folder = False
-    if is_folder:
-        for name in CAPTION_FILES:
-            if (path / name).is_file():
-                table, missing = _read_captions_file(path / name)
-                return _by_split(table), missing
-        if next(path.rglob("*.parquet"), None) is None:
-            raise DataError(
-                f"{path} holds neither Parquet files nor {' or '.join(CAPTION_FILES)}; {_LOCAL_WAY}"
-            )
-        try:
-            return dict(datasets.load_dataset(str(path))), 0
-        except Exception as error:
-            reason = first_line(error.__cause__ or error)
-            for file in sorted(path.rglob("*.parquet")):
-                with contextlib.suppress(Exception):
-                    if pyarrow.parquet.read_metadata(file).num_rows == 0:
-                        reason = f"{file.relative_to(path)} is empty"
-            raise DataError(f"cannot read the Parquet files in {path}: {reason}") from error
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    if not is_folder:
+        return _load_from_hub(source, streaming=streaming), 0
+    for name in CAPTION_FILES:
+        if (path / name).is_file():
+            table, missing = _read_captions_file(path / name)
+            return {"train": table.to_iterable_dataset() if streaming else table}, missing
+    if not streaming and not any(
+        next(path.rglob(pattern), None) for pattern in ("*.parquet", *_METADATA_FILES)
+    ):
+        raise DataError(
+            f"{path} holds neither Parquet files nor {' or '.join(CAPTION_FILES)}; {_LOCAL_WAY}"
+        )
+    try:
+        return dict(datasets.load_dataset(str(path), streaming=streaming)), 0
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        if configurations := _configurations(str(error)):
+            reason = f"they have several configurations: keep the files of one of {configurations}"
+        for file in sorted(path.rglob("*.parquet")):
+            with contextlib.suppress(Exception):
+                if pyarrow.parquet.read_metadata(file).num_rows == 0:
+                    reason = f"{file.relative_to(path)} is empty"
+        raise DataError(f"cannot read the Parquet files in {path}: {reason}") from error
+
+
+def _load_from_hub(source: str, *, streaming: bool) -> dict[str, Table]:
+    """Return the splits of a data set on the Hub: owner/name, or owner/name:configuration."""
+    hub_id, _, configuration = source.partition(":")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_id, flags=re.ASCII):
         raise DataError(f"there is no folder {source}, and it is no Hub id (owner/name)")
     try:
-        return dict(datasets.load_dataset(source)), 0
+        return dict(datasets.load_dataset(hub_id, configuration or None, streaming=streaming))
     except Exception as error:
         raise DataError(
             f"cannot load {source} from the Hugging Face Hub ({type(error).__name__}: "
-            f"{first_line(error)[:160]}). Check the name and your internet connection, "
-            f"or {_LOCAL_WAY}"
+            f"{first_line(error)[:160]}). {_hub_way_out(hub_id, error)}, or {_LOCAL_WAY}"
         ) from error
+
+
+def _configurations(text: str) -> str:
+    """Return the configurations among which an error of datasets asks to choose, or nothing."""
+    found = re.search(r"[Aa]vailable(?: configs)?: (\[.*\])", text)
+    return ", ".join(ast.literal_eval(found[1])) if found else ""
+
+
+def _hub_way_out(hub_id: str, error: BaseException) -> str:
+    """Say what to do about an error of the Hub."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(map(str, causes))
+    kinds = tuple(map(type, causes))
+    if GatedRepoError in kinds or "gated dataset" in text:
+        return (
+            f"It is gated: accept its terms on https://huggingface.co/datasets/{hub_id} and run "
+            "`hf auth login`"
+        )
+    if configurations := _configurations(text):
+        return f"Choose a configuration, as in {hub_id}:NAME, from {configurations}"
+    if "OfflineModeIsEnabled" in text or "HF_HUB_OFFLINE" in text:
+        return "HF_HUB_OFFLINE is set: unset it and check your internet connection"
+    if RepositoryNotFoundError in kinds or datasets.exceptions.DatasetNotFoundError in kinds:
+        return "There is no such data set, or it is private: check the name or run `hf auth login`"
+    return "Check the name and your internet connection"
+
+
+def _columns(table: Table) -> list[str]:
+    """Return the columns; a stream may know them only from its first row."""
+    return list(table.column_names or next(iter(table), {}))
+
+
+def _choose_split(source: str, splits: Mapping[str, Table], split: str) -> Table:
+    """Return one split; a single table for all is divided by its column ``split``."""
+
+    def name_of(cell: str | None) -> str:
+        return split_name(str(cell or "train"))
+
+    named = {split_name(name): table for name, table in splits.items()}
+    names = list(named)
+    (table, *others) = named.values()
+    if not others and "split" in _columns(table):
+        if isinstance(table, datasets.Dataset):
+            names = [name_of(cell) for cell in table["split"]]
+            rows = [row for row, name in enumerate(names) if name == split]
+            named = {split: table.select(rows)}
+        else:
+            names = []
+            for row in table.select_columns("split"):
+                if (name := name_of(row["split"])) not in names:
+                    names.append(name)
+                if name == split:  # far enough: the rest may be gigabytes
+                    break
+            named = {split: table.filter(lambda row: name_of(row["split"]) == split)}
+    if split not in names:
+        raise DataError(
+            f"{source} has no split {split!r}, only: {', '.join(dict.fromkeys(names))}; choose one "
+            "of these"
+        )
+    return named[split]
+
+
+def stream_photos(source: str, split: str = "train") -> datasets.IterableDataset:
+    """Stream the photos of one split as rows for ``bulk.caption_all``, in bounded memory.
+
+    Args:
+        source: as for ``load_captions``, or a folder of photos with or without a
+            ``metadata.csv``, as ``datasets`` reads them. It needs no captions.
+        split: as for ``load_captions``.
+
+    Returns:
+        rows with ``photo``, the number of the row in the split; ``filename``, the photo's file
+        name or id, or None if the data has neither; and ``path`` or ``data``.
+
+    Raises:
+        DataError: the source, the split or the column ``image`` is missing.
+    """
+    try:
+        splits, _ = _open_source(source, streaming=True)
+    except DataError as error:
+        raise DataError(f"cannot read the split {split!r} of {source}: {error}") from error
+    try:
+        table = _choose_split(source, splits, split_name(split))
+        columns = _columns(table)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"cannot read the split {split!r} of {source}: {first_line(error)[:160]}"
+        ) from error
+    if "image" not in columns:
+        raise DataError(f"{source} has no column 'image', only: {', '.join(columns)}")
+
+    def row(values: dict[str, Any], number: int) -> dict[str, Any]:
+        try:
+            photo = _stored_photo(values["image"], source)
+        except ImageError:
+            photo = b""
+        return {
+            "photo": str(number),
+            "filename": _photo_name(values, source),
+            "path": os.fsencode(photo) if isinstance(photo, Path) else None,
+            "data": photo if isinstance(photo, bytes) else None,
+        }
+
+    table = table.cast_column("image", datasets.Image(decode=False))
+    return table.map(row, with_indices=True, remove_columns=columns)
 
 
 def load_captions(
@@ -226,19 +410,21 @@ def load_captions(
     """Load one split of photos with captions.
 
     Args:
-        source: a Hub id; a folder of Parquet with the columns ``image`` and ``alt_text`` (others
-            are optional); or a folder of photos with ``captions.csv`` or ``captions.txt``
-            (``image,caption``, several lines a photo, ``split`` optional).
-        split: "train", "validation" or "test".
+        source: a Hub id, with ``:NAME`` behind it if there are several configurations; a folder
+            of Parquet with the columns ``image`` and ``alt_text`` (others are optional); or a
+            folder of photos with ``captions.csv`` or ``captions.txt`` (``image,caption``, several
+            lines per photo, ``split`` optional).
+        split: "train", "validation" or "test", in any case, or "val", "valid" or "dev".
         limit: at most so many photos, from the start; 0 takes all.
 
     Raises:
-        DataError: the source, the split or a column is missing, or no row has a caption.
+        DataError: the source, the split or a column is missing, no row has a caption, or the
+            captions have no spaces between words.
     """
     if limit < 0:
         raise ConfigError(f"limit is {limit}; it must be 0, which takes all, or more")
-    splits, missing = _load_splits(source)
-    split = _SPLIT_NAMES.get(split, split)
+    splits, missing = _open_source(source, streaming=False)
+    split = split_name(split)
     for table in splits.values():
         for column in ("image", "alt_text"):
             if column not in table.column_names:
@@ -246,17 +432,11 @@ def load_captions(
                     f"{source} has no column {column!r}, only: {', '.join(table.column_names)}; "
                     "image and alt_text are needed"
                 )
-    named = {_SPLIT_NAMES.get(name, name): table for name, table in splits.items()}
-    if len(splits) == 1 and "split" in (only := next(iter(splits.values()))).column_names:
-        named = _by_split(only)
-    if split not in named:
-        raise DataError(
-            f"{source} has no split {split!r}, only: {', '.join(named)}; choose one of these"
-        )
+    table = _choose_split(source, splits, split)
     try:
-        table = named[split].cast_column("image", datasets.Image(decode=False))
+        table = table.cast_column("image", datasets.Image(decode=False))
         photos = CaptionedPhotos(source, split, table)
-        captioned = [row for row, texts in enumerate(photos.captions()) if texts]
+        captions = list(photos.captions())
     except (
         *(TypeError, ValueError, AttributeError),
         *(datasets.exceptions.DatasetsError, pyarrow.ArrowException),
@@ -265,8 +445,10 @@ def load_captions(
             f"{source}: the columns must hold photos (image) and lists of text (alt_text): "
             f"{first_line(error)}"
         ) from error
+    captioned = [row for row, texts in enumerate(captions) if texts]
     if not captioned:
         raise DataError(f"the split {split!r} of {source} has no photo with a caption")
+    _check_words(f"{source} {split}", captions)
     photos.skipped = len(table) - len(captioned)
     if photos.skipped:
         log.warning("%s %s: skipped %d rows without a caption", source, split, photos.skipped)
@@ -276,6 +458,19 @@ def load_captions(
     return photos
 
 
+def _check_words(what: str, captions: Iterable[Sequence[str]]) -> None:
+    """Warn about captions of about one word; ``DataError`` if they need to be segmented."""
+    words = mean_words(text for texts in captions for text in texts)
+    if words < ONE_WORD:
+        log.warning(
+            "%s: the captions have %.1f words on average. Words are split at spaces: if these are "
+            "sentences, put spaces between their words; if they are labels, the model learns no "
+            "sentences",
+            what,
+            words,
+        )
+
+
 def load_texts(source: str) -> list[list[str]]:
     """Read captions without photos: Parquet files with the column ``alt_text``, five a row or so.
 
@@ -283,7 +478,8 @@ def load_texts(source: str) -> list[list[str]]:
         DataError: they cannot be read, or hold no caption.
     """
     try:
-        (table,) = datasets.load_dataset(source, split=["train"])
+        splits, _ = _open_source(source, streaming=False)
+        table = _choose_split(source, splits, "train")
         rows = [_texts(value) for value in table["alt_text"]]
     except Exception as error:
         raise DataError(
@@ -292,6 +488,7 @@ def load_texts(source: str) -> list[list[str]]:
         ) from error
     if not any(rows):
         raise DataError(f"{source} holds no caption")
+    _check_words(source, rows)
     return [row for row in rows if row]
 
 

@@ -1,5 +1,10 @@
 """What can go wrong, as a small tree. Every message names the cause and the way out."""
 
+import logging
+import sys
+
+_logger = logging.getLogger(__name__)
+
 
 class CaptionerError(Exception):
     """Base of all errors that this package raises on purpose; its text is fit to show a user.
@@ -50,3 +55,15 @@ class WriteError(CaptionerError):
 def first_line(error: BaseException) -> str:
     """Return an error's first line, or its kind where it has no text, to quote in a message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def report(program: str, error: BaseException) -> int:
+    """Print why a program ends, in a line, and return its exit code; the trace goes to the log."""
+    _logger.debug("%s ends", program, exc_info=error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, CaptionerError):
+        sys.stderr.write(f"{program}: {error}\n")
+        return error.exit_code
+    sys.stderr.write(f"{program}: {type(error).__name__}: {first_line(error)}\n")
+    return 1

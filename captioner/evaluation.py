@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint
-from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, PAD, DecodingOptions
+from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, INNER_SPACE, PAD, DecodingOptions
 from captioner.data import CaptionDataset, CaptionedPhotos, load_captions
 from captioner.decoding import decode
 from captioner.encoders import choose_device, load_encoder
@@ -58,7 +58,7 @@ def write_captions(
     ):
         state, memory = model.start(features.to(device).float())
         found = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        texts += [vocabulary.untokenize(beams[0].ids) for beams in found]
+        texts += [INNER_SPACE.sub("", vocabulary.untokenize(beams[0].ids)) for beams in found]
     return texts
 
 

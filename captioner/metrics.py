@@ -1,8 +1,8 @@
 """Scores of captions against references: BLEU, CIDEr-D, ROUGE-L, and how much they repeat.
 
-Everything is in the usual scale of papers: BLEU, CIDEr and ROUGE x 100. Texts are cleaned as in
-``vocab.clean`` and split at spaces; nothing is cut. The numbers equal coco-caption's on the same
-tokens.
+Everything is in the usual scale of papers: BLEU, CIDEr and ROUGE x 100. Texts are cleaned by
+``vocab.clean``, which makes each Chinese or Japanese character a word, and split at spaces;
+nothing is cut. The numbers equal coco-caption's on the same tokens.
 """
 
 from __future__ import annotations

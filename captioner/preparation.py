@@ -124,6 +124,19 @@ def _nothing(features: Features, rows: Sequence[int]) -> np.ndarray:
     return some.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
 
 
+def check_lengths(texts: Sequence[str], vocabulary: Vocabulary, max_length: int) -> None:
+    """Warn if more than a third of the captions have to be cut to ``max_length`` ids."""
+    room = max_length - 2  # without <bos> and <eos>
+    num_cut = sum(len(vocabulary.encode(text)) > room for text in texts)
+    if num_cut > len(texts) / 3:
+        log.warning(
+            "%d of %d captions are cut after %d words: raise the limit with --set max_length=N",
+            num_cut,
+            len(texts),
+            room,
+        )
+
+
 def prepare(
     config: TrainConfig,
     cache: Path = FEATURES_FOLDER,
@@ -165,6 +178,7 @@ def prepare(
     references = [validation_captions[row] for row in validation_rows]
     texts = [text for some in captions for text in some]
     vocabulary = Vocabulary.build(texts, config.min_count)
+    check_lengths(texts, vocabulary, config.max_length)
     matrix = None
     if config.word2vec:
         from captioner.embeddings import word2vec_matrix

@@ -7,24 +7,102 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from captioner.config import BOS, EOS, PAD, UNK
+from captioner.config import BOS, CHARACTER_WORDS, EOS, PAD, UNK
 from captioner.errors import DataError
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 _NOT_WORD = re.compile(r"[^\w\s]|_")
+_CHARACTER_WORD = re.compile(rf"[{CHARACTER_WORDS}][^\w\s]*")  # the character and its marks
+# Word separators that are not white space: zero-width space, Tibetan tsheg, Ethiopic word space.
+_SEPARATORS = str.maketrans(dict.fromkeys("\u200b\u0f0b\u0f0c\u1361", " "))
+# Thai, Lao, Burmese, Khmer, Tai, Balinese and Javanese have no spaces between words.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
+    r"\ua980-\ua9ff\uaa60-\uaadf]+"
+)
+ONE_WORD = 1.5  # fewer words per caption than this are about one
 
 
 def clean(text: str) -> str:
-    """Lower the case, remove punctuation, keep digits, squeeze white space.
+    """Lower the case, remove punctuation, keep digits, put one space between words.
+
+    Han, kana and Bopomofo characters are words of their own. Letters keep the vowel signs and
+    tones of their script, but not accents that have no letter of their own in Unicode, nor Arabic
+    vowel points and their like.
 
     "A dog's ball, no. 3!" becomes "a dogs ball no 3".
     """
     text = unicodedata.normalize("NFKC", text).lower()
-    return " ".join(unicodedata.normalize("NFKC", _NOT_WORD.sub("", text)).split())
+    if text.isascii():
+        return " ".join(_NOT_WORD.sub("", text).split())
+    text = unicodedata.normalize("NFKC", "".join(_kept(text.translate(_SEPARATORS))))
+    return " ".join(_CHARACTER_WORD.sub(r" \g<0> ", text).split())
+
+
+def _kept(text: str) -> Iterator[str]:
+    """Yield letters with their marks, digits and white space."""
+    after_letter = False
+    for character in text:
+        category = unicodedata.category(character)
+        if category[0] == "M":
+            if after_letter and _is_spelling(character, category):
+                yield character
+        elif character.isalnum() or character.isspace():
+            after_letter = category[0] == "L"
+            yield character
+        elif category != "Cf":  # joiners stand inside words
+            after_letter = False
+
+
+def _is_spelling(mark: str, category: str) -> bool:
+    """Say whether a mark is part of how a word is spelled.
+
+    Canonical combining classes 6 to 9 are nuktas, viramas and kana's voicing, 84 to 199 the vowels
+    and tones of Telugu, Thai, Lao and Tibetan, and 0 the other vowel signs. 1 strikes letters
+    through, 10 to 36 are Hebrew and Arabic points, and from 200 on there are accents.
+    """
+    combining = unicodedata.combining(mark)
+    if combining == 0:
+        return category != "Me" and not _IGNORABLE.match(mark)
+    return 6 <= combining <= 9 or 84 <= combining <= 199
+
+
+# Marks without a shape: grapheme joiner, Khmer inherent vowels, variation selectors.
+_IGNORABLE = re.compile("[\u034f\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+
+
+def mean_words(captions: Iterable[str]) -> float:
+    """Return how many words a caption has on average, 0 without captions.
+
+    Raises:
+        DataError: the script is one without spaces, such as Thai, and the words are not segmented.
+    """
+    num_captions = num_words = 0
+    unspaced_captions = unspaced_words = unspaced_letters = 0
+    example = ""
+    for caption in captions:
+        text = clean(caption)
+        num_captions += 1
+        num_words += len(text.split())
+        unspaced = [] if text.isascii() else _UNSPACED.findall(text)
+        if unspaced:
+            example = example or unspaced[0]
+            unspaced_captions += 1
+            unspaced_words += len(unspaced)
+            unspaced_letters += sum(letter.isalpha() for word in unspaced for letter in word)
+    # Segmented words have 3 to 4 letters on average. A few captions in another language are fine.
+    longest = 3 if unspaced_words < ONE_WORD * unspaced_captions else 6
+    if unspaced_captions > num_captions / 10 and unspaced_letters > longest * unspaced_words:
+        raise DataError(
+            f"the captions have no spaces between words ({reprlib.repr(example)}), so a sentence "
+            "would count as one word: segment them first (PyThaiNLP does so for Thai, ICU for "
+            "Thai, Lao, Khmer and Burmese) and join the words with spaces"
+        )
+    return num_words / max(num_captions, 1)
 
 
 class Vocabulary:
@@ -56,14 +134,20 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 5) -> Vocabulary:
-        """Take every word seen at least ``min_count`` times, in alphabetical order."""
+        """Take every word seen at least ``min_count`` times, in alphabetical order.
+
+        Raises:
+            DataError: there is no such word, or the captions have no spaces between words.
+        """
+        captions = list(captions)
+        words_per_caption = mean_words(captions)
         counts = Counter(word for caption in captions for word in clean(caption).split())
         words = sorted(word for word, count in counts.items() if count >= min_count)
         if not words:
-            raise DataError(
-                f"no word of the captions is seen {min_count} times: use more captions or a lower "
-                "--min-count"
-            )
+            way_out = "use more captions or a lower --min-count"
+            if captions and words_per_caption < ONE_WORD:
+                way_out = "the captions have about one word each: put spaces between their words"
+            raise DataError(f"no word of the captions is seen {min_count} times: {way_out}")
         return cls([*SPECIALS, *words])
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,9 +68,17 @@ class Page:
 
 @contextlib.contextmanager
 def running_page(
-    home: Path, *command: str, root: Path = ROOT, python: str = sys.executable
+    home: Path,
+    *command: str,
+    root: Path = ROOT,
+    python: str = sys.executable,
+    host: str = "127.0.0.1",
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Page]:
-    """Start ``python app.py`` (or ``python *command``) in ``root``, with its files in ``home``."""
+    """Start ``python app.py`` (or ``python *command``) in ``root``, with its files in ``home``.
+
+    ``settings`` are added to the environment; ``host`` is where it is expected to listen.
+    """
     folder, noting = home / "temporary", home / "noting"
     for each in (folder, noting):
         each.mkdir(parents=True)
@@ -78,12 +86,13 @@ def running_page(
     (noting / "sitecustomize.py").write_text(
         _NOTE_CONNECTIONS.format(path=str(home / "connections"))
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as free:
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(noting)}
     environment.pop("GRADIO_TEMP_DIR", None)
+    environment |= settings or {}
     started = time.monotonic()
     with (home / "log").open("w") as log:
         process = subprocess.Popen(

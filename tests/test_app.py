@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -14,6 +16,7 @@ from gradio_client.exceptions import AppError
 import app
 from captioner import Captioner
 from captioner.caption import Caption
+from captioner.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,130 @@ def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
         client.predict(handle_file(bad), api_name="/caption")
     values = client.predict(handle_file(example_photos[0]), api_name="/caption")
     assert len(values["text"].split()) >= 3
+
+
+_FILE = {"meta": {"_type": "gradio.FileData"}}
+_PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["photo.jpg"],
+        [_PNG],
+        ["https://example.org/photo.jpg"],
+        [5],
+        [0.5],
+        [True],
+        [[]],
+        [[{"path": "photo.jpg"}]],
+        [{"path": 5}],
+        [{"path": ["photo.jpg"]}],
+        [{"path": "photo.jpg"}],
+        [{"path": "photo.jpg", **_FILE}],
+        [{"path": "photo.jpg", "size": "large", **_FILE}],
+        [{"path": "photo.jpg", "meta": "gradio.FileData"}],
+        [{"path": 5, **_FILE}],
+        [_FILE],
+        [{"url": _PNG}],
+        [{"url": 5}],
+        [{}],
+        [],
+        [None, None],
+        "photo.jpg",
+        {},
+        {"path": "photo.jpg", **_FILE},
+        5,
+        None,
+    ],
+    ids=repr,
+)
+def test_call_says_what_to_send_when_it_brings_no_photo(
+    served_page: str, capfd: pytest.CaptureFixture[str], data: object
+) -> None:
+    url = f"{served_page}gradio_api/call/caption"
+    answered = httpx.post(url, json={"data": data})
+    if answered.status_code == 200:
+        told = httpx.get(f"{url}/{answered.json()['event_id']}", timeout=60).text
+        assert told.startswith("event: error")
+        sentence = json.loads(told.partition("data: ")[2])["error"]
+    else:
+        assert answered.status_code == 400
+        sentence = answered.json()["detail"]
+    assert "/gradio_api/upload" in sentence or "file first" in sentence or "as a file" in sentence
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("route", "request_", "status"),
+    [
+        ("call/nothing", {"data": [None]}, 404),
+        ("call/js_fn", {"data": [None]}, 404),
+        ("call/caption", {"data": [None], "session_hash": ""}, 400),
+        ("call/caption", {"data": [None], "session_hash": 5}, 400),
+        ("call/caption", [], 400),
+        ("call/caption", "photo.jpg", 400),
+        ("queue/join", {"data": [None], "fn_index": 0}, 400),
+        ("queue/join", {"data": [None], "fn_index": 0, "session_hash": ""}, 400),
+        ("queue/join", {"data": [None], "fn_index": 0, "session_hash": None}, 400),
+        ("queue/join", {"data": [None], "fn_index": 999, "session_hash": "x"}, 404),
+        ("queue/join", {"data": [None], "fn_index": -1, "session_hash": "x"}, 404),
+        ("queue/join", {"data": [None], "fn_index": "x", "session_hash": "x"}, 404),
+        ("queue/join", {"data": [None], "fn_index": [0], "session_hash": "x"}, 404),
+        ("queue/join", {"data": [None], "session_hash": "x"}, 404),
+        ("queue/join", {"data": [None], "fn_index": 1, "session_hash": "x"}, 400),
+        ("queue/join", {"fn_index": 0, "session_hash": "x"}, 400),
+        ("queue/join", {"data": "x", "fn_index": 0, "session_hash": "x"}, 400),
+        ("queue/join", {"data": [None], "fn_index": 0, "session_hash": "x", "batched": "?"}, 400),
+        ("cancel", {"session_hash": "x"}, 400),
+        ("reset", [], 400),
+    ],
+)
+def test_request_is_refused_in_a_sentence_when_it_fits_no_event(
+    served_page: str,
+    capfd: pytest.CaptureFixture[str],
+    route: str,
+    request_: object,
+    status: int,
+) -> None:
+    answered = httpx.post(f"{served_page}gradio_api/{route}", json=request_)
+    assert answered.status_code == status
+    assert re.fullmatch(r"[^\[{].{10,}\.", answered.json()["detail"])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("route", ["call/caption/nobody", "queue/data?session_hash=nobody"])
+def test_answer_is_not_found_when_nobody_asked(
+    served_page: str, capfd: pytest.CaptureFixture[str], route: str
+) -> None:
+    answered = httpx.get(f"{served_page}gradio_api/{route}")
+    assert answered.status_code == 404
+    assert answered.json()["detail"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (ImportError("no socksio\npip install it"), 1, "app.py: ImportError: no socksio\n"),
+        (OSError(), 1, "app.py: OSError: OSError\n"),
+        (CheckpointError("no checkpoint"), 2, "app.py: no checkpoint\n"),
+    ],
+)
+def test_failure_to_load_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: BaseException,
+    code: int,
+    line: str,
+) -> None:
+    def load(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(Captioner, "load", load)
+    assert app.main([]) == code
+    assert capsys.readouterr().err == line
 
 
 def test_a_missing_checkpoint_is_one_line_and_code_two(

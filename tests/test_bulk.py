@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import shutil
 import signal
@@ -19,17 +21,36 @@ import pytest
 
 from captioner import Captioner, DecodingOptions, bulk
 from captioner.__main__ import main
+from captioner.data import stream_photos
 from captioner.errors import WriteError
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def table(folder: Path) -> dict[str, Row]:
+def table(output: Path) -> dict[str, Row]:
     """Return the rows by photo, and make sure that none comes twice."""
-    rows = pq.read_table(folder).to_pylist()
+    if output.suffix == ".csv":
+        with output.open(encoding="utf-8", newline="") as file:
+            rows: list[Row] = [
+                {name: value or None for name, value in row.items()} for row in csv.DictReader(file)
+            ]
+        for row in rows:
+            row["log_probability"] = row["log_probability"] and float(row["log_probability"])
+    elif output.suffix == ".jsonl":
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = pq.read_table(output).to_pylist()
     assert len({row["photo"] for row in rows}) == len(rows)
     return {row["photo"]: row for row in rows}
+
+
+def rounded(output: Path) -> dict[str, Row]:
+    """Return the rows with what batches of any size have in common of the numbers."""
+    rows = table(output)
+    for row in rows.values():
+        row["log_probability"] = row["log_probability"] and round(row["log_probability"], 3)
+    return rows
 
 
 @pytest.fixture
@@ -86,6 +107,112 @@ def test_what_has_a_row_is_not_captioned_again(
     assert album / "b.png" not in asked
     assert before.items() <= table(output).items()
     assert len(table(output)) == 4
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_text_tables_hold_what_parquet_holds_and_resume_after_a_torn_row(
+    captioner: Captioner,
+    album: Path,
+    tmp_path: Path,
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (album / "b.png").rename(album / 'b, "\n=1+1.png')
+    asked: list[Any] = []
+    really = Captioner.caption_each
+
+    def look(self: Captioner, photos: list[Any], *rest: Any) -> Any:
+        asked.extend(photos)
+        return really(self, photos, *rest)
+
+    monkeypatch.setattr(Captioner, "caption_each", look)
+
+    def write(output: Path) -> None:
+        paths = sorted(path for path in album.rglob("*.*g") if path.is_file())
+        options = DecodingOptions(beam_size=1)
+        counts = bulk.caption_all(lambda: captioner, bulk.photos_at(lambda: paths), output, options)
+        assert counts == (4, 1)
+
+    folder, output = tmp_path / "captions.parquet", tmp_path / f"captions{suffix}"
+    write(folder)
+    write(output)
+    assert rounded(output) == rounded(folder)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == [
+        f".{output.name}.job"
+    ]
+    asked.clear()
+    write(output)
+    assert not asked
+    whole = output.read_bytes()
+    # A kill while the last row is written, in the name's line break or anywhere else.
+    for end in (whole.rindex(b"1+1.png"), len(whole) - 1, 5):
+        output.write_bytes(whole[:end])
+        asked.clear()
+        write(output)
+        assert rounded(output) == rounded(folder)
+        assert asked
+    output.unlink()  # and all of them are captioned again
+    write(output)
+    assert rounded(output) == rounded(folder)
+
+
+def test_rows_that_a_kill_left_beside_a_text_table_are_moved_into_it(
+    captioner: Captioner, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "captions.csv"
+    paths = [album / "b.png", album / "broken.jpg"]
+
+    def write() -> None:
+        bulk.caption_all(
+            lambda: captioner, bulk.photos_at(lambda: paths), output, DecodingOptions(beam_size=1)
+        )
+
+    monkeypatch.setattr(bulk, "_collect", lambda *_: None)  # as if killed before it
+    write()
+    assert not output.exists()
+    (part,) = (tmp_path / ".captions.csv.job").glob("*.parquet")
+    saved = part.read_bytes()
+    monkeypatch.undo()
+    write()
+    assert list(table(output)) == [str(path) for path in paths]
+    part.write_bytes(saved)  # as if killed before it was deleted
+    write()
+    assert list(table(output)) == [str(path) for path in paths]
+    assert not part.exists()
+
+
+def test_captions_of_a_data_set_are_named_after_its_photos(
+    captioner: Captioner,
+    hub_row: Callable[..., Row],
+    draw: Callable[..., bytes],
+    write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
+    tmp_path: Path,
+) -> None:
+    rows = [hub_row(n, ("train", "val", "test")[max(0, n - 12) // 4]) for n in range(24)]
+    for row in rows:
+        del row["filename"], row["img_id"]
+    stored = write_parquet(tmp_path / "stored", {"test": rows})
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(draw(0))
+    (photos / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    captioned = tmp_path / "captioned"
+    (captioned / "Images").mkdir(parents=True)
+    (captioned / "Images" / "b.png").write_bytes(draw(1))
+    (captioned / "captions.txt").write_text("image,caption\nb.png,a dog\nb.png,a cat\n")
+    for number, (source, split, names) in enumerate(
+        (
+            (stored, "test", [f"{1000 + n}.png" for n in range(20, 24)]),
+            (stored, "val", [f"{1000 + n}.png" for n in range(16, 20)]),
+            (photos, "train", ["a.png"]),
+            (captioned, "Train", ["b.png"]),
+        )
+    ):
+        output = tmp_path / f"{number}.jsonl"
+        stream = stream_photos(str(source), split)
+        options = DecodingOptions(beam_size=1)
+        assert bulk.caption_all(lambda: captioner, stream, output, options) == (len(names), 0)
+        assert [row["filename"] for row in table(output).values()] == names
 
 
 def test_the_photos_of_a_data_set_need_no_captions(
@@ -155,6 +282,9 @@ def test_a_killed_job_goes_on_and_equals_an_uninterrupted_one(
         (["photo.jpg", "--data", "somewhere", "--output", "out"], "either PATHs or --data"),
         (["photo.jpg", "--output", "out", "--json"], "writes no maps"),
         (["photo.jpg", "--output", "out", "--heatmaps", "maps"], "writes no maps"),
+        (["photo.jpg", "--output", "x.json"], ".jsonl (JSON Lines), or as a folder of Parquet"),
+        (["photo.jpg", "--output", "x.xlsx"], "not as .xlsx: choose another --output"),
+        (["photo.jpg", "--output", "x.csv.gz", "--engine", "ray"], "written as .csv, as .jsonl"),
     ],
 )
 def test_arguments_that_mean_nothing_exit_with_2(
@@ -171,12 +301,16 @@ def test_arguments_that_mean_nothing_exit_with_2(
 
 
 def test_what_is_in_the_way_is_named_and_left(
+    captioner: Captioner,
+    monkeypatch: pytest.MonkeyPatch,
     album: Path,
     tmp_path: Path,
     hub_row: Callable[..., Row],
     write_parquet: Callable[[Path, dict[str, list[Row]]], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
+
     def told(photos: list[str], output: Path) -> str:
         assert main(["caption", *photos, "--output", str(output)]) == 2
         return capsys.readouterr().err
@@ -191,6 +325,16 @@ def test_what_is_in_the_way_is_named_and_left(
     (other / "mine.parquet").write_bytes(b"PAR1 cut off")
     assert "is damaged: delete it" in told([str(album)], other)
     assert file.read_text() == "mine"
+    for name, text in (("mine.csv", "a,b\n1,2\n"), ("mine.jsonl", "mine"), ("2.jsonl", "{}\n")):
+        (tmp_path / name).write_text(text)
+        assert "is no file of captions" in told([str(album)], tmp_path / name)
+        assert (tmp_path / name).read_text() == text
+    damaged = ",".join(bulk.SCHEMA.names) + "\na,b\n"
+    (tmp_path / "damaged.csv").write_text(damaged)
+    assert "is damaged after 0 rows" in told([str(album)], tmp_path / "damaged.csv")
+    (tmp_path / "folder.csv").mkdir()
+    assert "is a folder" in told([str(album)], tmp_path / "folder.csv")
+    assert not list(tmp_path.glob(".*"))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main(["caption", str(empty), "--output", str(tmp_path / "out")]) == 1
@@ -201,6 +345,8 @@ def test_what_is_in_the_way_is_named_and_left(
 
 
 def test_captions_of_another_job_are_not_mixed_in(
+    captioner: Captioner,
+    monkeypatch: pytest.MonkeyPatch,
     album: Path,
     tmp_path: Path,
     hub_row: Callable[..., Row],
@@ -208,6 +354,7 @@ def test_captions_of_another_job_are_not_mixed_in(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = str(write_parquet(tmp_path / "data", {"train": [hub_row(0)], "test": [hub_row(1)]}))
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: captioner)
     output = tmp_path / "captions"
     command = ["caption", "--data", data, "--output", str(output)]
     assert main(command) == 0
@@ -299,7 +446,7 @@ def test_ray_goes_on_where_it_stopped_and_needs_a_good_checkpoint(
     album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray", reason='pip install "ray[data]"')
-    output = tmp_path / "captions"
+    output = tmp_path / "captions.csv"
     assert main(["caption", str(album / "b.png"), "--output", str(output)]) == 0
     before = table(output)
     command = ["caption", str(album), "--output", str(output), "--engine", "ray", "--workers", "1"]

@@ -97,6 +97,7 @@ def test_places_are_mirror_images() -> None:
 
 def test_text_is_the_words_without_the_end() -> None:
     assert make_beam("a dog runs").text == "a dog runs"
+    assert make_beam("一 只 dog 在 跑").text == "一只 dog 在跑"
     assert Beam((), make_word("<eos>"), -1.0, -1.0).text == ""
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from PIL import Image
 
 from captioner.data import (
@@ -18,10 +22,12 @@ from captioner.data import (
     is_mirrored,
     load_captions,
     mirror_text,
+    stream_photos,
     view_of,
 )
 from captioner.errors import ConfigError, DataError, ImageError
 from captioner.images import Transform
+from captioner.preparation import check_lengths
 from captioner.vocab import Vocabulary, clean
 
 Draw = Callable[..., bytes]
@@ -66,21 +72,37 @@ def test_parquet_gives_each_split_with_captions_and_photos(
         assert np.array_equal(np.asarray(photos.photo(row)), _pixels(draw(first + row)))
 
 
-@pytest.mark.parametrize("alias", ["val", "valid", "dev"])
+@pytest.mark.parametrize("alias", ["val", "valid", "dev", "Validation"])
 def test_validation_has_its_usual_short_names(parquet_folder: Path, alias: str) -> None:
     short = load_captions(str(parquet_folder), alias)
     assert short.split == "validation"
     assert short.names() == load_captions(str(parquet_folder), "validation").names()
+    streamed = [row["filename"] for row in stream_photos(str(parquet_folder), alias)]
+    assert streamed == short.names()
 
 
-def test_one_parquet_file_for_all_is_told_apart_by_its_split_column(
-    tmp_path: Path, hub_row: MakeRow, write_parquet: Write
+@pytest.mark.parametrize("stored", ["train", "test"])
+def test_single_parquet_table_is_divided_by_its_split_column(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write, stored: str
 ) -> None:
-    rows = [hub_row(0, "train"), hub_row(1, "val"), hub_row(2, "test"), hub_row(3, "train")]
-    folder = str(write_parquet(tmp_path, {"train": rows}))
-    assert load_captions(folder, "train").names() == ["1000.png", "1003.png"]
-    assert load_captions(folder, "validation").names() == ["1001.png"]
-    assert load_captions(folder, "test").names() == ["1002.png"]
+    names = ["train", "val", "Test", None]  # of no split: training
+    rows = [hub_row(number, names[number % 4]) for number in range(8)]
+    folder = str(write_parquet(tmp_path, {stored: rows}))
+    for split, numbers in (
+        ("train", [0, 3, 4, 7]),
+        ("val", [1, 5]),
+        ("validation", [1, 5]),
+        ("test", [2, 6]),
+    ):
+        wanted = [rows[number]["filename"] for number in numbers]
+        assert load_captions(folder, split).names() == wanted
+        streamed = list(stream_photos(folder, split))
+        assert [row["filename"] for row in streamed] == wanted
+        assert [row["photo"] for row in streamed] == [str(row) for row in range(len(wanted))]
+        assert [row["data"] for row in streamed] == [rows[n]["image"]["bytes"] for n in numbers]
+    for load in (load_captions, stream_photos):
+        with pytest.raises(DataError, match="no split 'other', only: train, validation, test"):
+            load(folder, "other")
 
 
 def test_only_image_and_alt_text_are_needed(
@@ -90,7 +112,76 @@ def test_only_image_and_alt_text_are_needed(
     photos = load_captions(str(write_parquet(tmp_path, {"train": rows})))
     assert len(photos) == 3
     assert photos.photo(2).size == (64, 48)
-    assert photos.names() == ["0", "1", "2"]
+    assert photos.names() == ["1000.png", "1001.png", "1002.png"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "path", "name"),
+    [
+        ({"filename": "a.png", "img_id": "7"}, "b.png", "a.png"),
+        ({"file_name": "cats/a.png"}, "b.png", "cats/a.png"),
+        ({"filename": None, "image_id": 7}, "b.png", "b.png"),
+        ({"image_id": 7}, "cats/b.png", "cats/b.png"),
+        ({"image_id": 7}, "/tmp/cache/downloads/b.png", "b.png"),
+        ({"image_id": 7}, None, "7"),
+        ({}, None, None),
+    ],
+)
+def test_photo_names_come_from_wherever_the_data_has_them(
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    columns: dict[str, Any],
+    path: str | None,
+    name: str | None,
+) -> None:
+    row = {"image": hub_row(0)["image"] | {"path": path}, "alt_text": ["a dog"], **columns}
+    folder = str(write_parquet(tmp_path, {"train": [row]}))
+    assert [photo["filename"] for photo in stream_photos(folder)] == [name]
+    assert load_captions(folder).names() == ["0" if name is None else name]
+
+
+def test_photos_beside_a_metadata_file_are_read_and_named(tmp_path: Path, draw: Draw) -> None:
+    folder = tmp_path / "photos"
+    names = ["a.png", "cats/a.png"]
+    lines = "".join(f"{name},a dog {number}\n" for number, name in enumerate(names))
+    _photos_with(folder, "metadata.csv", f"file_name,alt_text\n{lines}", names, draw)
+    photos = load_captions(str(folder))
+    assert photos.names() == names
+    assert list(photos.captions()) == [["a dog 0"], ["a dog 1"]]
+    assert np.array_equal(np.asarray(photos.photo(1)), _pixels(draw(1)))
+    streamed = list(stream_photos(str(folder)))
+    assert [row["filename"] for row in streamed] == names
+    assert [Path(row["path"].decode()) for row in streamed] == [folder / name for name in names]
+    # The same inside an archive.
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    with zipfile.ZipFile(archive / "photos.zip", "w") as file:
+        for name in names:
+            file.write(folder / name, name)
+    packed = list(stream_photos(str(archive)))
+    assert [row["filename"] for row in packed] == names
+    assert [row["data"] for row in packed] == [draw(0), draw(1)]
+
+
+def test_photos_beside_a_captions_file_are_streamed(tmp_path: Path, draw: Draw) -> None:
+    text = "image,caption,split\na.png,a dog,train\na.png,dog,train\nb/a.png,a cat,val\n"
+    names = ["Images/a.png", "Images/b/a.png"]
+    folder = _photos_with(tmp_path, "captions.txt", text, names, draw)
+    for source in (folder, folder / "captions.txt"):
+        (row,) = stream_photos(str(source), "dev")
+        assert row["filename"] == "b/a.png"
+        assert Path(row["path"].decode()).read_bytes() == draw(1)
+
+
+def test_captions_that_are_mostly_cut_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    captions = ["一只黑色的狗在绿色的草地上快速地奔跑着", "一只狗", "一只猫"]
+    vocabulary = Vocabulary.build(captions, min_count=1)
+    check_lengths(captions, vocabulary, 20)
+    assert not caplog.text
+    check_lengths(captions[:2], vocabulary, 20)
+    assert "1 of 2 captions are cut after 18 words" in caplog.text
+    assert "--set max_length=" in caplog.text
 
 
 def test_a_bare_string_is_one_caption(
@@ -408,10 +499,91 @@ def test_the_hub_without_internet_names_the_local_way() -> None:
         load_captions()
 
 
-@pytest.mark.parametrize("source", ["~no-such-user/photos", "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("source", ["~no-such-user/photos", "a" * 5000, "a\0b", "データ/写真"])
 def test_a_source_that_cannot_be_is_refused(source: str) -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="there is no folder"):
         load_captions(source)
+    with pytest.raises(DataError, match=r"cannot read the split 'test'.*there is no folder"):
+        stream_photos(source, "test")
+
+
+def _hub_error(kind: type[Exception]) -> Exception:
+    """Return an error as datasets raises it, its cause as huggingface_hub does."""
+    if issubclass(kind, RepositoryNotFoundError):
+        error: Exception = DatasetNotFoundError("Dataset 'some/data' cannot be accessed.")
+        error.__cause__ = kind("401", response=MagicMock(status_code=401))
+        return error
+    if kind is DatasetNotFoundError:  # without its cause, as where nothing is cached
+        return kind("Dataset 'some/data' is a gated dataset on the Hub.")
+    if kind is OfflineModeIsEnabled:
+        return ConnectionError("Couldn't reach 'some/data' on the Hub (OfflineModeIsEnabled)")
+    if kind is ValueError:
+        return kind(
+            "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']"
+            "\nExample of usage:\n\t`load_dataset('some/data', 'en')`"
+        )
+    return kind("[Errno -2] Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (GatedRepoError, "accept its terms on .*/datasets/some/data and run `hf auth login`"),
+        (DatasetNotFoundError, "accept its terms on .*/datasets/some/data and run `hf auth login`"),
+        (RepositoryNotFoundError, "no such data set, or it is private: check the name"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (ValueError, "Choose a configuration, as in some/data:NAME, from en, de"),
+        (ConnectionError, "Check the name and your internet connection"),
+    ],
+)
+def test_hub_errors_name_the_cause_and_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], says: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise _hub_error(kind)
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    for load in (load_captions, stream_photos):
+        with pytest.raises(DataError, match=says):
+            load("some/data")
+
+
+def test_a_configuration_is_chosen_behind_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def look(*arguments: Any, **_: Any) -> None:
+        asked.append(arguments)
+        raise ConnectionError
+
+    monkeypatch.setattr("datasets.load_dataset", look)
+    for source in ("some/data:de", "some/data"):
+        with pytest.raises(DataError):
+            load_captions(source)
+    assert asked == [("some/data", "de"), ("some/data", None)]
+
+
+def test_local_configurations_are_listed(tmp_path: Path) -> None:
+    names = ("en", "de")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}.csv\n" for n in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in names:
+        (tmp_path / f"{name}.csv").write_text("image,text\na.png,a dog\n")
+    with pytest.raises(DataError, match=r"several configurations.* en, de"):
+        stream_photos(str(tmp_path))
+
+
+def test_captions_that_are_not_split_into_words_are_noticed(
+    tmp_path: Path, draw: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(text: str) -> None:
+        load_captions(str(_photos_with(tmp_path, "captions.csv", text, ["a.png", "b.png"], draw)))
+
+    load("image,caption\na.png,一只狗在跑\nb.png,猫がいる\n")
+    assert not caplog.text
+    load("image,caption\na.png,dog\nb.png,a_cat_sits\n")
+    assert "captions have 1.0 words on average" in caplog.text
+    with pytest.raises(DataError, match="no spaces between words"):
+        load("image,caption\na.png,แมวนั่งอยู่บนโซฟา\nb.png,หมาวิ่งในสนาม\n")
 
 
 def test_an_error_without_a_text_is_still_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:

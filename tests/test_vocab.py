@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from captioner.config import BOS, EOS, PAD, UNK
 from captioner.errors import DataError
-from captioner.vocab import SPECIALS, Vocabulary, clean
+from captioner.vocab import SPECIALS, Vocabulary, clean, mean_words
 
 WORDS = ["a", "dog", "runs", "in", "the", "grass", "2", "black", "cafés", "犬"]
 VOCABULARY = Vocabulary.build([" ".join(WORDS)], min_count=1)
@@ -39,6 +40,32 @@ known_word = st.tuples(
         ("<bos> <unk>", "bos unk"),
         ("", ""),
         (" .,!?-_ ", ""),
+        # Vowel signs and tones are part of a word; Arabic and Hebrew points are not.
+        ("बिल्ली बैठी है।", "बिल्ली बैठी है"),
+        ("แมวนั่ง", "แมวนั่ง"),
+        ("ແມວນັ່ງ", "ແມວນັ່ງ"),
+        ("தமிழ் பூனை", "தமிழ் பூனை"),
+        ("বিড়াল", unicodedata.normalize("NFC", "বিড়াল")),
+        ("ကြောင်", "ကြောင်"),
+        ("ឆ្មា\u200bអង្គុយ", "ឆ្មា អង្គុយ"),
+        ("བྱི་ལ།", "བྱི ལ"),
+        ("ድመት፡ተቀምጧል", "ድመት ተቀምጧል"),
+        ("قِطَّةٌ", "قطة"),
+        ("חָתוּל", "חתול"),
+        ("می\u200cخوابد", "میخوابد"),  # noqa: RUF001
+        ("র\u200d্যাম", "র্যাম"),
+        ("İSTANBUL'da", "istanbulda"),
+        ("Straße", "straße"),
+        ("Ti\u1ebfng Vie\u0323\u0302t", "tiếng việt"),
+        ("고양이가 자고 있다", "고양이가 자고 있다"),
+        # No letter before it, struck out, or part of an emoji.
+        ("\u093f \u0301a 3\ufe0f\u20e3", "a 3"),
+        ("d\u0336o\u0336g\u0336", "dog"),
+        ("a dog \u2764\ufe0f \N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-5}", "a dog"),
+        # Each character is a word in scripts without spaces.
+        ("一只dog在跑。", "一 只 dog 在 跑"),
+        ("猫がソファーで", "猫 が ソ フ ァ ー で"),
+        ("か\u309aき", "か\u309a き"),
     ],
 )
 def test_clean(text: str, cleaned: str) -> None:
@@ -51,16 +78,55 @@ def test_clean(text: str, cleaned: str) -> None:
 @example("\u1100.\u1161")
 @example("İSTANBUL")
 @example("\u039f\u0394\u039f\u03a3.\u0391")
+@example("か.\u3099")
+@example("漢\u093f")
 def test_clean_is_idempotent_for_any_text(text: str) -> None:
     assert clean(clean(text)) == clean(text)
 
 
 @settings(deadline=None)
 @given(st.text())
-def test_clean_leaves_only_letters_digits_and_single_spaces(text: str) -> None:
+def test_clean_leaves_only_letters_marks_digits_and_single_spaces(text: str) -> None:
     cleaned = clean(text)
-    assert all(character.isalnum() or character == " " for character in cleaned)
+    assert all(
+        character.isalnum() or character == " " or unicodedata.category(character) in ("Mn", "Mc")
+        for character in cleaned
+    )
     assert cleaned == " ".join(cleaned.split())
+
+
+def test_words_that_differ_by_a_vowel_sign_stay_apart() -> None:
+    assert len({clean(word) for word in ("कम", "काम", "कुम")}) == 3
+    assert len({clean(word) for word in ("บ้า", "บา", "บี", "บู")}) == 4
+
+
+def test_chinese_captions_are_encoded_by_character() -> None:
+    vocabulary = Vocabulary.build(["一只黑狗在草地上跑。", "一只 dog 在跑"], min_count=2)
+
+    assert vocabulary.idx2word[4:] == sorted("一只在跑")
+    ids = vocabulary.encode("一只在跑")
+    assert vocabulary.encode(vocabulary.untokenize(ids)) == ids
+    assert len(ids) == 4
+
+
+def test_captions_without_spaces_are_refused_but_segmented_ones_are_not() -> None:
+    segmented = ["แมว นั่ง อยู่ บน โซฟา สี แดง", "สุนัข วิ่ง ใน สนาม หญ้า"]
+    for captions in (
+        [text.replace(" ", "") for text in segmented],
+        ["แมวนั่ง", "หมาวิ่ง"],
+        ["ឆ្មាអង្គុយលើសាឡុង", "ကြောင်တစ်ကောင်ထိုင်နေသည်"],
+    ):
+        with pytest.raises(DataError, match=r"no spaces between words.*PyThaiNLP"):
+            Vocabulary.build(captions, min_count=1)
+    assert "นั่ง" in Vocabulary.build(segmented, min_count=1).word2idx
+    # One stray caption among many.
+    assert mean_words(["a dog"] * 20 + ["แมวนั่งอยู่บนโซฟา"]) == pytest.approx(41 / 21)
+
+
+def test_one_word_captions_get_no_advice_about_min_count() -> None:
+    with pytest.raises(DataError, match="about one word each") as error:
+        Vocabulary.build(["a_dog_runs", "a_cat_sits"])
+    assert "--min-count" not in str(error.value)
 
 
 def test_words_are_numbered_alphabetically_after_the_specials() -> None:

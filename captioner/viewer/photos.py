@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Self
 
 import gradio as gr
 from gradio.data_classes import ImageData
 from PIL import Image
+from pydantic import ValidationError
 
 from captioner.errors import ImageError
 from captioner.images import open_photo
@@ -80,6 +82,23 @@ def example_photos() -> dict[str, ExamplePhoto]:
     return {name: photo for name, photo in photos.items() if photo.path.is_file()}
 
 
+class PhotoData(ImageData):
+    """A photo as it travels: the path of a file that was uploaded."""
+
+    @classmethod
+    @show_errors
+    def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
+        """Validate, with an error that says what to send: Gradio would answer with nothing."""
+        try:
+            return super().model_validate(*args, **kwargs)
+        except ValidationError as error:
+            raise ImageError(
+                "the photo is not an uploaded file: send it to /gradio_api/upload first, then name "
+                'it as {"path": …, "meta": {"_type": "gradio.FileData"}}, with the path that came '
+                "back"
+            ) from error
+
+
 class PhotoInput(gr.Image):
     """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
 
@@ -88,6 +107,7 @@ class PhotoInput(gr.Image):
     """
 
     is_template = True  # the browser draws it as the stock image component
+    data_model = PhotoData
 
     @show_errors
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:

@@ -125,6 +125,12 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const SPECIAL = { "<eos>": "end here", "<unk>": "(unknown word)" };
   const display = (text) => SPECIAL[text] ?? text;
   const textOf = (caption) => caption.text.replaceAll("<unk>", SPECIAL["<unk>"]) || "(no words)";
+  // Marks text as the caption's, whose language may be read from the right, or as the page's own.
+  const mark = (node, own = true) => {
+    node.dir = "auto";
+    node.lang = own ? value.caption.language ?? "en" : "en";
+    return node;
+  };
   const label = (word) => (word === current().end ? "end" : display(word.text));
 
   function draw() {
@@ -174,7 +180,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   function drawBadge() {
     const word = items()[previewed];
     const cells = selection.size > 1 ? `these ${selection.size} cells` : "this cell";
-    find(".badge").textContent = selection.size
+    mark(find(".badge"), !selection.size && word !== current().end).textContent = selection.size
       ? `Each word’s attention to ${cells}`
       : `${label(word)} ${percent(word.probability)}`;
   }
@@ -182,7 +188,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   function drawPanel(word, at) {
     const cells = word.attention.length * word.attention[0].length;
     const strongest = Math.max(...word.attention.flat());
-    find(".word-title").textContent = word === current().end ? "The end of the caption" : `“${display(word.text)}”`;
+    mark(find(".word-title"), word !== current().end).textContent = word === current().end ? "The end of the caption" : `“${display(word.text)}”`;
     find(".detail").textContent =
       `Probability ${percent(word.probability)}${word.known ? "" : ", that of any word outside the vocabulary"}. ` +
       `Attention is spread over about ${Math.round(word.cells)} of ${cells} cells, strongest at ${word.place} (${percent(strongest)}).`;
@@ -194,8 +200,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
       const clickable = rewrite && !written && possible;
       const node = clickable ? button("bar") : make("span", "bar");
       node.style.setProperty("--share", other.probability);
-      const text = make("span", "", display(other.text));
-      text.dir = "auto";
+      const text = mark(make("span", "", display(other.text)), !(other.text in SPECIAL));
       node.append(text, make("span", "number", percent(other.probability)));
       if (written) node.append(make("span", "tag", "chosen"));
       if (clickable) node.addEventListener("click", () => replaceWord(at, other.text));
@@ -369,9 +374,9 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
         node.classList.toggle("end", word === current().end);
         node.classList.toggle("given", isGiven(at));
         node.classList.toggle("unknown", !word.known);
-        const text = make("span", "text", label(word));
-        text.dir = "auto";
-        node.append(text, make("span", "number"));
+        const number = make("span", "number");
+        number.dir = "ltr";
+        node.append(mark(make("span", "text", label(word)), word !== current().end), number);
         node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && preview(at));
         node.addEventListener("click", () => pin(at));
         return node;
@@ -381,7 +386,8 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   find(".words").addEventListener("pointerleave", (event) => event.pointerType === "mouse" && value && preview(pinned));
   find(".words").addEventListener("keydown", (event) => {
     const last = items().length - 1;
-    const to = { ArrowLeft: previewed - 1, ArrowUp: previewed - 1, ArrowRight: previewed + 1, ArrowDown: previewed + 1, Home: 0, End: last }[event.key];
+    const right = find(".words").dir === "rtl" ? -1 : 1;
+    const to = { ArrowLeft: previewed - right, ArrowUp: previewed - 1, ArrowRight: previewed + right, ArrowDown: previewed + 1, Home: 0, End: last }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     pin(Math.min(Math.max(to, 0), last));
@@ -400,8 +406,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     find(".beams").replaceChildren(
       ...beams.map((each, at) => {
         const node = button("beam");
-        const text = make("span", "text", textOf(each));
-        text.dir = "auto";
+        const text = mark(make("span", "text", textOf(each)));
         node.setAttribute("aria-pressed", String(at === beam));
         node.append(make("span", "rank", `#${at + 1}`), text, make("span", "number", `score ${signed(each.score)} · log p ${signed(each.log_probability)}`));
         node.addEventListener("click", () => {
@@ -428,7 +433,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
         context.drawImage(photo, 0, 0, canvas.width, canvas.height);
         paint(context, word, canvas.width, canvas.height);
         node.setAttribute("aria-pressed", String(at === previewed));
-        node.append(canvas, make("span", "", `${label(word)} ${percent(word.probability)}`));
+        node.append(canvas, mark(make("span", "", `${label(word)} ${percent(word.probability)}`), word !== current().end));
         node.addEventListener("click", () => pin(at));
         return node;
       }),
@@ -460,7 +465,9 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     buildBeams();
     buildCells();
     find(".position").max = items().length - 1;
-    find(".photo").alt = textOf(current());
+    mark(find(".photo")).alt = textOf(current());
+    // The words have directions of their own; their row takes the caption's.
+    find(".words").dir = getComputedStyle(find(".beam .text")).direction;
     const content = current().words.filter((each) => !FUNCTION_WORDS.has(each.text)).sort((a, b) => a.cells - b.cells);
     pinned = Math.min(word ?? Math.max(current().words.indexOf(content[0]), 0), items().length - 1);
     preview(pinned);
@@ -481,7 +488,6 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     setAppearance(next.appearance);
     const photo = find(".photo");
     if (photo.getAttribute("src") !== value.photo.url) photo.src = value.photo.url;
-    stage.lang = value.caption.language ?? "en";
     // The stage has the photo's shape before the photo itself has arrived.
     stage.style.setProperty("--ratio", value.caption.size[0] / value.caption.size[1]);
     const beams = value.caption.beams.length;
