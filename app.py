@@ -10,13 +10,16 @@ from captioner.errors import report
 
 try:
     # First: it imports gradio, whatever proxies are set.
-    from captioner.serving import serve  # noqa: I001
+    from captioner.serving import LinkPreview, serve  # noqa: I001
     import gradio as gr
 
     from captioner import viewer
     from captioner.predictor import Captioner
 except (Exception, KeyboardInterrupt) as error:
     sys.exit(report("app.py", error))
+
+
+TITLE, SENTENCE = "Captions with attention", "See, word by word, where the model looked."
 
 
 def build_demo(captioner: Captioner) -> gr.Blocks:
@@ -28,9 +31,8 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         data, name = handlers.export(event)
         return page.save(data, name).path
 
-    title = "Captions with attention"
-    with gr.Blocks(title=title, analytics_enabled=False) as demo:
-        gr.Markdown(f"# {title}\nSee, word by word, where the model looked.", elem_id="title")
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+        gr.Markdown(f"# {TITLE}\n{SENTENCE}", elem_id="title")
         page = viewer.AttentionViewer(viewer.View(first.caption, examples=handlers.examples))
         with gr.Accordion("How it works", open=False):
             checkpoint = captioner.checkpoint
@@ -65,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
-        serve(lambda: build_demo(captioner), options.host, options.port, options.root_path)
+        preview = LinkPreview(TITLE, SENTENCE, viewer.preview_picture(captioner))
+        place = (options.host, options.port, options.root_path)
+        serve(lambda: build_demo(captioner), *place, preview=preview)
     except (Exception, KeyboardInterrupt) as error:
         return report("app.py", error)
     return 0

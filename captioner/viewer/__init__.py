@@ -12,7 +12,7 @@ from captioner.viewer.attention import (
 )
 from captioner.viewer.errors import show_errors
 from captioner.viewer.explanation import how_it_works
-from captioner.viewer.handlers import Handlers
+from captioner.viewer.handlers import Handlers, preview_picture
 from captioner.viewer.photos import ExamplePhoto, PhotoInput, example_photos
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "View",
     "example_photos",
     "how_it_works",
+    "preview_picture",
     "show_errors",
 ]

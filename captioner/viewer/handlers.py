@@ -18,7 +18,7 @@ from captioner.overlay import Appearance, render
 from captioner.predictor import EncodedPhoto
 from captioner.viewer.attention import CaptionRequest, Example, ExportRequest, View
 from captioner.viewer.errors import show_errors
-from captioner.viewer.photos import ExamplePhoto
+from captioner.viewer.photos import ExamplePhoto, example_photos
 from captioner.viewer.settings import decoding_options, setting_values
 from captioner.vocab import clean
 
@@ -134,6 +134,12 @@ def _marks(text: str, given: list[int]) -> list[int]:
             marks += range(count, count + words)
         count += words
     return marks
+
+
+def preview_picture(model: Model) -> bytes:
+    """Return a PNG for links to the page: the first example, all of its words with their maps."""
+    path = next(iter(example_photos().values())).path
+    return render(open_photo(path), model.caption(path), "png")
 
 
 def _display_copy(path: Path) -> Image.Image:
