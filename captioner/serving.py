@@ -96,7 +96,8 @@ _STYLE = """
 # All that the page, its API and a health check ask for. Gradio has many more, among them some that
 # fetch addresses, run a function past the queue, or keep on the disk what a visitor typed.
 _ROUTES = {
-    "GET": r"/(config|healthz|preview\.png|theme\.css|robots\.txt|favicon\.ico|manifest\.json|pwa_icon(/\w+)?)?|"
+    "GET": r"/(config|healthz|preview\.png|theme\.css|robots\.txt|favicon\.ico|manifest\.json)?|"
+    r"/pwa_icon(/\w+)?|"
     r"/(static|assets|svelte)/.+|"
     r"/gradio_api/(info|openapi\.json|app_id|startup-events|queue/data|upload_progress)|"
     r"/gradio_api/(heartbeat/|call/|file=).+",
@@ -506,14 +507,14 @@ def _clean_root_path(value: str) -> str:
 
 
 def launch_options(
-    gate: Gate, preview: LinkPreview | None = None, root_path: str | None = None
+    gate: Gate, root_path: str | None = None, *, preview: LinkPreview | None = None
 ) -> dict[str, Any]:
     """Return what ``Blocks.launch`` gets.
 
     Args:
         gate: looks at every request.
-        preview: of links to the page.
         root_path: under which a proxy serves the page; None is ``GRADIO_ROOT_PATH``.
+        preview: of links to the page.
 
     Raises:
         ConfigError: the root path is none.
@@ -613,7 +614,7 @@ def serve(
         # Gradio makes a folder there, also where another user owns /tmp/gradio.
         gradio.routes.DEFAULT_TEMP_DIR = str(folder)  # type: ignore[attr-defined]
         gate = Gate()
-        options = launch_options(gate, preview, root_path)
+        options = launch_options(gate, root_path, preview=preview)
         demo = build().queue(max_size=MAX_WAITING, api_open=False)
         own = set(folder.rglob("*"))
         print(f"* Running on local URL:  {launch(demo, sockets, options)}", flush=True)  # noqa: T201

@@ -17,6 +17,7 @@ import gradio as gr
 from gradio.data_classes import FileData, GradioModel
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
+from pydantic import Field
 
 from captioner.caption import Caption
 from captioner.config import DecodingOptions
@@ -116,9 +117,9 @@ class ViewData(GradioModel):
     caption: dict[str, Any]
     photo: FileData | None = None
     request: int = 0
-    examples: list[ExampleData] = []
-    defaults: dict[str, Any] = {}
-    plain: dict[str, Any] = {}
+    examples: list[ExampleData] = Field(default_factory=list)
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    plain: dict[str, Any] = Field(default_factory=dict)
 
 
 class _ClientEvent(gr.EventData):
@@ -193,7 +194,7 @@ class ExportRequest(_ClientEvent):
 
 
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires ``caption`` with a ``CaptionRequest``, ``export`` with an ``ExportRequest``."""
+    """Shows a ``View``; fires ``caption`` (``CaptionRequest``) and ``export`` (``ExportRequest``)."""
 
     data_model = ViewData
 

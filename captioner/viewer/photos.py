@@ -48,7 +48,7 @@ _EXAMPLES = {
     ),
     "officer": (
         *("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "officer in front of a flag"),
-        "She is Rear Admiral Grace Hopper. The model guesses “man” from the uniform; so do its data.",
+        "She is Rear Admiral Grace Hopper. The uniform makes the model guess “man”.",
     ),
     "astronaut": (
         *("skimage", "data/astronaut.png", "astronaut"),
