@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
-from captioner.errors import CaptionerError, ConfigError
+from captioner.errors import CaptionerError, ConfigError, logging_to_stderr
 from captioner.training import Stopped, fit
 
 # Fields of TrainConfig that can be set one by one, over the recipe's own.
@@ -116,13 +115,13 @@ def _stop(signum: int, _: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    logging.basicConfig(format="%(message)s")
     options = vars(build_parser().parse_args(arguments))
     # Once the training loop runs, it takes signals itself and saves where it stands.
     handler = signal.signal(signal.SIGTERM, _stop)
     try:
         out, resume, cache = (options[name] for name in ("out", "resume", "cache"))
-        fit(config_of(options), out, resume=resume, cache=cache)
+        with logging_to_stderr():
+            fit(config_of(options), out, resume=resume, cache=cache)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import math
 from typing import Any, Self
 
 import numpy as np
 
-from captioner.config import INNER_SPACE
+from captioner.config import DEFAULT_LANGUAGE, INNER_SPACE, is_language
 from captioner.errors import DataError, first_line
 
 _ROWS = ("upper", "middle", "lower")
 _COLUMNS = ("left", "centre", "right")
-# More than any search or reading comes to; what claims more is no caption of ours.
-_MOST_BEAMS, _MOST_WORDS, _MOST_ALTERNATIVES, _MOST_CHARACTERS = 100, 200, 100, 2000
+# Larger than any caption that the model can write or score.
+_MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
+
+
+def percent(share: float) -> str:
+    """Return a share of 0 to 1 as "43%", or "4.3%" below 10%, rounded half up.
+
+    ``percent`` in viewer/script.js does the same, so page and exports show the same figures.
+    """
+    step = "1" if share >= 0.0995 else "0.1"
+    value = abs(decimal.Decimal(share * 100))  # no "-0.0%"
+    return f"{value.quantize(decimal.Decimal(step), decimal.ROUND_HALF_UP)}%"
 
 
 def _text(value: Any) -> str:
-    """Take a text that can be written to a file."""
-    if not isinstance(value, str) or len(value) > _MOST_CHARACTERS:
-        raise ValueError(f"a text is none, or longer than {_MOST_CHARACTERS} characters")
-    value.encode()  # half a surrogate pair cannot be
+    """Check a text that can be written to a file."""
+    if not isinstance(value, str) or len(value) > _MAX_CHARACTERS:
+        raise ValueError(f"expected a string of at most {_MAX_CHARACTERS} characters")
+    value.encode()  # refuses lone surrogates
     return value
 
 
 def _number(value: Any, low: float, high: float) -> float:
-    """Take a number of a closed range, which NaN is outside of."""
+    """Check a number of a closed range; NaN is outside of any."""
     number = float(value)
     if not low <= number <= high:
-        raise ValueError(f"{number:g} is no number from {low:g} to {high:g}")
+        raise ValueError(f"expected a number from {low:g} to {high:g}, not {number:g}")
     return number
 
 
-def _some(values: Any, most: int) -> list[Any]:
-    """Take a list that is not too long."""
-    if not isinstance(values, list) or len(values) > most:
-        raise ValueError(f"it holds no list where one must be, or one of more than {most}")
+def _bounded_list(values: Any, max_length: int) -> list[Any]:
+    """Check a list's length."""
+    if not isinstance(values, list) or len(values) > max_length:
+        raise ValueError(f"expected a list of at most {max_length} items")
     return values
 
 
@@ -107,16 +118,16 @@ class Word:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from what ``to_dict`` gave."""
+        """Build from the output of ``to_dict``."""
         attention = np.asarray(values["attention"], dtype=np.float64)
         if attention.shape != (7, 7) or not ((attention >= 0) & (attention <= 1)).all():
-            raise ValueError("attention is no grid of 7 x 7 numbers from 0 to 1")
+            raise ValueError("expected an attention grid of 7 x 7 numbers from 0 to 1")
         return cls(
             _text(values["text"]),
             _number(values["probability"], 0, 1),
             tuple(
                 (_text(other["text"]), _number(other["probability"], 0, 1))
-                for other in _some(values["alternatives"], _MOST_ALTERNATIVES)
+                for other in _bounded_list(values["alternatives"], _MAX_ALTERNATIVES)
             ),
             attention.astype(np.float32),
             bool(values["known"]),
@@ -125,13 +136,16 @@ class Word:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Beam:
-    """One caption that the search came to.
+    """One caption of the photo.
 
     Attributes:
         words: in order, without ``<bos>`` and ``<eos>``.
         end: the ``<eos>``, with the model's probability that the caption ends here.
         log_probability: of the words and the end, in nats.
-        score: what the beams are ranked by.
+        score: beams are ranked by this, highest first: log_probability / length **
+            length_penalty (``DecodingOptions``), where length is the number of words plus 1 for
+            the end. Given words count like the others. Where every continuation was banned, each
+            ban that was broken lowers the log-probability in the score by 10,000.
     """
 
     words: tuple[Word, ...]
@@ -165,8 +179,8 @@ class Beam:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from what ``to_dict`` gave."""
-        words = tuple(Word.from_dict(word) for word in _some(values["words"], _MOST_WORDS))
+        """Build from the output of ``to_dict``."""
+        words = tuple(Word.from_dict(word) for word in _bounded_list(values["words"], _MAX_WORDS))
         _text(" ".join(word.text for word in words))
         return cls(
             words,
@@ -181,15 +195,22 @@ class Caption:
     """What ``Captioner.caption`` returns: the best beam, and all of them.
 
     Attributes:
-        beams: best first, at least one.
+        beams: highest score first, at least one.
         size: (width, height) of the upright photo in pixels.
-        given: places of the words that were given to the model, not chosen by it, in every beam;
-            the place after the last word stands for the end.
+        given: indices of the words that were given to the model, not chosen by it, in every beam;
+            the index after the last word stands for the end.
+        language: BCP 47 tag of the words, such as "en" or "zh-Hant".
+        sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0) instead
+            of searched for. Samples are independent, so two may be the same. They are ordered by
+            score like the beams of a search, not in the order in which they were drawn, and
+            probabilities and scores are the model's own, before the temperature.
     """
 
     beams: tuple[Beam, ...]
     size: tuple[int, int]
     given: tuple[int, ...] = ()
+    language: str = DEFAULT_LANGUAGE
+    sampled: bool = False
 
     @property
     def text(self) -> str:
@@ -212,9 +233,11 @@ class Caption:
         return self.beams[0].attention
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON: text, size, given and beams with every number."""
+        """Return plain values for JSON: text of the best beam, and all beams with every number."""
         return {
             "text": self.text,
+            "language": self.language,
+            "sampled": self.sampled,
             "size": list(self.size),
             "given": list(self.given),
             "beams": [beam.to_dict() for beam in self.beams],
@@ -222,23 +245,35 @@ class Caption:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from what ``to_dict`` gave, so that a caption can be drawn without its model.
+        """Build from the output of ``to_dict``, so that a caption can be drawn without its model.
+
+        ``language`` and ``sampled`` may be missing: earlier versions did not write them.
 
         Raises:
-            DataError: that is not what ``values`` hold.
+            DataError: ``values`` are something else.
         """
         try:
-            width, height = (int(_number(side, 1, 1e9)) for side in _some(values["size"], 2))
-            # The place after the last word is the end.
-            given = tuple(
-                int(_number(place, 0, _MOST_WORDS))
-                for place in _some(values["given"], _MOST_WORDS + 1)
+            width, height = (
+                int(_number(side, 1, 1e9)) for side in _bounded_list(values["size"], 2)
             )
-            beams = tuple(Beam.from_dict(beam) for beam in _some(values["beams"], _MOST_BEAMS))
+            # The index after the last word is the end.
+            given = tuple(
+                int(_number(index, 0, _MAX_WORDS))
+                for index in _bounded_list(values["given"], _MAX_WORDS + 1)
+            )
+            beams = tuple(
+                Beam.from_dict(beam) for beam in _bounded_list(values["beams"], _MAX_BEAMS)
+            )
             if not beams:
-                raise ValueError("it holds no beam")
+                raise ValueError("expected at least one beam")
+            language = values.get("language", DEFAULT_LANGUAGE)
+            if not is_language(language):
+                raise ValueError("expected a BCP 47 language tag")
+            sampled = values.get("sampled", False)
+            if not isinstance(sampled, bool):
+                raise ValueError("expected true or false for sampled")
         except KeyError as error:
             raise DataError(f"this is not the JSON of a caption: it lacks {error}") from error
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
-        return cls(beams, (width, height), given)
+        return cls(beams, (width, height), given, language, sampled)

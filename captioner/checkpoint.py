@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from captioner.config import DecodingOptions, ModelConfig
+from captioner.config import DEFAULT_LANGUAGE, DecodingOptions, ModelConfig, is_language
 from captioner.errors import CaptionerError, CheckpointError, first_line
 from captioner.files import whole_folder
 from captioner.model import CaptionModel
@@ -217,6 +217,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, _FIELDS, path)
     _check_fields(config["encoder"], _ENCODER_FIELDS, path)
     _check_fields(config["recipe"], _RECIPE_FIELDS, path)
+    if not is_language(config["recipe"].get("language", DEFAULT_LANGUAGE)):
+        raise CheckpointError(f"{path} is damaged: 'language' of 'recipe' is not a language tag")
     if not all(isinstance(word, str) for word in config["vocabulary"]):
         raise CheckpointError(f"{path} is damaged: 'vocabulary' holds what is no word")
     for name, value in config["metrics"].items():
@@ -296,6 +298,8 @@ _OTHER = (
 def model_card(checkpoint: Checkpoint) -> str:
     """Return the README.md that goes with a checkpoint."""
     recipe = checkpoint.recipe
+    language = recipe.get("language", DEFAULT_LANGUAGE)
+    kind = "an English caption" if language == "en" else f"a caption (language: {language})"
     scene, terms = _FLICKR if "flickr" in recipe["data"].lower() else _OTHER
     names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
     numbers = [
@@ -311,7 +315,7 @@ def model_card(checkpoint: Checkpoint) -> str:
             "# Image captions with attention",
             "",
             f"A frozen `{checkpoint.encoder['name']}` gives 7 x 7 vectors; an LSTM of "
-            f"{checkpoint.model.config.hidden_size} units writes an English caption of at most "
+            f"{checkpoint.model.config.hidden_size} units writes {kind} of at most "
             f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
             "",
             f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "

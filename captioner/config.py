@@ -13,8 +13,9 @@ from captioner.errors import ConfigError
 
 DEFAULT_SOURCE = "AnyModal/flickr30k"
 FEATURES_FOLDER = Path("runs/features")
-# What a caption can be taken away as, see ``captioner.overlay``.
+# What ``captioner.overlay`` can export a caption as.
 FORMATS = ("png", "gif", "json", "html")
+DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
 # fmt: off
@@ -30,6 +31,12 @@ CHARACTER_WORDS = (
 )
 # What is removed from such a text to display it.
 INNER_SPACE = re.compile(rf"(?<=[{CHARACTER_WORDS}]) (?=[{CHARACTER_WORDS}])")
+
+
+def is_language(value: object) -> bool:
+    """Return whether ``value`` has the form of a BCP 47 tag, such as "de" or "zh-Hant"."""
+    tag = r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,5}"
+    return isinstance(value, str) and re.fullmatch(tag, value) is not None
 
 
 # What a field's annotation allows, and how to say so.
@@ -207,6 +214,34 @@ class DecodingOptions(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Appearance(_Config):
+    """How attention maps are drawn, in the page and in exports.
+
+    Attributes:
+        colors: a colormap, "inferno", "viridis" or "cividis", which is laid over the photo, or
+            "light", which only darkens the photo where the model did not look.
+        shape: "smooth" interpolates between the grid's cells, "cells" shows them as they are.
+        scale: a map runs from the weakest to the strongest cell of its "word", or of all words of
+            the "caption", so that maps can be compared.
+        strength: 0 shows the photo alone, 1 the strongest map.
+    """
+
+    colors: str = "inferno"
+    shape: str = "smooth"
+    scale: str = "word"
+    strength: float = 0.75
+
+    def __post_init__(self) -> None:
+        _check(self, strength=(0, 1))
+        _choose(
+            self,
+            colors=("inferno", "viridis", "cividis", "light"),
+            shape=("smooth", "cells"),
+            scale=("word", "caption"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
     """What a training run does; ``TrainConfig.from_recipe`` gives the two meant to be used.
 
@@ -216,6 +251,8 @@ class TrainConfig(_Config):
         encoder_weights: file with its weights, or None for the encoder's own source.
         recipe: the name under which the other settings go.
         captions: "first" trains on each photo's first caption, "all" on all of them.
+        language: BCP 47 tag of the captions, such as "en", "de" or "zh-Hant". It changes nothing
+            in training; browsers, screen readers and exports need it to show captions right.
         validation: "random" holds 10 % of the training photos back, "split" takes the data's own
             validation split (and falls back to "random" where there is none).
         select_by: what chooses the best epoch: "loss" or "cider" of freely decoded captions.
@@ -261,6 +298,7 @@ class TrainConfig(_Config):
     encoder_weights: str | None = None
     recipe: str = "seed"
     captions: str = "first"
+    language: str = DEFAULT_LANGUAGE
     validation: str = "random"
     select_by: str = "loss"
     limit: int = 0
@@ -326,6 +364,11 @@ class TrainConfig(_Config):
             recipe=tuple(RECIPES),
             bfloat16=(True, False, "auto"),
         )
+        if not is_language(self.language):
+            raise ConfigError(
+                f"language is {reprlib.repr(self.language)}; it must be a BCP 47 tag, such as en, "
+                "de or zh-Hant"
+            )
         self.model_config(vocabulary_size=5, encoder_channels=1)
 
     def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:

@@ -1,5 +1,10 @@
 """What can go wrong, as a small tree. Every message names the cause and the way out."""
 
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import itertools
 import logging
 import sys
 
@@ -67,3 +72,26 @@ def report(program: str, error: BaseException) -> int:
         return error.exit_code
     sys.stderr.write(f"{program}: {type(error).__name__}: {first_line(error)}\n")
     return 1
+
+
+@contextlib.contextmanager
+def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
+    """Print this package's warnings on standard error, each once, for a command.
+
+    Libraries print their own, which a handler of the root logger would repeat. Of the Hub's retries
+    only the first is printed: the error at the end names the cause.
+    """
+    logger, retries = (logging.getLogger(n) for n in ("captioner", "huggingface_hub.utils._http"))
+    handler, numbers = logging.StreamHandler(), itertools.count()
+
+    def is_first(_: logging.LogRecord) -> bool:
+        return next(numbers) == 0
+
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logger.addHandler(handler)
+    retries.addFilter(is_first)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        retries.removeFilter(is_first)

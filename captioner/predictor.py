@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from captioner import checkpoint as checkpoints
 from captioner.caption import Beam, Caption, Word
-from captioner.config import BAD_ENDINGS, EOS, UNK, DecodingOptions
+from captioner.config import BAD_ENDINGS, DEFAULT_LANGUAGE, EOS, UNK, DecodingOptions
 from captioner.decoding import Hypothesis, beam_search, decode
 from captioner.encoders import GRID, Encoder, choose_device, load_encoder
 from captioner.errors import ConfigError, ImageError
@@ -27,6 +29,35 @@ _HERE = Path(__file__).resolve().parent
 SHIPPED_CHECKPOINT = _HERE / "shipped"
 if not SHIPPED_CHECKPOINT.is_dir():
     SHIPPED_CHECKPOINT = _HERE.parent / "assets" / "checkpoint"
+
+
+def near_misses(word: str, known: Sequence[str]) -> list[str]:
+    """Return up to three ``known`` words that ``word`` is probably a misspelling of, best first.
+
+    They are one typing error away (a letter missing, added or wrong, or two letters swapped), or
+    start alike and share nearly all letters. In words of up to three letters only swaps count: any
+    other change makes a different word.
+    """
+
+    def shared(one: str, other: str) -> int:
+        return sum(itertools.takewhile(bool, map(operator.eq, one, other)))
+
+    def is_typo(other: str) -> bool:
+        start = shared(word, other)
+        end = shared(word[start:][::-1], other[start:][::-1])
+        ours, theirs = word[start : len(word) - end], other[start : len(other) - end]
+        if len(ours) == 2 and ours == theirs[::-1]:
+            return True
+        return len(word) > 3 and max(len(ours), len(theirs)) <= 1
+
+    def closeness(other: str) -> tuple[bool, float]:
+        return sorted(other) == sorted(word), difflib.SequenceMatcher(None, word, other).ratio()
+
+    near = [other for other in known if is_typo(other)]
+    if len(word) > 3:
+        alike = [other for other in known if other[0] == word[0]]
+        near += difflib.get_close_matches(word, alike, cutoff=0.83)
+    return sorted(dict.fromkeys(near), key=closeness, reverse=True)[:3]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,10 +159,10 @@ class Captioner:
         prefix = self._ids(options.prefix, options.max_length, "the beginning")
         if UNK in prefix:
             word = clean(options.prefix).split()[prefix.index(UNK)]
-            near = difflib.get_close_matches(word, self.checkpoint.vocabulary.idx2word[4:])
+            near = near_misses(word, self.checkpoint.vocabulary.idx2word[len(SPECIALS) :])
             raise ConfigError(
-                f"the model does not know the word {word!r}"
-                + (f"; it knows {', '.join(near)}" if near else ": use another one")
+                f"\"{word}\" isn't in the model's vocabulary"
+                + (f". Did you mean {', '.join(near)}?" if near else "; use another word")
             )
         bad_endings = self.checkpoint.vocabulary.ids(BAD_ENDINGS)
 
@@ -146,9 +177,11 @@ class Captioner:
                 bad_endings=bad_endings,
             )
 
-        given = tuple(range(len(prefix)))
+        given, sampled = tuple(range(len(prefix))), options.temperature > 0
         return [
-            found if isinstance(found, ImageError) else dataclasses.replace(found, given=given)
+            found
+            if isinstance(found, ImageError)
+            else dataclasses.replace(found, given=given, sampled=sampled)
             for found in self._run(photos, search)
         ]
 
@@ -250,7 +283,11 @@ class Captioner:
         return [
             each
             if isinstance(each, ImageError)
-            else Caption(tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)), each.size)
+            else Caption(
+                tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)),
+                each.size,
+                language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
+            )
             for each in encoded
         ]
 

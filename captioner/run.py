@@ -250,9 +250,10 @@ class Run:
         except Exception as error:
             raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
         ours = self.config.to_dict()
-        # Another device is the same run, and so are the same files in another place.
-        elsewhere = ("device", "data", "text", "encoder_weights")
-        changed = [name for name in ours if kept.get(name) != ours[name] and name not in elsewhere]
+        # Another device is the same run, and so are the same files in another place. The tag of
+        # the language is no part of training.
+        free = ("device", "data", "text", "encoder_weights", "language")
+        changed = [name for name in ours if kept.get(name) != ours[name] and name not in free]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
         if changed:

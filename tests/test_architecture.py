@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     # The names that are public, each loaded when it is used.
     "__init__": {"caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
-    "__main__": {"predictor", "overlay", "evaluation", "bulk", "export", "files"},
+    "__main__": {"__init__", "predictor", "overlay", "evaluation", "bulk", "export", "files"},
 }
 
 # Scripts hold layout and arguments only: for them the drawing is meant word by word.
@@ -106,7 +106,8 @@ def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
             room = rest.partition(".")[0]
             if room and room not in ARROWS and not (PACKAGE / f"{room}.py").exists():
                 # A public name stands for the room that it comes from.
-                room = getattr(captioner, room).__module__.split(".")[1]
+                kind = getattr(captioner, room)
+                room = "" if isinstance(kind, str) else kind.__module__.split(".")[1]
             yield node.lineno, room or "__init__"
 
 

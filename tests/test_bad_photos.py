@@ -41,7 +41,9 @@ from tests.test_images import (
     BROKEN_EXIF,
     ORIENTATION,
     STORED,
+    WIDE_PROFILE,
     encoded,
+    endless_profile,
     png_header,
     with_orientation,
 )
@@ -328,6 +330,14 @@ KINDS: dict[str, tuple[str, Callable[[], bytes]]] = {
         for number in STORED
     },
     "broken colour profile": (SAME, lambda: encoded(SCENE, "PNG", icc_profile=b"nonsense")),
+    "colour profile that is not sRGB": (
+        CAPTION,
+        lambda: encoded(SCENE, "JPEG", icc_profile=WIDE_PROFILE),
+    ),
+    "colour profile of 100,000 steps": (
+        SAME,
+        lambda: encoded(SCENE, "PNG", icc_profile=endless_profile(100_000)),
+    ),
     "broken colour profile in a JPEG": (
         CAPTION,
         lambda: jpeg_with(segments(b"\xff\xe2", b"ICC_PROFILE\0\1\7nonsense")),
@@ -376,6 +386,9 @@ LARGE: dict[str, Callable[[], bytes]] = {
     ),
     "CMYK JPEG": lambda: encoded(large(TILE.convert("CMYK"), 7_000, 7_000), "JPEG", quality=10),
     "PNG": lambda: encoded(large(TILE), "PNG", compress_level=1, **TURNED),
+    "PNG with a colour profile": lambda: encoded(
+        large(TILE), "PNG", compress_level=1, icc_profile=WIDE_PROFILE
+    ),
     "PNG with 16-bit transparency": lambda: large_png(16, 6, 4),
     "grey PNG of 16 bits": lambda: large_png(16, 0, 1),
     "grey PNG with transparency": lambda: large_png(8, 4, 2),

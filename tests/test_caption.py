@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from captioner.caption import Beam, Caption, Word
+from captioner.caption import Beam, Caption, Word, percent
 from captioner.errors import DataError
 from tests.mutation import mutated_values
 
@@ -38,6 +38,27 @@ def make_beam(text: str, log_probability: float = -4.0) -> Beam:
 
 
 CAPTION = Caption((make_beam("a dog runs"), make_beam("a cat", -5.0)), (640, 480), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0.0%"),
+        (-0.0, "0.0%"),
+        (1e-9, "0.0%"),
+        (0.0005, "0.1%"),
+        (0.0625, "6.3%"),
+        (0.0994, "9.9%"),
+        (0.09949999, "9.9%"),
+        (0.0995, "10%"),
+        (0.125, "13%"),
+        (0.4349, "43%"),
+        (0.995, "100%"),
+        (1, "100%"),
+    ],
+)
+def test_percentages_round_as_the_page_does(share: float, text: str) -> None:
+    assert percent(share) == text
 
 
 def test_entropy_of_one_cell_is_nothing_and_of_all_cells_log_49() -> None:
@@ -175,6 +196,8 @@ CAPTIONS = st.builds(
     st.lists(BEAMS, min_size=1, max_size=2).map(tuple),
     st.tuples(st.integers(1, 10**5), st.integers(1, 10**5)),
     st.lists(st.integers(0, 20), max_size=4).map(tuple),
+    st.sampled_from(["en", "de-AT", "zh-Hant"]),
+    st.booleans(),
 )
 
 
@@ -193,7 +216,8 @@ def test_a_caption_comes_back_from_its_json(caption: Caption) -> None:
     back = Caption.from_dict(values)
 
     assert without_entropy(back.to_dict()) == without_entropy(values)
-    assert (back.text, back.size, back.given) == (caption.text, caption.size, caption.given)
+    for name in ("text", "size", "given", "language", "sampled"):
+        assert getattr(back, name) == getattr(caption, name)
     assert isinstance(back.given, tuple)
     assert isinstance(back.beams, tuple)
     for old, new in zip(caption.words, back.words, strict=True):
@@ -208,6 +232,13 @@ def test_nothing_is_given_unless_it_is_said() -> None:
     assert caption.given == ()
     assert caption.to_dict()["given"] == []
     assert Caption.from_dict(caption.to_dict()).given == ()
+
+
+def test_a_caption_of_an_earlier_version_is_english_and_searched_for() -> None:
+    values = Caption(CAPTION.beams, CAPTION.size, language="ar", sampled=True).to_dict()
+    assert (values.pop("language"), values.pop("sampled")) == ("ar", True)
+    caption = Caption.from_dict(values)
+    assert (caption.language, caption.sampled) == ("en", False)
 
 
 def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], object]:
@@ -267,6 +298,13 @@ WORD = ("beams", 0, "words", 0)
         put("beams", 0, "score", value=-math.inf),
         put("beams", 0, "log_probability", value=1),
         put("given", value=["first"]),
+        put("language", value=None),
+        put("language", value=""),
+        put("language", value='en" onload="'),
+        put("language", value="e" * 100),
+        put("sampled", value="no"),
+        put("sampled", value=1),
+        put("sampled", value=None),
         put("given", value=3),
         put("beams", value=[]),
         put("beams", value=None),

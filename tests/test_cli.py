@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import io
 import json
+import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet
 import pytest
+from huggingface_hub.utils._http import http_backoff
 from PIL import Image
 
-from captioner import Captioner, DecodingOptions
-from captioner.__main__ import main
+import train
+from captioner import Captioner, DecodingOptions, __version__, images
+from captioner.__main__ import _to_json, _unused_path, build_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+@pytest.fixture(autouse=True)
+def _load_the_shipped_checkpoint_once(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Captioner.load
+
+    def load_once(checkpoint: str | None, *arguments: Any, **options: Any) -> Captioner:
+        return load(checkpoint, *arguments, **options) if checkpoint else captioner
+
+    monkeypatch.setattr(Captioner, "load", load_once)
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pillow-heif look as if it was not installed."""
+    monkeypatch.setattr(images, "_FORMATS", [each for each in images._FORMATS if each != "HEIF"])
+    monkeypatch.setattr(images, "SUFFIXES", images.SUFFIXES - {".heic", ".heif", ".hif"})
 
 
 def test_a_line_a_photo_and_folders_are_walked(
@@ -126,6 +156,17 @@ def test_bad_photos_are_told_and_passed_over(
         ["caption", "x.jpg", "--beam-size", "0"],
         ["caption", "x.jpg", "--beam-size", "1000000000"],
         ["caption", "x.jpg", "--checkpoint", "nowhere"],
+        ["caption", ""],
+        ["caption", "x.jpg", "--prefix", "zxcvb"],
+        ["caption", "x.jpg", "--prefix", "a dog " * 20],
+        ["caption", "x.jpg", "--samples", "3"],
+        ["caption", "x.jpg", "--top-p", "0.5", "--temperature", "0"],
+        ["caption", "-", "--output", "out"],
+        ["caption", "https://example.org/x.jpg", "--output", "out"],
+        ["score", "x.jpg", " !? "],
+        ["score", "x.jpg", "a dog " * 200],
+        ["evaluate", "--sheet", "sheet.jpg"],
+        ["evaluate", "--json", "/"],
     ],
 )
 def test_bad_settings_are_one_line_and_code_two(
@@ -155,12 +196,356 @@ def test_a_wrong_command_line_is_code_two(
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["caption"], ["evaluate"]])
+@pytest.mark.parametrize("command", ["caption", "score", "evaluate", "export"])
+def test_an_unknown_flag_prints_the_usage_of_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"caption": ["x.jpg"], "score": ["x.jpg", "a dog"]}.get(command, [])
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *arguments, "--nonsense"])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"usage: python -m captioner {command} ")
+    assert printed.endswith("error: unrecognized arguments: --nonsense\n")
+
+
+def test_version_is_printed_and_the_program_is_called_as_it_was_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"captioner {__version__}\n"
+    for started, called in (
+        ("/usr/bin/captioner", "captioner"),
+        ("captioner.exe", "captioner"),
+        ("/home/me/captioner/__main__.py", "python -m captioner"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert build_parser().prog == called
+
+
+@pytest.mark.parametrize("command", [[], ["caption"], ["score"], ["evaluate"]])
 def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+# Decoding
+
+
+def test_every_decoding_option_has_its_flag(
+    captioner: Captioner, example_photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = str(example_photos[0])
+    for given in (
+        {"prefix": "two women", "max_length": 8},
+        {"length_penalty": 5.0, "beam_size": 2},
+        {"temperature": 0.9, "top_p": 0.8, "samples": 3, "seed": 7},
+    ):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        assert main(["caption", "--json", photo, *flags]) == 0
+        record = json.loads(capsys.readouterr().out)
+        wanted = captioner.caption(photo, DecodingOptions(**given))
+        assert record == {"path": photo, **json.loads(json.dumps(wanted.to_dict()))}
+        assert record["text"] != captioner.caption(photo).text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--temperature", "20", "temperature is 20.0; it must be a number from 0 to 10"),
+        ("--temperature", "nan", "temperature is nan; it must be a number from 0 to 10"),
+        ("--temperature", "0.001", "it must be 0 (a search) or at least 0.01"),
+        ("--max-length", "2", "max_length is 2; it must be a whole number from 3 to 200"),
+        ("--length-penalty", "-1", "length_penalty is -1.0; it must be a number from 0 to 5"),
+        ("--seed", "-1", "seed is -1; it must be a whole number from 0"),
+    ],
+)
+def test_decoding_options_are_refused_as_in_python(
+    flag: str, value: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", "x.jpg", f"{flag}={value}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_captions_are_as_long_as_in_the_checkpoint_s_training(
+    captioner: Captioner,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = dataclasses.replace(captioner.checkpoint, max_length=6)
+    monkeypatch.setattr(captioner, "checkpoint", short)
+    monkeypatch.setattr("captioner.checkpoint.load", lambda _: short)
+    photo, out = str(example_photos[0]), tmp_path / "captions.parquet"
+    assert main(["caption", photo]) == 0
+    text = capsys.readouterr().out.strip().split("\t")[1]
+    assert text == captioner.caption(photo, DecodingOptions(max_length=6)).text
+    assert len(text.split()) <= 4
+    assert main(["caption", photo, "--output", str(out)]) == 0
+    assert pyarrow.parquet.read_table(out)["caption"].to_pylist() == [text]
+
+
+# Scoring
+
+
+def test_score_prints_each_word_with_its_probability(
+    captioner: Captioner,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photo, text, maps = str(example_photos[0]), "A zebra on the street!", tmp_path / "maps"
+    wanted = captioner.score(photo, text)
+    assert main(["score", photo, text, "--heatmaps", str(maps), "--format", "json"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in rows] == [
+        *("a", "zebra", "on", "the", "street", "<eos>", "log probability")
+    ]
+    assert rows[1][1].endswith(" (unknown word)")
+    numbers = [float(value.split()[0]) for _, value in rows]
+    assert numbers[:-1] == pytest.approx(
+        [word.probability for word in (*wanted.words, wanted.beams[0].end)], rel=0.01
+    )
+    assert numbers[-1] == pytest.approx(wanted.log_probability, abs=1e-3)
+    assert sum(map(math.log, numbers[:-1])) == pytest.approx(numbers[-1], abs=0.1)
+    (file,) = maps.iterdir()
+    assert file.name == f"{example_photos[0].name}.json"
+    record = json.loads(file.read_text())
+    assert main(["score", photo, text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": photo, **record}
+    assert main(["score", "nowhere.jpg", text, "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "path": "nowhere.jpg",
+        "error": "there is no file nowhere.jpg",
+    }
+    assert printed.err == "captioner: there is no file nowhere.jpg\n"
+
+
+# Failures
+
+
+def test_json_holds_an_object_for_each_photo_in_order(
+    example_photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, empty = str(example_photos[0]), tmp_path / "empty"
+    empty.mkdir()
+    address = "https://example.org//x.jpg"
+    names = [str(tmp_path / "missing.jpg"), good, str(empty), address, good]
+    assert main(["caption", "--json", *names]) == 1
+    printed = capsys.readouterr()
+    records = [json.loads(line) for line in printed.out.splitlines()]
+    assert [record["path"] for record in records] == names
+    assert ["text" in record for record in records] == [False, True, False, False, True]
+    errors = [record["error"] for record in records if "error" in record]
+    assert [f"captioner: {error}" for error in errors] == printed.err.splitlines()
+    assert errors[0].startswith("there is no file")
+    assert "holds no photo" in errors[1]
+    assert errors[2].startswith(f"{address} is an address, not a file: download it")
+
+
+def test_json_has_no_nan() -> None:
+    record = {"beams": [{"score": math.nan, "text": "\u0936"}], "size": [math.inf, 1.5]}
+    text = _to_json(record, ensure_ascii=False)
+    assert text == '{"beams": [{"score": null, "text": "\u0936"}], "size": [null, 1.5]}'
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_photos_that_a_folder_holds_are_not_left_out_silently(
+    captioner: Captioner,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    album, other = tmp_path / "album", tmp_path / "other"
+    album.mkdir()
+    other.mkdir()
+    shutil.copy(example_photos[0], album / "a.jpg")
+    shutil.copy(example_photos[1], other / "b.jpg")
+    (album / "link").symlink_to(other)
+    (other / "back").symlink_to(album)
+    (album / "IMG_1.HEIC").write_bytes(HEIC)
+    assert main(["caption", str(album)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"{album}/a.jpg\t{captioner.caption(example_photos[0]).text}",
+        f"{album}/link/b.jpg\t{captioner.caption(example_photos[1]).text}",
+    ]
+    (line,) = printed.err.splitlines()
+    assert f"{album}/IMG_1.HEIC is a HEIC photo: pip install pillow-heif" in line
+
+    # In a table too, and what is left out can be captioned later.
+    output = tmp_path / "captions.parquet"
+    assert main(["caption", str(album), "--output", str(output)]) == 1
+    printed = capsys.readouterr()
+    names = pyarrow.parquet.read_table(output)["photo"].to_pylist()
+    assert sorted(names) == [f"{album}/a.jpg", f"{album}/link/b.jpg"]
+    assert f"{album}/IMG_1.HEIC is a HEIC photo: pip install pillow-heif" in printed.err
+    assert "left out of the table: 1" in printed.err
+    (album / "a.jpg").unlink()
+    (album / "link").unlink()
+    for more in ([], ["--output", str(tmp_path / "new.parquet")]):
+        assert main(["caption", str(album), *more]) == 1
+        assert "pip install pillow-heif" in capsys.readouterr().err
+
+
+def test_a_photo_is_read_from_standard_input(
+    captioner: Captioner,
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photo, text = str(example_photos[0]), captioner.caption(example_photos[0]).text
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    maps = tmp_path / "maps"
+    give(example_photos[0].read_bytes())
+    assert main(["caption", "-", photo, "-", "--heatmaps", str(maps)]) == 0
+    assert capsys.readouterr().out == f"-\t{text}\n{photo}\t{text}\n-\t{text}\n"
+    written = {"stdin.png", "stdin-2.png", f"{example_photos[0].name}.png"}
+    assert {path.name for path in maps.iterdir()} == written
+    give(example_photos[0].read_bytes())
+    assert main(["score", "-", text]) == 0
+    assert capsys.readouterr().out.startswith("a\t")
+    monkeypatch.setattr(images, "MAX_BYTES", 1_000)
+    for data, error in (
+        (b"", "standard input is not a photo that can be read"),
+        (example_photos[0].read_bytes(), "standard input has 0 megabytes, more than"),
+    ):
+        give(data)
+        assert main(["caption", "-", "--json"]) == 1
+        record = json.loads(capsys.readouterr().out)
+        assert record["path"] == "-"
+        assert record["error"].startswith(error)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["caption", "-"]) == 1
+    assert "cannot read standard input" in capsys.readouterr().err
+
+
+# Heat maps
+
+
+def test_a_photo_whose_maps_cannot_be_written_does_not_end_the_run(
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maps, names = tmp_path / "maps", ["vanishes.jpg", "blocked.jpg", "a" * 250 + ".jpg", "z.jpg"]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        shutil.copy(example_photos[0], path)
+    (maps / "blocked.jpg.json").mkdir(parents=True)
+    caption_each = Captioner.caption_each
+
+    def vanish(*arguments: Any) -> Any:
+        captions = caption_each(*arguments)
+        paths[0].unlink()
+        return captions
+
+    monkeypatch.setattr(Captioner, "caption_each", vanish)
+
+    command = ["caption", *map(str, paths), "--heatmaps", str(maps), "--format", "json"]
+    assert main(command) == 1
+
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 4
+    vanished, blocked = printed.err.splitlines()
+    assert "there is no file" in vanished
+    assert "vanishes.jpg" in vanished
+    assert "cannot write" in blocked
+    assert "blocked.jpg.json: Is a directory" in blocked
+    files = sorted(path.name for path in maps.iterdir() if path.is_file())
+    assert files[1] == "z.jpg.json"
+    assert len(files[0]) == 255
+    assert files[0].startswith("a" * 230)
+
+
+def test_a_full_disk_ends_the_run_with_the_cause(
+    example_photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    command = ["caption", str(example_photos[0]), str(example_photos[1])]
+    assert main([*command, "--heatmaps", str(tmp_path / "maps"), "--format", "json"]) == 1
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    (line,) = printed.err.splitlines()
+    assert "No space left on device; make room and start again" in line
+
+
+def test_names_of_maps_are_short_unique_and_whole_text(tmp_path: Path) -> None:
+    used: set[Path] = set()
+    names = ["a" * 250 + "1.jpg", "a" * 250 + "2.jpg", "\N{CAT}" * 63 + "jpg", "a" * 249 + ".jpg"]
+    names += [os.fsdecode(b"\xff" * 254), "a.jpg"]
+    paths = [_unused_path(tmp_path, Path("deep", name), ".html", used) for name in [*names, *names]]
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert path.parent == tmp_path / "deep"
+        assert len(os.fsencode(path.name)) <= 255
+        path.name.encode()  # no half of a character
+        assert path.suffix == ".html"
+    assert paths[5].name == "a.jpg.html"
+    assert paths[11].name == "a.jpg-2.html"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.JPG", "x.html", "x.gif", "x.json", "x.pdf", "file"])
+def test_maps_need_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for command in (["caption", "x.jpg"], ["score", "x.jpg", "a dog"]):
+        assert main([*command, "--heatmaps", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "folder" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Warnings
+
+
+def test_each_warning_is_printed_once_and_only_the_first_retry_of_the_hub(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: object, **__: object) -> int:
+        logging.getLogger("captioner.data").warning("a warning of ours")
+        library = logging.getLogger("some_library")
+        library.addHandler(handler := logging.StreamHandler())
+        library.warning("a warning of theirs")
+        library.removeHandler(handler)
+        with pytest.raises(Exception, match="refused"):
+            http_backoff("HEAD", "http://127.0.0.1:9", max_retries=3, base_wait_time=0.001)
+        return 0
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's; a command has none
+    monkeypatch.setattr("captioner.__main__._caption", warn)
+    monkeypatch.setattr(train, "fit", warn)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (printer,) = logging.getLogger("huggingface_hub").handlers
+    monkeypatch.setattr(printer, "stream", sys.stderr)
+    for command, prefix in ((main, "captioner: "), (train.main, "")):
+        assert command(["caption"] if command is main else []) == 0
+        assert root.handlers == []
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[:2] == [f"{prefix}a warning of ours", "a warning of theirs"]
+        assert len(lines) == 3
+        assert "refused' thrown while requesting HEAD http://127.0.0.1:9" in lines[2]
+
+
+# Processes
 
 
 def test_the_path_to_a_caption_imports_nothing_that_it_does_not_need(

@@ -12,6 +12,7 @@ import pytest
 from captioner.config import (
     BAD_ENDINGS,
     RECIPES,
+    Appearance,
     DecodingOptions,
     ModelConfig,
     TrainConfig,
@@ -144,12 +145,41 @@ def test_model_fields_out_of_range_are_refused_by_name(field: str, value: object
         ("text", ["a"]),
         ("word2vec", "yes"),
         ("bfloat16", 1),
+        ("language", None),
+        ("language", ""),
+        ("language", "English language"),
+        ("language", "en_US"),
         ("model", [1]),
     ],
 )
 def test_training_fields_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{field} is .*; it must be "):
         TrainConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("colors", "red"),
+        ("colors", None),
+        ("shape", "round"),
+        ("scale", "photo"),
+        ("scale", 1),
+        ("strength", 1.01),
+        ("strength", -0.1),
+        ("strength", math.nan),
+        ("strength", "0.5"),
+        ("strength", True),
+    ],
+)
+def test_appearances_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is .*; it must be "):
+        Appearance(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("language", ["en", "de-AT", "zh-Hant-TW", "x-dothraki"])
+def test_a_language_tag_is_allowed(language: str) -> None:
+    assert TrainConfig(language=language).language == language
 
 
 def test_a_refusal_says_what_is_allowed() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from captioner import images
 from captioner.errors import ImageError
 from captioner.images import (
     MAX_BYTES,
     SUFFIXES,
     Photo,
     display_jpeg,
+    find_photos,
     full_size,
     open_photo,
     preprocess,
@@ -102,7 +106,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_every_suffix_that_a_folder_is_searched_for_can_be_opened() -> None:
-    kinds = Image.registered_extensions()
+    kinds = Image.registered_extensions() | {".mpo": "JPEG"}  # JPEG's opener takes it
 
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".bmp"} <= SUFFIXES
     assert {suffix for suffix in SUFFIXES if kinds.get(suffix) not in Image.OPEN} == set()
@@ -336,6 +340,311 @@ def test_other_colour_spaces(mode: str) -> None:
     assert_close(opened(Image.fromarray(SCENE).convert(mode)), SCENE, tolerance=4)
 
 
+# Colour profiles
+
+
+def profile(space: str, pcs: str, tags: dict[str, bytes]) -> bytes:
+    """Return an ICC profile of version 2 for a screen whose pixels are in ``space``."""
+    start, table, body = 132 + 12 * len(tags), struct.pack(">L", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sLL", name.encode(), start + len(body), len(content))
+        body += content.ljust(-(-len(content) // 4) * 4, b"\0")
+    fields = b"mntr", space.encode(), pcs.encode(), b"acsp"
+    header = struct.pack(">LxxxxL4s4s4s12x4s", start + len(body), 0x02400000, *fields)
+    white = struct.pack(">3l", 0xF6D6, 0x10000, 0xD32D)  # the profile connection space's, D50
+    return (header.ljust(68, b"\0") + white).ljust(128, b"\0") + table + body
+
+
+def xyz(*values: float) -> bytes:
+    return struct.pack(">4sxxxx3l", b"XYZ ", *(round(value * 0x10000) for value in values))
+
+
+def gamma(value: float) -> bytes:
+    return struct.pack(">4sxxxxLH", b"curv", 1, round(value * 256))
+
+
+def rgb_profile(red: bytes, green: bytes, blue: bytes, curve: bytes) -> bytes:
+    curves = dict.fromkeys(["rTRC", "gTRC", "bTRC"], curve)
+    return profile("RGB ", "XYZ ", {"rXYZ": red, "gXYZ": green, "bXYZ": blue, **curves})
+
+
+def red_ink() -> bytes:
+    """Return a profile of CMYK whose cyan ink is red, and whose other inks are black."""
+    table = []
+    for cyan, *others in itertools.product((0, 1), repeat=4):
+        lightness, a, b = (0, 0, 0) if any(others) else (53, 80, 67) if cyan else (100, 0, 0)
+        table += [round(lightness * 652.8), (a + 128) * 256, (b + 128) * 256]
+    head = struct.pack(">4sxxxxBBBx9l", b"mft2", 4, 3, 2, *[0x10000, 0, 0, 0] * 2, 0x10000)
+    curves = struct.pack(">HH", 0, 0xFFFF)
+    grid = struct.pack(f">{len(table)}H", *table)
+    lut = head + struct.pack(">HH", 2, 2) + curves * 4 + grid + curves * 3
+    return profile("CMYK", "Lab ", {"A2B0": lut})
+
+
+# Apple's Display P3 but for its gamma of 2.2, and sRGB with its three primaries rotated.
+P3 = (
+    xyz(0.51512, 0.24120, -0.00105),
+    xyz(0.29198, 0.69225, 0.04189),
+    xyz(0.15710, 0.06657, 0.78407),
+)
+SRGB = (
+    xyz(0.43607, 0.22249, 0.01392),
+    xyz(0.38515, 0.71687, 0.09708),
+    xyz(0.14307, 0.06061, 0.71410),
+)
+WIDE_PROFILE = rgb_profile(*P3, gamma(2.2))
+SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LINEAR_GREY = profile("GRAY", "XYZ ", {"wtpt": xyz(0.9642, 1, 0.8249), "kTRC": gamma(1)})
+SRGB_CURVE = SRGB_PROFILE[SRGB_PROFILE.index(b"para") :][:32]
+GREEN, CONVERTED = (30, 160, 60), (0, 164, 35)
+RED_INK = (250, 0, 7)  # what L*a*b* 53, 80, 67 is in sRGB
+
+
+def plain(colour: Any, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (64, 48), colour)
+
+
+def assert_colour(pixels: np.ndarray, colour: tuple[int, ...], tolerance: int = 1) -> None:
+    assert_close(pixels, np.broadcast_to(np.array(colour), pixels.shape), tolerance)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_colours_are_converted_to_srgb_for_every_format(kind: str) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
+
+    photo = encoded(plain(GREEN), kind, icc_profile=WIDE_PROFILE, quality=100)
+
+    image = open_photo(photo)
+    assert_colour(np.asarray(image), CONVERTED, 1 if kind in ("PNG", "TIFF") else 10)
+    assert image.info == {}
+    # Once: the result is sRGB.
+    assert_close(opened(image), np.asarray(image), tolerance=0)
+
+
+def test_rotated_primaries_are_converted_though_the_profile_is_called_srgb() -> None:
+    rotated = bytearray(SRGB_PROFILE)
+    names = {name: rotated.index(name) for name in (b"rXYZ", b"gXYZ", b"bXYZ")}
+    for name, after in zip(names, (b"gXYZ", b"bXYZ", b"rXYZ"), strict=True):
+        rotated[names[name] : names[name] + 4] = after
+
+    assert_colour(opened(encoded(plain(GREEN), "PNG", icc_profile=bytes(rotated))), (160, 60, 30))
+
+
+def test_colours_of_a_picture_in_memory_are_converted() -> None:
+    for mode in ("RGB", "RGBX", "YCbCr", "RGBA", "P"):
+        image = plain(GREEN).quantize(4) if mode == "P" else plain(GREEN).convert(mode)
+        image.info["icc_profile"] = WIDE_PROFILE
+        before = image.tobytes()
+        assert_colour(opened(image), CONVERTED, tolerance=6 if mode == "YCbCr" else 1)
+        assert image.tobytes() == before
+
+
+def test_alpha_is_kept_while_colours_are_converted() -> None:
+    layered = plain((*GREEN, 128), "RGBA")
+    layered.paste((0, 0, 0, 0), (0, 0, 32, 48))
+
+    pixels = opened(encoded(layered, "PNG", icc_profile=WIDE_PROFILE))
+
+    assert (pixels[:, :32] == 255).all()
+    assert_colour(pixels[:, 32:], (127, 209, 145))  # half of CONVERTED, half white
+    one = plain(GREEN)
+    one.paste("black", (0, 0, 32, 48))
+    pixels = opened(encoded(one, "PNG", icc_profile=WIDE_PROFILE, transparency=(0, 0, 0)))
+    assert (pixels[:, :32] == 255).all()
+    assert_colour(pixels[:, 32:], CONVERTED)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_is_converted(mode: str) -> None:
+    image = Image.fromarray(np.full((48, 64), 55 * 257, np.uint16))
+    image = image if mode == "I;16" else plain(55, "L").convert(mode)
+    assert image.mode == mode
+
+    # 55 / 255 of the light is 128 in sRGB.
+    assert_colour(opened(encoded(image, "PNG", icc_profile=LINEAR_GREY)), (128,) * 3)
+
+
+def test_cmyk_is_converted_by_its_own_profile() -> None:
+    for ink, colour in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((0, 255, 0, 0), 0)):
+        photo = encoded(plain(ink, "CMYK"), "TIFF", icc_profile=red_ink())
+        assert_colour(opened(photo), (colour,) * 3, tolerance=2)
+    for kind in ("TIFF", "JPEG"):
+        photo = encoded(plain((255, 0, 0, 0), "CMYK"), kind, icc_profile=red_ink(), quality=100)
+        assert_colour(opened(photo), RED_INK, tolerance=3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "data"),
+    [
+        ("RGB", SRGB_PROFILE),
+        ("RGB", rgb_profile(*SRGB, SRGB_CURVE)),
+        ("RGB", b"nonsense"),
+        ("RGB", WIDE_PROFILE[:200]),
+        ("RGB", WIDE_PROFILE[:128] + b"\xff" * 200),
+        ("RGB", WIDE_PROFILE.replace(b"curv", b"none")),
+        ("RGB", WIDE_PROFILE.replace(b"mntr", b"link")),
+        ("RGB", WIDE_PROFILE + bytes(9_000_000)),
+        ("RGB", LINEAR_GREY),
+        ("RGB", red_ink()),
+        ("L", WIDE_PROFILE),
+        ("L", red_ink()),
+        ("CMYK", WIDE_PROFILE),
+        ("CMYK", LINEAR_GREY),
+        ("LAB", WIDE_PROFILE),
+    ],
+)
+def test_colours_stay_where_the_profile_is_srgb_broken_or_of_another_mode(
+    mode: str, data: bytes
+) -> None:
+    image = Image.fromarray(SCENE)
+    image = image if mode == "LAB" else image.convert(mode)
+    if mode == "LAB":
+        image = Image.frombytes("LAB", (WIDTH, HEIGHT), bytes(range(96)) * (WIDTH * HEIGHT // 32))
+    without = opened(encoded(image, "TIFF"))
+
+    assert_close(opened(encoded(image, "TIFF", icc_profile=data)), without, tolerance=0)
+
+
+def endless_profile(steps: int) -> bytes:
+    """Return a small profile with many steps for every colour, all the same bytes."""
+    corners = itertools.product((0, 1), repeat=3)
+    cube = struct.pack(">4sxxxxHH3B13x", b"clut", 3, 3, 2, 2, 2)
+    cube += b"".join(struct.pack(">3f", *corner) for corner in corners)
+    head = struct.pack(">4sxxxxHHL", b"mpet", 3, 3, steps)
+    places = struct.pack(">LL", len(head) + 8 * steps, len(cube)) * steps
+    return profile("RGB ", "XYZ ", {"D2B0": head + places + cube})
+
+
+def test_a_small_profile_does_not_take_minutes() -> None:
+    started = time.process_time()
+    photo = encoded(Image.fromarray(SCENE), "PNG", icc_profile=endless_profile(4_000))
+    assert len(photo) < 40_000
+
+    assert_close(opened(photo), SCENE, tolerance=0)
+
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "data", "converted"),
+    [
+        ("RGB", GREEN, WIDE_PROFILE, CONVERTED),
+        ("RGBA", (*GREEN, 0), WIDE_PROFILE, (255, 255, 255)),
+        ("L", 55, LINEAR_GREY, (128, 128, 128)),
+        ("CMYK", (255, 0, 0, 0), red_ink(), RED_INK),
+    ],
+)
+def test_a_large_photo_with_a_profile_is_reduced_further(
+    mode: str, colour: Any, data: bytes, converted: tuple[int, int, int]
+) -> None:
+    large = Image.new(mode, (2_501, 2_000), colour)
+
+    for photo in (large, encoded(large, "JPEG" if mode != "RGBA" else "TIFF", quality=95)):
+        without = open_photo(photo)
+        assert without.size == (2_501, 2_000)
+    large.info["icc_profile"] = data
+    image = open_photo(large)
+
+    assert (image.size, full_size(image)) == ((1_251, 1_000), (2_501, 2_000))
+    assert_colour(np.asarray(image), converted, tolerance=2)
+    if mode == "RGB":
+        image = open_photo(encoded(large, "JPEG", quality=95, icc_profile=data))
+        assert (image.size, full_size(image)) == ((1_251, 1_000), (2_501, 2_000))
+        assert_colour(np.asarray(image), converted, tolerance=6)
+
+
+# Folders
+
+
+def paths_in(folder: Path) -> dict[str, str | None]:
+    """Return what is found, by name: the error, or None."""
+    found = [
+        (str(path.relative_to(folder)), str(error) if error else None)
+        for path, error in find_photos(folder)
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_links_to_folders_are_followed_without_loops(tmp_path: Path) -> None:
+    album, other = tmp_path / "album", tmp_path / "other"
+    (album / "deep" / "deeper").mkdir(parents=True)
+    (other / "more").mkdir(parents=True)
+    for path in (album / "a.jpg", album / "deep" / "b.jpg", other / "c.jpg", other / "more/d.jpg"):
+        path.touch()
+    (album / "a_link_to_deep").symlink_to("deep")
+    (album / "deep" / "deeper" / "up").symlink_to("..")
+    (album / "deep" / "self").symlink_to(".")
+    (album / "linked").symlink_to(other)
+    (album / "again").symlink_to(other)
+    (other / "back").symlink_to(album)
+    (other / "loop").symlink_to("loop")
+
+    # Each folder once, under its own name where it has one.
+    assert list(paths_in(album)) == [
+        "a.jpg", "deep/b.jpg", "again/c.jpg", "again/loop", "again/more/d.jpg"
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(album)
+    assert "deep/b.jpg" in paths_in(tmp_path / "link")
+
+
+def test_nothing_that_looks_like_a_photo_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "a.JPG b.nef c.DNG d.jxl e.psd f.tga g.jp2 h.svg i.mpo".split()  # noqa: SIM905
+    for name in (*names, "notes.txt", "README", "captions.csv", "video.mov", "IMG_1.AAE"):
+        (tmp_path / name).write_text("Here is text.")
+    (tmp_path / "photo").write_bytes(encoded(Image.fromarray(SCENE), "WEBP"))
+    (tmp_path / "broken.png").symlink_to("nowhere.png")
+    (tmp_path / "disk").symlink_to("/nowhere/photos")
+    (tmp_path / "secret").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    listing = os.scandir
+
+    def scandir(path: Path) -> Any:  # root may read every folder
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+    found = paths_in(tmp_path)
+
+    assert found.keys() == {*names, "photo", "broken.png", "disk", "secret"}
+    assert "cannot read the folder" in str(found["secret"])
+    assert "secret: Permission denied" in str(found["secret"])
+    assert [name for name, error in found.items() if error] == ["secret"]
+    with pytest.raises(ImageError, match=r"broken\.png: it is a broken link"):
+        open_photo(tmp_path / "broken.png")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_a_heic_photo_names_pillow_heif_where_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_FORMATS", [each for each in images._FORMATS if each != "HEIF"])
+    monkeypatch.setattr(images, "SUFFIXES", SUFFIXES - {".heic", ".heif", ".hif"})
+    for name in ("1.HEIC", "2.hif", "no-suffix", "named.jpg"):
+        (tmp_path / name).write_bytes(HEIC)
+    (tmp_path / "text.heic").write_text("no photo")
+    (tmp_path / "jpeg.heic").write_bytes(encoded(Image.fromarray(SCENE), "JPEG"))
+
+    found = paths_in(tmp_path)
+
+    assert {name for name, error in found.items() if error} == {"1.HEIC", "2.hif"}
+    assert len(found) == 6
+    for name in found.keys() - {"jpeg.heic"}:
+        with pytest.raises(ImageError, match="is a HEIC photo: pip install pillow-heif"):
+            open_photo(tmp_path / name)
+    with pytest.raises(ImageError, match="the photo is a HEIC photo: pip install pillow-heif"):
+        open_photo(HEIC)
+    assert opened(tmp_path / "jpeg.heic").shape == SCENE.shape
+
+
 # Animations
 
 
@@ -549,6 +858,16 @@ def test_a_missing_path_and_a_folder(tmp_path: Path) -> None:
     for name in ("", "a\0b.jpg", "x" * 5000):
         with pytest.raises(ImageError):
             open_photo(name)
+    for address in (
+        "https://example.org//a.jpg",
+        "HTTP://x/a.jpg",
+        "s3://bucket/a.jpg",
+        "file:///a",
+    ):
+        with pytest.raises(ImageError, match=f"^{address} is an address, not a file: download it"):
+            open_photo(address)
+    with pytest.raises(ImageError, match="there is no file C:"):
+        open_photo(r"C:\photos\a.jpg")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")

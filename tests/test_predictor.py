@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from captioner import Captioner, DecodingOptions
 from captioner.errors import CheckpointError, ConfigError, ImageError
-from captioner.predictor import SHIPPED_CHECKPOINT
+from captioner.predictor import SHIPPED_CHECKPOINT, near_misses
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +116,61 @@ def test_of_a_caption_that_was_read_all_words_and_the_end_were_given(
     assert captioner.score(photos[0], "dog").given == (0, 1)
 
 
-def test_an_unknown_prefix_names_words_that_are_near(
+@pytest.mark.parametrize(
+    ("word", "ending"),
+    [
+        ("zebra", "; use another word"),
+        ("giraffe", "; use another word"),
+        ("fox", "; use another word"),
+        ("q", "; use another word"),
+        ("womann", ". Did you mean woman?"),
+        ("motorcyle", ". Did you mean motorcycle, motorcycles?"),
+        ("dgo", ". Did you mean dog?"),
+        ("chidl", ". Did you mean child?"),
+        ("photograf", ". Did you mean photograph?"),
+    ],
+)
+def test_an_unknown_prefix_gets_suggestions_of_near_misses_only(
+    captioner: Captioner, photos: list[Path], word: str, ending: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        captioner.caption(photos[0], DecodingOptions(prefix=f"a {word}"))
+    assert str(refused.value) == f"\"{word}\" isn't in the model's vocabulary{ending}"
+
+
+def test_a_very_long_unknown_word_is_refused_in_no_time() -> None:
+    known = [f"word{number}" for number in range(2500)]
+    started = time.process_time()
+    assert near_misses("word" * 2000, known) == []
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+def test_beams_rank_by_log_probability_over_length(
+    captioner: Captioner, photos: list[Path], temperature: float, length_penalty: float
+) -> None:
+    options = DecodingOptions(
+        beam_size=4, samples=4, temperature=temperature, length_penalty=length_penalty, prefix="a"
+    )
+    caption = captioner.caption(photos[0], options)
+    assert caption.sampled == (temperature > 0)
+    scores = [beam.score for beam in caption.beams]
+    assert scores == sorted(scores, reverse=True)
+    for beam in caption.beams:
+        length = len(beam.words) + 1
+        assert beam.score == pytest.approx(beam.log_probability / length**length_penalty)
+
+
+def test_a_caption_has_the_language_of_the_training_captions(
     captioner: Captioner, photos: list[Path]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"'womann'.*woman"):
-        captioner.caption(photos[0], DecodingOptions(prefix="a womann"))
+    assert captioner.caption(photos[0]).language == "en"
+    recipe = {**captioner.checkpoint.recipe, "language": "de"}
+    german = Captioner(dataclasses.replace(captioner.checkpoint, recipe=recipe), captioner.encoder)
+    for caption in (german.caption(photos[0]), german.score(photos[0], "a dog")):
+        assert caption.language == "de"
+        assert not caption.sampled
 
 
 def test_sampling_is_seeded(captioner: Captioner, photos: list[Path]) -> None:

@@ -61,8 +61,8 @@ def test_every_shell_command_runs_or_its_arguments_parse(
                 train.build_parser().parse_args(rest)
             case ["python", "-m", "captioner", *rest] if "evaluate" in rest or "--data" in rest:
                 captioner_parser().parse_args(rest)
-            case ["python", "-m", "captioner", "export", *rest]:
-                captioner_parser().parse_args(["export", *rest])
+            case ["python", "-m", "captioner", ("export" | "score") as verb, *rest]:
+                captioner_parser().parse_args([verb, *rest])
             case ["python", "-m", "captioner", "caption", *rest] | ["captioner", "caption", *rest]:
                 (tmp_path / "photos").mkdir()
                 for name in ("photo.jpg", "photos/photo.jpg"):

@@ -79,7 +79,9 @@ def test_the_first_screen_shows_a_caption_and_a_map_without_a_request(
         )
         if pressed == "true"
     ]
-    assert best.words[at].text not in "a an the of in on at with and is are to some by for its".split()
+    assert (
+        best.words[at].text not in "a an the of in on at with and is are to some by for its".split()
+    )
     expect(page.locator(".word-title")).to_have_text(f"“{best.words[at].text}”")
     expect(page.locator(".alternatives li")).to_have_count(len(best.words[at].alternatives))
     colors = """map => {

@@ -241,6 +241,6 @@ def test_hostile_words_of_the_visitor_are_only_words(cat: Page) -> None:
     cat.get_by_role("button", name="Read it as it is").click()
     expect(cat.locator(".word.given").nth(1).locator(".text")).to_have_text("srcx")
     cat.get_by_role("button", name="Write on from here").click()
-    expect(cat.get_by_text("does not know the word")).to_be_visible()
+    expect(cat.get_by_text("isn't in the model's vocabulary")).to_be_visible()
     expect(cat.locator("img[src=x], svg[onload]")).to_have_count(0)
     assert cat.evaluate("window.hacked") is None

@@ -339,9 +339,18 @@ def test_unknown_words_of_plain_decoding_are_named(
 
 
 def test_words_carry_their_language_and_direction(show: Callable[..., Page]) -> None:
-    page = show(view_of([word("كلب", cells({(0, 0): 1.0})), word("يجري", cells({(1, 1): 1.0}))]), language="ar")
+    page = show(
+        view_of([word("كلب", cells({(0, 0): 1.0})), word("يجري", cells({(1, 1): 1.0}))]),
+        language="ar",
+    )
     page.locator(".overview summary").click()
-    parts = [".word .text", ".badge", ".word-title", ".alternatives .bar > :first-child", ".beam .text"]
+    parts = [
+        ".word .text",
+        ".badge",
+        ".word-title",
+        ".alternatives .bar > :first-child",
+        ".beam .text",
+    ]
     for part in parts:
         expect(page.locator(part).first).to_have_attribute("dir", "auto")
         assert page.locator(part).first.evaluate("node => node.closest('[lang]').lang") == "ar"
