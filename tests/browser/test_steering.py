@@ -203,7 +203,8 @@ def test_presets_are_plain_greedy_decoding_and_the_defaults(
     name, ours, theirs = next(
         (name, ours, theirs)
         for name, example in list(example_photos().items())[1:]
-        for ours, theirs in [(captioner.caption(example.path), captioner.caption(example.path, plain))]
+        for ours in [captioner.caption(example.path)]
+        for theirs in [captioner.caption(example.path, plain)]
         if ours.text != theirs.text and "<unk>" not in theirs.text
     )
     page = open_page(f"__theme=light&example={name}")

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 
 from captioner import Captioner, DecodingOptions
 from captioner.caption import Word
-from captioner.viewer import View
+from captioner.viewer import View, example_photos
 from tests.browser.visits import (
     CAT,
     KNOWN,
@@ -50,8 +50,8 @@ HOVER = """async () => {
     return { seen, requests: performance.getEntriesByType("resource").length };
 }"""
 
-# Where the brightest pixels of photo and map together lie, from low to high, as [row, column] of 7 x
-# 7 cells; and whether photo, map and cells cover the frame exactly.
+# Where the brightest pixels of photo and map together lie, from low to high, as [row, column] of
+# 7 x 7 cells; and whether photo, map and cells cover the frame exactly.
 BRIGHTEST = """() => {
     const box = (name) => {
         const { x, y, width, height } = document.querySelector(name).getBoundingClientRect();
@@ -322,13 +322,11 @@ def test_an_unknown_word_is_named_and_never_drawn_as_the_chosen_one(
 
 
 def test_unknown_words_of_plain_decoding_are_named(
-    open_page: Callable[..., Page], captioner: Captioner, example_photos: list
+    open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
-    from captioner.viewer import example_photos as examples
-
     name = next(
         name
-        for name, example in examples().items()
+        for name, example in example_photos().items()
         if UNK in captioner.caption(example.path, DecodingOptions.report()).text
     )
     page = open_page(f"__theme=light&example={name}")
