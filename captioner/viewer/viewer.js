@@ -191,7 +191,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     mark(find(".word-title"), word !== current().end).textContent = word === current().end ? "The end of the caption" : `“${display(word.text)}”`;
     find(".detail").textContent =
       `Probability ${percent(word.probability)}${word.known ? "" : ", that of any word outside the vocabulary"}. ` +
-      `Attention is spread over about ${Math.round(word.cells)} of ${cells} cells, strongest at ${word.place} (${percent(strongest)}).`;
+      `Attention is spread over about ${Math.round(word.cells)} of ${cells} cells, strongest at ${word.region} (${percent(strongest)}).`;
     const before = current().words.slice(0, at);
     const nodes = word.alternatives.map((other) => {
       const written = other.text === word.text;

@@ -233,7 +233,7 @@ def test_another_caption_brings_its_own_words_and_maps_and_numbers(
         expect_words(visit, beam.text)
         last = beam.words[-1]
         visit.locator(".word").nth(len(beam.words) - 1).click()
-        expect(visit.locator(".detail")).to_contain_text(f"strongest at {last.place} ")
+        expect(visit.locator(".detail")).to_contain_text(f"strongest at {last.region} ")
         strongest = visit.locator(".cell").nth(int(last.attention.argmax()))
         name = strongest.get_attribute("aria-label") or ""
         share = float(last.attention.max())
