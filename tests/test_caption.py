@@ -108,7 +108,7 @@ def test_place_in_words(row: int, column: int, region: str) -> None:
 
 def test_places_are_mirror_images() -> None:
     """No side is favoured: what is left of the middle is right of it in a mirror."""
-    mirrored = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
+    mirrored = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
     for row in range(7):
         for column in range(7):
             here = make_word("dog", look_at(row, column, 0.4)).region
