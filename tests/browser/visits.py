@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from captioner.caption import Beam, Caption, Word
 from captioner.viewer import View, example_photos
@@ -96,6 +96,11 @@ def state(page: Page) -> dict[str, Any]:
             "all => all.map(({ type, value, checked }) => (type === 'checkbox' ? checked : value))"
         ),
     }
+
+
+def sent(request: Request) -> dict[str, Any]:
+    """What the page sent with an event."""
+    return dict((request.post_data_json or {})["event_data"])
 
 
 def picture(place: Locator) -> Image.Image:
