@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from captioner.caches import use_writable_caches
+
 if TYPE_CHECKING:
     from captioner.caption import Beam, Caption, Word
     from captioner.config import DecodingOptions, ModelConfig, TrainConfig
@@ -50,6 +52,9 @@ __all__ = [
     "WriteError",
     "load_encoder",
 ]
+
+# Before any library is imported that looks for its cache.
+use_writable_caches()
 
 _ROOMS = {
     "caption": ("Beam", "Caption", "Word"),

@@ -13,9 +13,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from captioner.caches import cache_access
 from captioner.config import DEFAULT_LANGUAGE, DecodingOptions, ModelConfig, is_language
-from captioner.errors import CaptionerError, CheckpointError, first_line
+from captioner.errors import CaptionerError, CheckpointError, first_line, hub_reason
 from captioner.files import whole_folder
+from captioner.isolation import torch_defaults
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
 
@@ -111,7 +113,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def find(path_or_hub_id: str | Path) -> Path:
-    """Return a checkpoint's folder: a local one, or a download from the Hugging Face Hub."""
+    """Return a checkpoint's folder: a local one, or a download from the Hugging Face Hub.
+
+    Args:
+        path_or_hub_id: a folder, or the Hub's "user/name" or "user/name@revision".
+    """
     name = str(path_or_hub_id)
     try:
         path = Path(path_or_hub_id).expanduser()
@@ -122,19 +128,34 @@ def find(path_or_hub_id: str | Path) -> Path:
         is_file = False
     if is_file:
         raise CheckpointError(f"{path} is a file; a checkpoint is a folder with {CONFIG}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         raise CheckpointError(f"there is no checkpoint folder {name}")
+    return _download(name)
+
+
+@cache_access()
+def _download(name: str) -> Path:
+    """Fetch a checkpoint, "user/name" or "user/name@revision", unless the cache has it."""
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG, CARD]))
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG, CARD]
+            )
+        )
     except Exception as error:
         raise CheckpointError(
-            f"there is no folder {name}, and it could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): check the name and your internet connection"
+            f"there is no folder {name}, and it cannot be downloaded from the Hugging Face Hub: "
+            f"{hub_reason(error, repository)}"
         ) from error
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{name} of the Hub is no captioner checkpoint: it has no {CONFIG}")
+    return folder
 
 
+@torch_defaults()
 def load(path_or_hub_id: str | Path) -> Checkpoint:
     """Load a checkpoint, checked throughout.
 

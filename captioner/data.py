@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from captioner.caches import cache_access
 from captioner.config import DEFAULT_SOURCE, PAD
 from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.images import Transform, open_photo
@@ -242,6 +243,7 @@ def split_name(name: str) -> str:
     return _SPLIT_NAMES.get(name, name)
 
 
+@cache_access()
 def _open_source(source: str, *, streaming: bool) -> tuple[dict[str, Table], int]:
     """Return the splits of a source, photos not decoded, and how many photos are missing.
 
@@ -471,6 +473,7 @@ def _check_words(what: str, captions: Iterable[Sequence[str]]) -> None:
         )
 
 
+@cache_access()
 def load_texts(source: str) -> list[list[str]]:
     """Read captions without photos: Parquet files with the column ``alt_text``, five a row or so.
 

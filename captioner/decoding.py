@@ -88,7 +88,7 @@ def penalties(history: Tensor, size: int, rules: Rules) -> Tensor:
     if not rules.trigrams and history.shape[-1] >= 3:
         trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
         same = (trigrams[..., :2] == history[..., None, -2:]).all(dim=-1)
-        result.scatter_add_(-1, trigrams[..., 2], same * _BANNED)
+        result.scatter_add_(-1, trigrams[..., 2], same.float() * _BANNED)
     result[..., EOS] += never_last[history[..., -1]]
     return result
 
@@ -96,7 +96,7 @@ def penalties(history: Tensor, size: int, rules: Rules) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _fixed_penalties(rules: Rules, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (V,): what each id gets at any place, and what ``<eos>`` gets after each id."""
-    never, never_last = torch.zeros(2, size, device=device)
+    never, never_last = torch.zeros(2, size, device=device, dtype=torch.float32)
     never[list(rules.never)] = _BANNED
     never_last[list(rules.never_last)] = _BANNED
     return never, never_last
@@ -155,7 +155,9 @@ class _Trail:
 
         return Hypothesis(
             ids=ids[::-1],
-            log_probabilities=torch.tensor(log_probabilities[::-1]),
+            log_probabilities=torch.tensor(
+                log_probabilities[::-1], dtype=torch.float32, device="cpu"
+            ),
             attention=collect(self.attention),
             alternatives=collect(self.alternatives),
             alternative_log_probabilities=collect(self.alternative_log_probabilities),
@@ -197,7 +199,8 @@ def _search(
         raise ConfigError(f"a beginning of {len(prefix)} ids leaves no room in {max_steps}")
     photos = len(state[0])
     history = torch.full((photos, 1, 1), BOS, device=state[0].device)
-    totals = torch.zeros(photos, 1, device=state[0].device)  # penalties included
+    # Penalties included.
+    totals = torch.zeros(photos, 1, device=state[0].device, dtype=torch.float32)
     trail = _Trail()
     active = list(range(photos))  # the photo in each row of the batch
     rows: list[list[int]] = [[] for _ in range(photos)]  # its row at each step

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from captioner.caches import cache_access
 from captioner.errors import ConfigError, EncoderError, first_line
 from captioner.images import Transform
+from captioner.isolation import torch_defaults
 
 GRID = 7
 _Item = TypeVar("_Item")
@@ -100,7 +102,8 @@ class Encoder(nn.Module):
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # copied while the GPU computes
         images = images.to(self.device, non_blocking=self.device.type == "cuda")
-        grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(self.device.type, enabled=False):  # the caller's
+            grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
         if grid.ndim != 4:
             raise EncoderError(
                 f"{self.name} gives {tuple(grid.shape)}, no spatial feature map (B, C, h, w): "
@@ -292,6 +295,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     return Encoder(name, _Levels(model), transform, hasten=_hasten_lite)
 
 
+@cache_access()
 def _timm(name: str, weights: str | None) -> Encoder:
     """Any timm model that has a spatial feature map; its weights come from the Hub."""
     import timm
@@ -397,6 +401,7 @@ def check_encoder_name(name: str) -> None:
         )
 
 
+@torch_defaults()
 def load_encoder(name: str, weights: str | Path | None = None) -> Encoder:
     """Load a frozen encoder with real weights.
 

@@ -95,3 +95,56 @@ def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
     finally:
         logger.removeHandler(handler)
         retries.removeFilter(is_first)
+
+
+def hub_reason(error: BaseException, path: str) -> str:
+    """Return why a request to the Hugging Face Hub failed, and the way out.
+
+    Args:
+        error: what the client raised; its causes are searched too.
+        path: of the repository on the Hub: "user/name", or "datasets/user/name".
+    """
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+
+    def is_due_to(kind: type[BaseException]) -> bool:
+        return any(isinstance(each, kind) for each in causes)
+
+    if is_due_to(hub.GatedRepoError):
+        return (
+            f"it is gated: accept its terms on {constants.ENDPOINT}/{path}, then log in with "
+            "`hf auth login`"
+        )
+    if is_due_to(hub.RevisionNotFoundError):
+        return "the Hub has no such revision of it: check what stands after the @"
+    if is_due_to(hub.RepositoryNotFoundError):
+        return (
+            "the Hub has no repository of this name, or a private one: check the name, or log in "
+            "with `hf auth login`"
+        )
+    if is_due_to(hub.OfflineModeIsEnabled):
+        return (
+            "HF_HUB_OFFLINE is set, and the cache lacks it: unset it and use your internet "
+            "connection, or give a local folder"
+        )
+    for each in causes:
+        if isinstance(each, hub.HfHubHTTPError):
+            status = each.response.status_code
+            if status in (401, 403):
+                return f"the Hub refuses access ({status}): log in with `hf auth login`"
+            return f"the Hub answers {status} ({first_line(each)[:160]}): try again later"
+    if is_due_to(hub.LocalEntryNotFoundError) or any(
+        type(each).__module__.startswith("httpx") for each in causes
+    ):
+        return (
+            f"the Hub cannot be reached ({first_line(causes[-1])[:160]}): check your internet "
+            "connection and proxy"
+        )
+    return (
+        f"{type(error).__name__}: {first_line(error)[:160]}: check the name and your internet "
+        "connection"
+    )

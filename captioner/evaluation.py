@@ -17,6 +17,7 @@ from captioner.data import CaptionDataset, CaptionedPhotos, load_captions
 from captioner.decoding import decode
 from captioner.encoders import choose_device, load_encoder
 from captioner.features import cache_features
+from captioner.isolation import torch_defaults
 from captioner.metrics import score_captions
 from captioner.model import CaptionModel
 from captioner.vocab import Vocabulary
@@ -102,6 +103,7 @@ class Evaluation:
         return {**{name: getattr(self, name) for name in fields}, "photos": photos}
 
 
+@torch_defaults()
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
     source: str,

@@ -63,12 +63,12 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
 def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
     """Upload a checkpoint's folder as a model of the Hugging Face Hub; return its address.
 
-    ``Captioner.load(name)`` then has it. The access token is that of ``hf auth login``, or
+    ``Captioner.load("user/name")`` then has it. The access token is that of ``hf auth login``, or
     ``HF_TOKEN``.
 
     Args:
         checkpoint: a folder.
-        name: "user/name"; made if it is not there.
+        name: "user/name", or a name alone for the token's owner; created if it does not exist.
         private: whether only its owner sees it, if it is made.
 
     Raises:
@@ -79,17 +79,20 @@ def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> 
 
     checkpoints.load(checkpoint)
     api = HfApi()
+    address = None
     try:
+        # Without an owner the Hub takes the token's.
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name,
+            repo_id=address.repo_id,
             folder_path=checkpoints.find(checkpoint),
             allow_patterns=[checkpoints.WEIGHTS, checkpoints.CONFIG, checkpoints.CARD],
             commit_message="Upload a captioner checkpoint",
         )
     except Exception as error:
+        exists = f"; the repository {address} exists" if address else ""
         raise CaptionerError(
             f"cannot upload to {name} ({type(error).__name__}: {first_line(error)[:160]}): check "
-            "the name, your internet connection, and the token of `hf auth login`"
+            f"the name, your internet connection, and the token of `hf auth login`{exists}"
         ) from error
     return str(address)

@@ -29,6 +29,10 @@ class _PackedLinear(nn.Module):
         # What torch.compile makes of a linear layer on a CPU, without its compiler.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain)
 
+    def __reduce__(self) -> tuple[type[_PackedLinear], tuple[Tensor, Tensor]]:
+        """Copy and pickle the plain weights, and pack them anew: packed ones can do neither."""
+        return _PackedLinear, (self.plain, self.bias)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         if inputs.numel() > _FEW * inputs.shape[-1]:

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,15 @@ class Captioner:
         self.checkpoint = checkpoint
         self.encoder = encoder
         self._decoder = pack(checkpoint.model.to(encoder.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the packed decoder, which holds the weights of the checkpoint once more."""
+        return {**self.__dict__, "_decoder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the decoder for the machine that this is now."""
+        self.__dict__.update(state)
+        self._decoder = pack(self.checkpoint.model)
 
     @classmethod
     def load(
@@ -238,7 +248,9 @@ class Captioner:
     ) -> list[Caption | ImageError]:
         """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
         if len(photos) == 1:
-            return self._write(photos, search)
+            # Other threads begin without the caller's autocast.
+            with torch.autocast(self.encoder.device.type, enabled=False):
+                return self._write(photos, search)
         batch = 64
         if self.encoder.device.type == "cpu":
             batch = min(16, math.ceil(len(photos) / torch.get_num_threads()) or 1)

@@ -30,6 +30,7 @@ from captioner.encoders import choose_device
 from captioner.errors import ConfigError, TrainingError
 from captioner.evaluation import cross_entropy_of, write_captions
 from captioner.files import claimed, settle
+from captioner.isolation import torch_defaults
 from captioner.logbook import RECORD, Logbook, write_record
 from captioner.metrics import score_captions
 from captioner.preparation import Batch, facts, prepare
@@ -225,6 +226,7 @@ class _Watch:
             )
 
 
+@torch_defaults()
 def fit(
     config: TrainConfig, folder: Path, *, resume: bool = False, cache: Path = FEATURES_FOLDER
 ) -> dict[str, float]:

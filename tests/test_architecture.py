@@ -27,6 +27,8 @@ _TRAINING = {"data", "features", "checkpoint", "embeddings", "decoding", "metric
 
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "caches": set(),
+    "isolation": set(),
     "files": set(),
     "config": {"errors"},
     "vocab": set(),
@@ -36,10 +38,10 @@ ARROWS: dict[str, set[str]] = {
     "packed": {"model"},
     "processes": set(),
     "decoding": set(),
-    "encoders": {"images"},
-    "data": {"vocab", "images"},
+    "encoders": {"images", "caches", "isolation"},
+    "data": {"vocab", "images", "caches"},
     "features": {"encoders", "data", "processes", "files"},
-    "checkpoint": {"model", "vocab", "files"},
+    "checkpoint": {"model", "vocab", "files", "caches", "isolation"},
     "metrics": {"vocab"},
     "embeddings": {"vocab"},
     "overlay": {"caption"},
@@ -55,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "run": {"preparation", "self_critical"},
     "training": _TRAINING | {"preparation", "evaluation", "logbook", "run"},
     # The names that are public, each loaded when it is used.
-    "__init__": {"caption", "encoders", "predictor", "vocab"},
+    "__init__": {"caches", "caption", "encoders", "predictor", "vocab"},
     # Captions and evaluates, so it is the one place that sees both sides.
     "__main__": {"__init__", "predictor", "overlay", "evaluation", "bulk", "export", "files"},
 }

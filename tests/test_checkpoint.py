@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.utils._http import hf_raise_for_status
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
@@ -612,10 +614,57 @@ def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path: Path, folde
         load(folder / "config.json")
 
 
-def test_a_hub_id_without_internet_says_so() -> None:
+def test_hub_id_is_refused_when_offline() -> None:
     # HF_HUB_OFFLINE is set for all tests.
-    with pytest.raises(CheckpointError, match=r"somebody/captioner.*Hub.*internet connection"):
+    with pytest.raises(
+        CheckpointError, match=r"somebody/captioner.*Hub.*HF_HUB_OFFLINE.*internet connection"
+    ):
         load("somebody/captioner")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "GatedRepo", r"gated.*terms on .*/somebody/captioner.*hf auth login"),
+        (401, "RepoNotFound", r"no repository of this name, or a private one.*hf auth login"),
+        (404, "RevisionNotFound", r"captioner@old.*no such revision"),
+        (401, "", r"hf auth login"),
+        (403, "", r"refuses access \(403\).*hf auth login"),
+        (503, "", r"answers 503.*later"),
+    ],
+)
+def test_hub_error_names_the_cause(
+    status: int, code: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repo_info(*_: Any, repo_id: str, revision: str, **__: Any) -> None:
+        assert (repo_id, revision) == ("somebody/captioner", "old")
+        request = httpx2.Request("GET", f"https://huggingface.co/api/models/{repo_id}")
+        headers = {"X-Error-Code": code} if code else {}
+        hf_raise_for_status(httpx2.Response(status, headers=headers, request=request))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    with pytest.raises(CheckpointError, match=message):
+        load("somebody/captioner@old")
+
+
+@pytest.mark.parametrize(
+    "error", [httpx2.ConnectError("refused"), httpx2.ProxyError("403"), httpx2.ReadTimeout("late")]
+)
+def test_unreachable_hub_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def repo_info(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    with pytest.raises(CheckpointError, match=rf"cannot be reached \({error}\).*connection"):
+        load("somebody/captioner")
+
+
+def test_hub_repository_without_config_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"somebody/cats of the Hub.*no config\.json"):
+        load("somebody/cats")
 
 
 # The encoder it was trained with

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import SpaceCard
+from huggingface_hub import HfApi, RepoUrl, SpaceCard
 
 from captioner.__main__ import main
 from captioner.predictor import SHIPPED_CHECKPOINT
@@ -226,6 +226,30 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(
     there = run(hub, tmp_path, "caption", photo, "--json", "--checkpoint", "someone/captions")
     assert there.returncode == 0, there.stderr
     assert there.stdout == run(hub, tmp_path, "caption", photo, "--json").stdout
+
+
+@pytest.mark.parametrize("upload_fails", [False, True])
+def test_upload_without_owner_goes_to_the_created_repository(
+    upload_fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "https://huggingface.co/me/captions"
+    uploads = []
+
+    def upload_folder(_: HfApi, *, repo_id: str, **__: Any) -> None:
+        uploads.append(repo_id)
+        if upload_fails:
+            raise OSError("connection lost")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl(address))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert main(["export", "--hub", "captions"]) == int(upload_fails)
+    output = capsys.readouterr()
+    assert uploads == ["me/captions"]
+    if upload_fails:
+        assert "connection lost" in output.err
+        assert f"the repository {address} exists" in output.err
+    else:
+        assert output.out.strip() == address
 
 
 def test_what_the_hub_refuses_is_one_sentence(hub: Hub, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -83,6 +85,16 @@ def test_the_copy_is_a_copy() -> None:
     for value in model.parameters():
         value.zero_()
     assert torch.equal(packed.step(word, state, memory)[0], logits)
+
+
+@torch.inference_mode()
+def test_copies_and_pickles_come_to_the_same() -> None:
+    packed = pack(_model(**_ALL))
+    state, memory = packed.start(torch.ones(1, 49, 20))
+    word = torch.tensor([[4]])
+    logits = packed.step(word, state, memory)[0]
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(copied.step(word, state, memory)[0], logits)
 
 
 def test_without_onednn_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

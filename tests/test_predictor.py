@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import pickle
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from captioner import Captioner, DecodingOptions
+from captioner import Caption, Captioner, DecodingOptions
 from captioner.errors import CheckpointError, ConfigError, ImageError
 from captioner.predictor import SHIPPED_CHECKPOINT, near_misses
 
@@ -192,6 +198,96 @@ def test_the_same_photo_in_other_dress_gets_the_same_caption(
         for photo in (photos[0], str(photos[0]), photos[0].read_bytes(), picture, np.array(picture))
     }
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda captioner: pickle.loads(pickle.dumps(captioner))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_copied_captioner_writes_the_same(
+    captioner: Captioner, photos: list[Path], duplicate: Callable[[Captioner], Captioner]
+) -> None:
+    copied = duplicate(captioner)
+    assert copied is not captioner
+    assert copied.caption(photos[0]).to_dict() == captioner.caption(photos[0]).to_dict()
+    assert copied.encoder.spec() == captioner.encoder.spec()
+
+
+def test_captioner_is_used_by_two_threads_at_once(captioner: Captioner, photos: list[Path]) -> None:
+    expected = captioner.caption_batch(photos)
+    with ThreadPoolExecutor(2) as pool:
+        for captions in pool.map(captioner.caption_batch, [photos, photos]):
+            assert [each.text for each in captions] == [each.text for each in expected]
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    with torch.autocast("cpu"), torch.inference_mode():
+        yield
+
+
+@contextlib.contextmanager
+def _bfloat16_on_meta() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def _global_state() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_rng_state().numpy().tobytes(),
+    )
+
+
+@pytest.mark.parametrize("state", [_float64, _autocast, _bfloat16_on_meta])
+def test_captions_do_not_depend_on_the_state_of_torch(
+    captioner: Captioner,
+    photos: list[Path],
+    state: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    sampled = DecodingOptions(temperature=1.0, seed=3)
+
+    def captions(of: Captioner) -> list[Caption]:
+        drawn = of.caption(photos[0], sampled)
+        return [drawn, of.score(photos[0], "a dog runs"), *of.caption_batch(photos[:2])]
+
+    expected = captions(captioner)
+    with state():
+        torch.manual_seed(7)
+        before = _global_state()
+        loaded = Captioner.load()
+        found = [*captions(captioner), *captions(loaded)]
+        assert _global_state() == before
+    for one, other in zip(found, expected * 2, strict=True):
+        assert one.text == other.text
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+        assert np.allclose(one.attention, other.attention, atol=1e-4)
 
 
 def test_no_photos_are_no_captions(captioner: Captioner) -> None:
