@@ -135,7 +135,8 @@ class Captioner:
         Raises:
             ImageError: the photo cannot be opened.
         """
-        (found,) = self._encode([photo])
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            (found,) = self._encode([photo])
         if isinstance(found, ImageError):
             raise found
         return found
@@ -166,7 +167,7 @@ class Captioner:
     ) -> list[Caption | ImageError]:
         """Caption several photos at once; where one cannot be opened, its error stands for it."""
         options = options or DecodingOptions()
-        prefix = self._ids(options.prefix, options.max_length, "the beginning")
+        prefix = self._ids(options.prefix, options.max_length, "the prefix")
         if UNK in prefix:
             word = clean(options.prefix).split()[prefix.index(UNK)]
             near = near_misses(word, self.checkpoint.vocabulary.idx2word[len(SPECIALS) :])
@@ -236,9 +237,7 @@ class Captioner:
         """Translate ``text``, which has to leave room for ``<bos>`` and ``<eos>``."""
         ids = self.checkpoint.vocabulary.encode(text)
         if len(ids) > max_length - 2:
-            raise ConfigError(
-                f"{what} has {len(ids)} words and may have {max_length - 2}: shorten it"
-            )
+            raise ConfigError(f"{what} has {len(ids)} words; the limit is {max_length - 2}")
         return ids
 
     def _run(

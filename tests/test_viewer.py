@@ -619,8 +619,8 @@ def test_no_upload_is_no_photo() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no photo", "The photo is not a photo that can be read"),
-        (b"", "The photo is not a photo that can be read"),
+        (b"no photo", "The photo is not an image that can be read"),
+        (b"", "The photo is not an image that can be read"),
         (b"GIF89a", "The photo is"),
     ],
 )

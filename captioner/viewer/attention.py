@@ -194,7 +194,7 @@ class ExportRequest(_ClientEvent):
 
 
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires ``caption`` (``CaptionRequest``) and ``export`` (``ExportRequest``)."""
+    """Shows a ``View``; fires the events ``caption`` and ``export``."""
 
     data_model = ViewData
 
