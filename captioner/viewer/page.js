@@ -351,8 +351,11 @@ function mountPage(root, { caption, save, upload }) {
     const yours = given.has("yours") ? given.get("yours").split(",").filter(Boolean).map(Number) : words.map((_, at) => at);
     const settings = { ...defaults };
     for (const name of Object.keys(defaults)) {
-      if (!given.has(name) || Number.isNaN(Number(given.get(name)))) continue;
-      settings[name] = typeof defaults[name] === "boolean" ? given.get(name) !== "0" : Number(given.get(name));
+      const input = form.elements[name];
+      if (!given.has(name)) continue;
+      if (input.type === "checkbox") settings[name] = given.get(name) !== "0";
+      else input.value = given.get(name);
+      if (input.type === "number" && input.validity.valid) settings[name] = Number(input.value);
     }
     const index = (name) => (Number.isInteger(Number(given.get(name))) && Number(given.get(name)) > 0 ? Number(given.get(name)) - 1 : undefined);
     const opacity = Number(given.get("opacity") ?? 75) / 100;

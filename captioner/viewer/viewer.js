@@ -122,7 +122,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   // The index after the last word stands for the end: if it is given, the model only scored.
   const isGiven = (at) => value.caption.given.includes(at);
   const scored = () => isGiven(current().words.length);
-  const SPECIAL = { "<eos>": "end here", "<unk>": "(unknown word)" };
+  const SPECIAL = { __proto__: null, "<eos>": "end here", "<unk>": "(unknown word)" };
   const display = (text) => SPECIAL[text] ?? text;
   const textOf = (caption) => caption.text.replaceAll("<unk>", SPECIAL["<unk>"]) || "(no words)";
   // Marks text as the caption's, whose language may be read from the right, or as the page's own.
@@ -469,7 +469,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     // The words have directions of their own; their row takes the caption's.
     find(".words").dir = getComputedStyle(find(".beam .text")).direction;
     const content = current().words.filter((each) => !FUNCTION_WORDS.has(each.text)).sort((a, b) => a.cells - b.cells);
-    pinned = Math.min(word ?? Math.max(current().words.indexOf(content[0]), 0), items().length - 1);
+    pinned = word < items().length ? word : Math.max(current().words.indexOf(content[0]), 0);
     preview(pinned);
     drawShares();
     drawTiles();
@@ -477,7 +477,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
 
   function setAppearance(change = {}) {
     for (const [name, setting] of Object.entries(change)) if (name in appearance) appearance[name] = setting;
-    if (!(appearance.colors in COLORS)) appearance.colors = DEFAULTS.colors;
+    if (!Object.hasOwn(COLORS, appearance.colors)) appearance.colors = DEFAULTS.colors;
     for (const [name, selector] of [["shape", ".shape"], ["colors", ".colors"], ["scale", ".range"]]) find(selector).value = appearance[name];
     find(".strength").value = 100 * appearance.strength;
   }
@@ -491,7 +491,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     // The stage has the photo's shape before the photo itself has arrived.
     stage.style.setProperty("--ratio", value.caption.size[0] / value.caption.size[1]);
     const beams = value.caption.beams.length;
-    choose(Math.min(next.beam ?? 0, beams - 1), next.word ?? (scoredBy(next) ? undefined : next.caption.given.at(-1)));
+    choose(next.beam < beams ? next.beam : 0, next.word ?? (scoredBy(next) ? undefined : next.caption.given.at(-1)));
     // The pressed button may be gone: keyboard focus moves to the chosen word.
     if (busy && !root.contains(document.activeElement)) find(".words").children[pinned]?.focus({ preventScroll: true });
   }
