@@ -294,15 +294,15 @@ def test_an_unknown_word_is_named_and_never_drawn_as_the_chosen_one(
     words = [
         word("a", at),
         Word(UNK, 0.4, ((UNK, 0.4), ("dog", 0.3)), at),
-        word("zebra", at, known=False),
+        word("constructor", at, known=False),
         Word("dog", 0.3, ((UNK, 0.4), ("dog", 0.3)), at),
     ]
     page = show(view_of(words))
     assert page.locator(".word .text").all_inner_texts() == [
-        *("a", "(unknown word)", "zebra", "dog", "end")
+        *("a", "(unknown word)", "constructor", "dog", "end")
     ]
-    expect(page.locator(".beam .text")).to_have_text("a (unknown word) zebra dog")
-    expect(page.locator(".photo")).to_have_attribute("alt", "a (unknown word) zebra dog")
+    expect(page.locator(".beam .text")).to_have_text("a (unknown word) constructor dog")
+    expect(page.locator(".photo")).to_have_attribute("alt", "a (unknown word) constructor dog")
     page.locator(".overview summary").click()
     page.locator(".word").first.click()
     chosen, unknown, known = look(page, 0), look(page, 2), look(page, 3)
