@@ -10,89 +10,49 @@ from captioner.errors import report
 
 try:
     # First: it imports gradio, whatever proxies are set.
-    from captioner.serving import serve  # noqa: I001
+    from captioner.serving import LinkPreview, serve  # noqa: I001
     import gradio as gr
 
     from captioner import viewer
-    from captioner.config import DecodingOptions
-    from captioner.overlay import render
     from captioner.predictor import Captioner
 except (Exception, KeyboardInterrupt) as error:
     sys.exit(report("app.py", error))
 
 
+TITLE, SENTENCE = "Captions with attention", "See, word by word, where the model looked."
+
+
 def build_demo(captioner: Captioner) -> gr.Blocks:
     """Return the page around a loaded captioner."""
-    examples = viewer.example_photos()
-    answers = viewer.Answers(captioner, list(examples))
+    handlers = viewer.Handlers(captioner, viewer.example_photos())
+    first = handlers.examples[0]
 
-    @viewer.told
-    def take(shown: viewer.View, event: gr.EventData) -> str:
-        data = render(shown.photo, shown.caption, event.format, event.beam)
-        return attention.save(data, f"caption.{event.format}")
+    def export(event: viewer.ExportRequest) -> str:
+        data, name = handlers.export(event)
+        return page.save(data, name).path
 
-    name = "Captions with attention"
-    with gr.Blocks(title=name, analytics_enabled=False) as demo:
-        gr.Markdown(f"# {name}\nSee, word by word, where the model looked.")
-        with gr.Row(elem_id="page"):
-            with gr.Column(elem_id="bring"):
-                photo = viewer.PhotoInput(
-                    label="Photo", sources=["upload", "webcam", "clipboard"], height=240
-                )
-                shelf = viewer.example_shelf(photo, list(examples))
-            with gr.Column(elem_id="look"):
-                attention = viewer.AttentionViewer()
-            with gr.Column(elem_id="tools"):
-                text = gr.Textbox(
-                    label="Your own words",
-                    info="A beginning to write on from, or a whole caption to be read.",
-                    placeholder="a woman",
-                    max_length=500,
-                )
-                with gr.Row():
-                    write = gr.Button("Write on from here", size="sm", min_width=120)
-                    read = gr.Button("Read it as it is", size="sm", min_width=120)
-                with gr.Accordion("Settings", open=False):
-                    settings = viewer.controls()
-                    report = gr.Button("As the original report: greedy, no bans", size="sm")
-                    default = gr.Button("Back to the defaults", size="sm")
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+        gr.Markdown(f"# {TITLE}\n{SENTENCE}", elem_id="title")
+        page = viewer.AttentionViewer(viewer.View(first.caption, examples=handlers.examples))
         with gr.Accordion("How it works", open=False):
             checkpoint = captioner.checkpoint
             gr.Markdown(viewer.how_it_works(checkpoint.model.config, checkpoint.encoder))
-        with gr.Accordion("What it was trained on, and what it is bad at", open=False):
+        with gr.Accordion("What it was trained on, and its limits", open=False, elem_id="card"):
             gr.Markdown(captioner.card)
         file = gr.File(visible=False)
+        photo = viewer.PhotoInput(visible=False)
         button, json = gr.Button(visible=False), gr.JSON(visible=False)
 
         # Two at once: unpacking and packing leave a core free.
-        button.click(answers.api, photo, json, api_name="caption", concurrency_limit=2)
-        # One at a time: what answers an older photo never comes after what answers a newer one.
+        button.click(handlers.api, photo, json, api_name="caption", concurrency_limit=2)
+        # One at a time, in order: an answer to an older request never comes after a newer one's.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        model["api_visibility"] = "private"
-        newest = {"trigger_mode": "always_last", "show_progress_on": attention, **model}
-        brought = [photo, *settings]
-        upload = photo.upload(answers.brought, brought, [photo, attention], **newest)
-        upload.failure(lambda: (None, None), None, [photo, attention], **model)
-        photo.clear(lambda: None, None, attention, **model)
-        shelf.click(answers.example, [shelf, *settings], [photo, attention], **newest)
-        # `input` is the keyboard's and the mouse's, `release` that of a slider's number and reset.
-        # `change` would also fire when the settings are unfolded.
-        chosen = [each.input for each in settings]
-        chosen += [each.release for each in settings if isinstance(each, gr.Slider)]
-        gr.on(chosen, answers.caption, brought, attention, **newest)
-        for preset, options in ((report, DecodingOptions.report()), (default, DecodingOptions())):
-            values = viewer.setting_values(options)
-            preset.click(lambda values=values: values, None, settings, **model).then(
-                answers.caption, brought, attention, **newest
-            )
-        attention.steer(answers.steer, brought, attention, **model)
-        typed = [photo, text, *settings]
-        gr.on([write.click, text.submit], answers.write_on, typed, attention, **model)
-        read.click(answers.read, [photo, text], attention, **model)
-        taken = attention.take(take, attention, file, **model)
-        taken.success(None, file, None, js=viewer.SAVE_FILE, **model)
-        taken.failure(None, None, None, js=viewer.FORGET_FILE, **model)
-        demo.load(None, None, None, js=viewer.name_examples(examples.values()))
+        model |= {"api_visibility": "private", "show_progress": "hidden"}
+        asked = page.caption(handlers.caption, None, page, trigger_mode="multiple", **model)
+        asked.failure(None, None, None, js=viewer.ON_REQUEST_FAILED, **model)
+        exported = page.export(export, None, file, **model)
+        exported.success(None, file, None, js=viewer.ON_EXPORTED, **model)
+        exported.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)
     return demo
 
 
@@ -107,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
-        serve(lambda: build_demo(captioner), options.host, options.port, options.root_path)
+        preview = LinkPreview(TITLE, SENTENCE, viewer.preview_picture(captioner))
+        place = (options.host, options.port, options.root_path)
+        serve(lambda: build_demo(captioner), *place, preview=preview)
     except (Exception, KeyboardInterrupt) as error:
         return report("app.py", error)
     return 0

@@ -12,8 +12,8 @@ import numpy as np
 from captioner.config import DEFAULT_LANGUAGE, INNER_SPACE, is_language
 from captioner.errors import DataError, first_line
 
-_ROWS = ("upper", "middle", "lower")
-_COLUMNS = ("left", "centre", "right")
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "center", "right")
 # Larger than any caption that the model can write or score.
 _MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
 
@@ -87,8 +87,8 @@ class Word:
         return int(row), int(column)
 
     @property
-    def place(self) -> str:
-        """The strongest cell in words, such as "upper left" or "centre"."""
+    def region(self) -> str:
+        """The strongest cell in words, such as "top left" or "center"."""
         rows, columns = self.attention.shape
         row, column = self.strongest
         # The middle third is the three cells 2, 3, 4 of seven.
@@ -96,8 +96,8 @@ class Word:
         horizontal = _COLUMNS[
             int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)
         ]
-        if (vertical, horizontal) == ("middle", "centre"):
-            return "centre"
+        if (vertical, horizontal) == ("middle", "center"):
+            return "center"
         return f"{vertical} {horizontal}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Word:
             "attention": [[round(float(cell), 6) for cell in row] for row in self.attention],
             "entropy": self.entropy,
             "cells": self.cells,
-            "place": self.place,
+            "region": self.region,
         }
 
     @classmethod

@@ -347,6 +347,14 @@ def model_card(checkpoint: Checkpoint) -> str:
                 else "."
             ),
             "",
+            "## Limits",
+            "",
+            f"{scene}Anything else it describes as the nearest thing it knows, and with "
+            "confidence. It miscounts, mixes up colors, guesses people's sex and age from looks, "
+            "and repeats the assumptions of its training captions. Don't use it to identify or "
+            "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
+            "read for a word; it doesn't prove that the word came from there.",
+            "",
             "## Scores on the validation photos",
             "",
             "BLEU, CIDEr (CIDEr-D) and ROUGE-L x 100 of free captions against all references; "
@@ -355,14 +363,6 @@ def model_card(checkpoint: Checkpoint) -> str:
             "| score | value |",
             "| --- | ---: |",
             *numbers,
-            "",
-            "## Limits",
-            "",
-            f"{scene}Of anything else it makes the nearest thing it knows, and says so with "
-            "confidence. It miscounts, mixes up colours, guesses people's sex and age from looks "
-            "and repeats what its captions assumed about them. Don't use it to identify or judge "
-            "people, or where a wrong caption does harm. A heat map shows where the decoder read "
-            "for a word and is no proof of cause.",
             "",
             "## Terms",
             "",

@@ -166,7 +166,7 @@ class DecodingOptions(_Config):
         samples: captions drawn when ``temperature`` is above 0.
         seed: of the drawing.
         prefix: words the caption has to begin with.
-        ban_repeats: never the same word twice running.
+        ban_repeats: never the same word twice in a row.
         ban_trigrams: never the same three words twice.
         ban_unknown: never ``<unk>``.
         ban_bad_endings: never end on "a", "the", "of" and their like.

@@ -35,7 +35,7 @@ class Rules:
     Attributes:
         never: ids that are never written.
         never_last: ids that never stand before ``<eos>``.
-        repeats: whether the same id may come twice running.
+        repeats: whether the same id may come twice in a row.
         trigrams: whether the same three ids may come twice.
     """
 

@@ -326,7 +326,7 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             ):
                 raise _heif_error(name) from error
             raise ImageError(
-                f"{name} is not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
+                f"{name} is not an image that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
             ) from error
         _check_size(source, name, max_pixels)
         size, factor = source.size, _factor(source)

@@ -239,7 +239,7 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
 
 
 def repetition(texts: Sequence[str]) -> float:
-    """Share of captions, 0 to 1, with a word twice running or three words that come twice."""
+    """Share of captions, 0 to 1, with a word twice in a row or three words that come twice."""
     stuttering = 0
     for text in texts:
         words = text.split()

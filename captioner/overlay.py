@@ -66,7 +66,7 @@ def blend(
     appearance: Appearance = _DEFAULT,
     limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Lay a word's map over the photo. ``heat`` in viewer/script.js paints the same.
+    """Lay a word's map over the photo. ``heat`` in viewer/viewer.js paints the same.
 
     Args:
         photo: upright RGB; the map covers all of it, as the encoder saw all of it.
@@ -464,7 +464,7 @@ def page(
     """
     parts = {
         name: (Path(__file__).parent / "viewer" / name).read_text(encoding="utf-8")
-        for name in ("template.html", "style.css", "script.js")
+        for name in ("viewer.html", "viewer.css", "viewer.js")
     }
     file = io.BytesIO()
     _thumbnail(photo, _PAGE).save(file, "JPEG", quality=85)
@@ -493,7 +493,7 @@ def page(
 body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }}
 h1 {{ margin: 0 0 0.25rem; font-size: 1.5rem; }}
 h1 + p {{ margin: 0 0 1rem; }}
-main {{ {parts["style.css"]} }}
+main {{ {parts["viewer.css"]} }}
 </style>
 </head>
 <body>
@@ -504,10 +504,10 @@ main {{ {parts["style.css"]} }}
 <p lang="{language}" dir="auto">{text}</p>
 <p>Your browser runs no scripts on this page, so it cannot draw the maps.</p>
 </noscript>
-<main>{parts["template.html"]}</main>
+<main>{parts["viewer.html"]}</main>
 <script type="application/json" id="value">{data}</script>
 <script>
-{parts["script.js"]}
+{parts["viewer.js"]}
 const value = JSON.parse(document.getElementById("value").textContent);
 mountViewer(document.querySelector("main")).show(value);
 </script>

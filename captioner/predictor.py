@@ -61,6 +61,19 @@ def near_misses(word: str, known: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(near), key=closeness, reverse=True)[:3]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedPhoto:
+    """A photo as the decoder reads it, so that many captions of it cost one pass of the encoder.
+
+    Attributes:
+        cells: (P, C).
+        size: (width, height) of the upright photo in pixels.
+    """
+
+    cells: Tensor
+    size: tuple[int, int]
+
+
 class Captioner:
     """An encoder and a decoder that were trained together.
 
@@ -116,8 +129,22 @@ class Captioner:
         _, _, text = checkpoints.model_card(self.checkpoint).split("---\n", 2)  # the front matter
         return text.strip()
 
-    def caption(self, photo: Photo, options: DecodingOptions | None = None) -> Caption:
-        """Caption one photo: a path, bytes, PIL image or array.
+    def encode(self, photo: Photo) -> EncodedPhoto:
+        """Encode a photo that will be captioned several times.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+        """
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            (found,) = self._encode([photo])
+        if isinstance(found, ImageError):
+            raise found
+        return found
+
+    def caption(
+        self, photo: Photo | EncodedPhoto, options: DecodingOptions | None = None
+    ) -> Caption:
+        """Caption one photo: a path, bytes, PIL image, array, or what ``encode`` returned.
 
         Raises:
             ImageError: the photo cannot be opened.
@@ -126,7 +153,7 @@ class Captioner:
         return self.caption_batch([photo], options)[0]
 
     def caption_batch(
-        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+        self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption]:
         """Caption several photos at once; a search finds for each what it would find alone."""
         captions = self.caption_each(photos, options)
@@ -136,11 +163,11 @@ class Captioner:
         return [caption for caption in captions if isinstance(caption, Caption)]
 
     def caption_each(
-        self, photos: Sequence[Photo], options: DecodingOptions | None = None
+        self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption | ImageError]:
         """Caption several photos at once; where one cannot be opened, its error stands for it."""
         options = options or DecodingOptions()
-        prefix = self._ids(options.prefix, options.max_length, "the beginning")
+        prefix = self._ids(options.prefix, options.max_length, "the prefix")
         if UNK in prefix:
             word = clean(options.prefix).split()[prefix.index(UNK)]
             near = near_misses(word, self.checkpoint.vocabulary.idx2word[len(SPECIALS) :])
@@ -169,7 +196,7 @@ class Captioner:
             for found in self._run(photos, search)
         ]
 
-    def score(self, photo: Photo, text: str) -> Caption:
+    def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
 
         A word that the model does not know goes through it as ``<unk>``: it is shown as written
@@ -210,13 +237,13 @@ class Captioner:
         """Translate ``text``, which has to leave room for ``<bos>`` and ``<eos>``."""
         ids = self.checkpoint.vocabulary.encode(text)
         if len(ids) > max_length - 2:
-            raise ConfigError(
-                f"{what} has {len(ids)} words and may have {max_length - 2}: shorten it"
-            )
+            raise ConfigError(f"{what} has {len(ids)} words; the limit is {max_length - 2}")
         return ids
 
     def _run(
-        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
+        self,
+        photos: Sequence[Photo | EncodedPhoto],
+        search: Callable[[Tensor], list[list[Hypothesis]]],
     ) -> list[Caption | ImageError]:
         """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
         if len(photos) == 1:
@@ -230,35 +257,49 @@ class Captioner:
         return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
 
     @torch.inference_mode()
-    def _write(
-        self, photos: Sequence[Photo], search: Callable[[Tensor], list[list[Hypothesis]]]
-    ) -> list[Caption | ImageError]:
-        """Do what ``_run`` says, one step after the other."""
-        opened: list[ImageError | tuple[int, int]] = []
+    def _encode(self, photos: Sequence[Photo | EncodedPhoto]) -> list[EncodedPhoto | ImageError]:
+        """Open and encode the photos that are not encoded yet."""
+        results: list[EncodedPhoto | ImageError | tuple[int, int]] = []
         pixels = []
         for photo in photos:
+            if isinstance(photo, EncodedPhoto):
+                results.append(photo)
+                continue
             try:
                 image = open_photo(photo)  # only one is held at its full size
             except ImageError as error:
-                opened.append(error)
+                results.append(error)
             else:
-                opened.append(full_size(image))
+                results.append(full_size(image))
                 pixels.append(torch.from_numpy(self.encoder.transform(image)))
-        grids = [
+        grids = (
             self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
             for at in range(0, len(pixels), self.encoder.batch_size)
+        )
+        cells = (each for grid in grids for each in grid.flatten(2).transpose(1, 2))  # (P, C)
+        return [
+            EncodedPhoto(next(cells), each) if isinstance(each, tuple) else each for each in results
         ]
-        # Features (B, P, C).
-        found = iter(search(torch.cat(grids).flatten(2).transpose(1, 2)) if grids else ())
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        photos: Sequence[Photo | EncodedPhoto],
+        search: Callable[[Tensor], list[list[Hypothesis]]],
+    ) -> list[Caption | ImageError]:
+        """Encode, search and translate photos in this thread."""
+        encoded = self._encode(photos)
+        cells = [each.cells for each in encoded if isinstance(each, EncodedPhoto)]
+        found = iter(search(torch.stack(cells)) if cells else ())
         return [
             each
             if isinstance(each, ImageError)
             else Caption(
                 tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)),
-                each,
+                each.size,
                 language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
             )
-            for each in opened
+            for each in encoded
         ]
 
     def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import html
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import jinja2
 import uvicorn
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -72,7 +74,8 @@ with without_proxies():  # gradio makes a client when it is imported
     from gradio.utils import get_upload_folder
 
 # The default theme's soft text is 1.91 to 1 on white; these reach 4.5 to 1 in light and dark.
-_THEME = gr.themes.Default().set(
+# System fonts have all weights, and the glyphs of the visitor's script; Gradio's have 55 glyphs.
+_THEME = gr.themes.Default(font=["system-ui", "sans-serif"]).set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
     button_primary_background_fill="*primary_700",
@@ -81,25 +84,20 @@ _THEME = gr.themes.Default().set(
     button_primary_background_fill_hover_dark="*primary_800",
 )
 
-# Wide: photo and tools beside the viewer. Narrow: photo, viewer, tools; the examples as a strip.
+# Narrow margins, and headings of the model card that are not larger than the page's.
 _STYLE = """
-#page { display: grid; gap: var(--layout-gap); }
-#page { grid-template: "bring look" auto "tools look" 1fr / 2fr 5fr; }
-#bring { grid-area: bring } #look { grid-area: look } #tools { grid-area: tools }
-#page > * { min-width: 0 !important }
-/* An answer mostly comes before the fading has begun. */
-#look .pending { transition: opacity 0.2s 0.4s; }
-@media (max-width: 760px) {
-    #page { grid-template: "bring" auto "look" auto "tools" auto / 100%; }
-    #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-    #examples .gallery-item { flex: none; }
-}
+.gradio-container .app { padding: 12px 16px !important; }
+.gradio-container .html-container { padding: 0 !important; }
+#title .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.75rem; }
+#title :is(h1, p) { margin: 0; } #title h1 { font-size: 1.4rem; }
+#card h1 { font-size: 1.2rem; } #card h2 { font-size: 1.05rem; }
 """
 
 # All that the page, its API and a health check ask for. Gradio has many more, among them some that
 # fetch addresses, run a function past the queue, or keep on the disk what a visitor typed.
 _ROUTES = {
-    "GET": r"/(config|healthz|theme\.css|robots\.txt|favicon\.ico|manifest\.json|pwa_icon(/\w+)?)?|"
+    "GET": r"/(config|healthz|preview\.png|theme\.css|robots\.txt|favicon\.ico|manifest\.json)?|"
+    r"/pwa_icon(/\w+)?|"
     r"/(static|assets|svelte)/.+|"
     r"/gradio_api/(info|openapi\.json|app_id|startup-events|queue/data|upload_progress)|"
     r"/gradio_api/(heartbeat/|call/|file=).+",
@@ -126,6 +124,10 @@ _DRAIN_SECONDS = 20  # with the rest under the 30 seconds that Kubernetes gives
 _NAP_SECONDS = 0.05  # between two looks whether it shall end, or can
 _QUIET_SECONDS = 1  # so long after the last request nobody waits any more
 
+_TEMPLATE = "frontend/index.html"  # Gradio's page
+_PREVIEW_TAG = re.compile(
+    r'<meta\s+(?:property|name)="(?:og|twitter|description)[^"]*"\s+content="[^"]*"\s*/>'
+)
 _HOW_TO_SEND_A_FILE = (
     "Send a file to /gradio_api/upload first; then name it as "
     '{"path": …, "meta": {"_type": "gradio.FileData"}}, with the path that came back.'
@@ -141,6 +143,48 @@ _HEADERS = {
     "referrer-policy": "same-origin",
     "permissions-policy": "geolocation=(), microphone=(), payment=(), usb=()",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkPreview:
+    """What chats and social networks show of a link to the page.
+
+    Attributes:
+        title: of the page.
+        description: one sentence.
+        picture: PNG.
+    """
+
+    title: str
+    description: str
+    picture: bytes
+
+    def install(self) -> None:
+        """Put the preview into the head of Gradio's page, which has one about Gradio itself."""
+        loader = gradio.routes.templates.env.loader
+        assert loader is not None
+        source, _, _ = loader.get_source(gradio.routes.templates.env, _TEMPLATE)
+        source = _PREVIEW_TAG.sub("", source)
+        tags = {
+            "og:type": "website",
+            "og:title": self.title,
+            "og:description": self.description,
+            "og:url": "{{ config.root }}",
+            "og:image": "{{ config.root }}/preview.png",
+            "twitter:card": "summary_large_image",
+            "twitter:title": self.title,
+            "twitter:description": self.description,
+            "twitter:image": "{{ config.root }}/preview.png",
+        }
+        head = f'<meta name="description" content="{html.escape(self.description)}" />'
+        for name, content in tags.items():
+            kind = "property" if name.startswith("og:") else "name"
+            head += f'<meta {kind}="{name}" content="{html.escape(content)}" />'
+        changed = jinja2.DictLoader({_TEMPLATE: source.replace("</head>", f"{head}</head>", 1)})
+        gradio.routes.templates.env.loader = jinja2.ChoiceLoader([changed, loader])
+        cache = gradio.routes.templates.env.cache
+        if cache is not None:
+            cache.clear()
 
 
 @dataclasses.dataclass(eq=False)
@@ -462,12 +506,15 @@ def _clean_root_path(value: str) -> str:
     return "".join(f"/{part}" for part in parts)
 
 
-def launch_options(gate: Gate, root_path: str | None = None) -> dict[str, Any]:
+def launch_options(
+    gate: Gate, root_path: str | None = None, *, preview: LinkPreview | None = None
+) -> dict[str, Any]:
     """Return what ``Blocks.launch`` gets.
 
     Args:
         gate: looks at every request.
         root_path: under which a proxy serves the page; None is ``GRADIO_ROOT_PATH``.
+        preview: of links to the page.
 
     Raises:
         ConfigError: the root path is none.
@@ -481,6 +528,11 @@ def launch_options(gate: Gate, root_path: str | None = None) -> dict[str, Any]:
             {"status": "stopping" if gate.closed else "ready"}, 503 if gate.closed else 200
         )
 
+    routes = [Route("/healthz", health)]
+    if preview is not None:
+        preview.install()
+        picture = Response(preview.picture, media_type="image/png")
+        routes.append(Route("/preview.png", lambda _: picture))
     return {
         "root_path": _clean_root_path(root_path),
         "theme": _THEME,
@@ -495,7 +547,7 @@ def launch_options(gate: Gate, root_path: str | None = None) -> dict[str, Any]:
         # would keep 10,000 of them. Nothing here needs what a session knew.
         "state_session_capacity": 64,
         "app_kwargs": {
-            "routes": [Route("/healthz", health)],
+            "routes": routes,
             "exception_handlers": {RequestValidationError: _explain},
             "middleware": [Middleware(lambda app: gate(app))],
         },
@@ -529,6 +581,8 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     root_path: str | None = None,
+    *,
+    preview: LinkPreview | None = None,
 ) -> None:
     """Serve a page until a signal asks to end; then answer who waits, and leave no file behind.
 
@@ -539,6 +593,7 @@ def serve(
         host: address to listen on; None is this machine only, or ``GRADIO_SERVER_NAME``.
         port: 0 is any free one; None is the first free one from 7860 on.
         root_path: see ``launch_options``.
+        preview: of links to the page.
 
     Raises:
         CaptionerError: Gradio does not start.
@@ -559,7 +614,7 @@ def serve(
         # Gradio makes a folder there, also where another user owns /tmp/gradio.
         gradio.routes.DEFAULT_TEMP_DIR = str(folder)  # type: ignore[attr-defined]
         gate = Gate()
-        options = launch_options(gate, root_path)
+        options = launch_options(gate, root_path, preview=preview)
         demo = build().queue(max_size=MAX_WAITING, api_open=False)
         own = set(folder.rglob("*"))
         print(f"* Running on local URL:  {launch(demo, sockets, options)}", flush=True)  # noqa: T201

@@ -191,7 +191,7 @@ def captioner() -> Captioner:
 @pytest.fixture(scope="session")
 def example_photos() -> list[Path]:
     """The photos of pip's wheels that the app shows."""
-    return [Path(path) for path in viewer.example_photos()]
+    return [example.path for example in viewer.example_photos().values()]
 
 
 @pytest.fixture(scope="session")

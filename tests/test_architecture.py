@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"vocab"},
     "embeddings": {"vocab"},
     "overlay": {"caption"},
-    "viewer": {"caption", "images"},
+    "viewer": {"caption", "images", "overlay", "predictor"},
     "serving": {"files"},
     "predictor": {"checkpoint", "encoders", "decoding", "caption", "packed"},
     "bulk": {"predictor", "files"},

@@ -49,7 +49,7 @@ from tests.test_images import (
 )
 
 SECONDS, MEGABYTES = 5, 500  # that a photo may take, above the warm process
-CAT = next(path for path, subject in viewer.example_photos().items() if subject == "cat")
+CAT = viewer.example_photos()["cat"].path
 SCENE = Image.open(CAT).convert("RGB").resize((320, 240))
 JPEG = encoded(SCENE, "JPEG", quality=95)
 PNG = encoded(SCENE, "PNG")
@@ -57,7 +57,7 @@ GREY = np.asarray(SCENE.convert("L"))
 
 # What becomes of a file: a caption, the very caption of SCENE, or a sentence that has this in it.
 CAPTION, SAME = "a caption", "the caption"
-NO_PHOTO = "not a photo that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
+NO_PHOTO = "not an image that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
 BROKEN = "broken: it starts like a"
 TOO_MANY = "pixels, more than|too many pixels"
 UNREAD = f"{NO_PHOTO}|{BROKEN}"
@@ -609,7 +609,7 @@ def test_a_file_may_have_any_name(name: str, visitor: Visitor, caption: str) -> 
     before = sorted(path.name for path in visitor.page.folder.iterdir())
     assert visitor.ask(PNG, name).text == caption
     assert visitor.ask(b"nothing", name).text.startswith(
-        "The photo is not a photo that can be read"
+        "The photo is not an image that can be read"
     )
     assert sorted(path.name for path in visitor.page.folder.iterdir()) == before
 

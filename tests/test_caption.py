@@ -85,34 +85,34 @@ def test_strongest_cell_is_row_and_column() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "column", "place"),
+    ("row", "column", "region"),
     [
-        (0, 0, "upper left"),
-        (0, 3, "upper centre"),
-        (1, 6, "upper right"),
+        (0, 0, "top left"),
+        (0, 3, "top center"),
+        (1, 6, "top right"),
         (3, 1, "middle left"),
-        (3, 3, "centre"),
-        (2, 4, "centre"),
-        (4, 2, "centre"),
+        (3, 3, "center"),
+        (2, 4, "center"),
+        (4, 2, "center"),
         (3, 5, "middle right"),
-        (5, 0, "lower left"),
-        (6, 2, "lower centre"),
-        (5, 5, "lower right"),
-        (1, 1, "upper left"),
-        (6, 6, "lower right"),
+        (5, 0, "bottom left"),
+        (6, 2, "bottom center"),
+        (5, 5, "bottom right"),
+        (1, 1, "top left"),
+        (6, 6, "bottom right"),
     ],
 )
-def test_place_in_words(row: int, column: int, place: str) -> None:
-    assert make_word("dog", look_at(row, column, 0.4)).place == place
+def test_place_in_words(row: int, column: int, region: str) -> None:
+    assert make_word("dog", look_at(row, column, 0.4)).region == region
 
 
 def test_places_are_mirror_images() -> None:
     """No side is favoured: what is left of the middle is right of it in a mirror."""
-    mirrored = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
+    mirrored = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
     for row in range(7):
         for column in range(7):
-            here = make_word("dog", look_at(row, column, 0.4)).place
-            there = make_word("dog", look_at(6 - row, 6 - column, 0.4)).place
+            here = make_word("dog", look_at(row, column, 0.4)).region
+            there = make_word("dog", look_at(6 - row, 6 - column, 0.4)).region
             assert there == " ".join(mirrored.get(part, part) for part in here.split())
 
 
@@ -165,7 +165,7 @@ def test_json_holds_every_number() -> None:
     ]
     assert np.array(word["attention"]).shape == (7, 7)
     assert word["attention"][1][0] == 1
-    assert (word["entropy"], word["cells"], word["place"]) == (0, 1, "upper left")
+    assert (word["entropy"], word["cells"], word["region"]) == (0, 1, "top left")
 
 
 def test_json_keeps_attention_to_six_places() -> None:

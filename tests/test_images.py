@@ -815,7 +815,7 @@ def test_text_named_jpg(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_text("This is no photo.", encoding="utf-8")
 
-    with pytest.raises(ImageError, match=r"photo\.jpg is not a photo that can be read: use JPEG"):
+    with pytest.raises(ImageError, match=r"photo\.jpg is not an image that can be read: use JPEG"):
         open_photo(path)
 
 
@@ -826,7 +826,7 @@ def test_a_file_with_next_to_nothing_in_it(tmp_path: Path, content: bytes) -> No
 
     with pytest.raises(ImageError, match=r"empty\.png"):
         open_photo(path)
-    with pytest.raises(ImageError, match="the photo is not a photo that can be read"):
+    with pytest.raises(ImageError, match="the photo is not an image that can be read"):
         open_photo(content)
 
 

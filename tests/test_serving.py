@@ -428,7 +428,7 @@ def test_no_file_of_the_server_can_be_read(page: Page, route: str, secret: str) 
 
 
 @pytest.mark.parametrize(
-    "place",
+    "region",
     [
         "GET /gradio_api/deep_link?session_hash=x",
         "GET /gradio_api/custom_component/a/client/b/c%0AFAKE%20LINE",

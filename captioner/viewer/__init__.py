@@ -1,33 +1,34 @@
-"""The page's own Gradio components, and what the page answers."""
+"""The page's own Gradio component, and the handlers of its events."""
 
-from captioner.viewer.answers import Answers
 from captioner.viewer.attention import (
-    FORGET_FILE,
-    SAVE_FILE,
+    ON_EXPORT_FAILED,
+    ON_EXPORTED,
+    ON_REQUEST_FAILED,
     AttentionViewer,
-    Steering,
-    Taking,
+    CaptionRequest,
+    Example,
+    ExportRequest,
     View,
 )
+from captioner.viewer.errors import show_errors
 from captioner.viewer.explanation import how_it_works
-from captioner.viewer.photos import PhotoInput, example_photos, example_shelf, name_examples
-from captioner.viewer.problems import told
-from captioner.viewer.settings import controls, setting_values
+from captioner.viewer.handlers import Handlers, preview_picture
+from captioner.viewer.photos import ExamplePhoto, PhotoInput, example_photos
 
 __all__ = [
-    "FORGET_FILE",
-    "SAVE_FILE",
-    "Answers",
+    "ON_EXPORTED",
+    "ON_EXPORT_FAILED",
+    "ON_REQUEST_FAILED",
     "AttentionViewer",
+    "CaptionRequest",
+    "Example",
+    "ExamplePhoto",
+    "ExportRequest",
+    "Handlers",
     "PhotoInput",
-    "Steering",
-    "Taking",
     "View",
-    "controls",
     "example_photos",
-    "example_shelf",
     "how_it_works",
-    "name_examples",
-    "setting_values",
-    "told",
+    "preview_picture",
+    "show_errors",
 ]

@@ -35,8 +35,8 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
             f"of {config.hidden_size} units (started from {start}) with the word before, as "
             f"{config.embedding_size} numbers. From {output} comes a probability for each of "
             f"{config.vocabulary_size:,} words.",
-            "4. **Search.** Beam search keeps the few likeliest captions at every step; greedy "
-            "(beam size 1) keeps one. Bans keep it from stuttering: switch them off under "
-            "*Settings* to see what the bare model does.",
+            "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "
+            "decoding (beam size 1) keeps one. Bans prevent stuttering: switch them off under "
+            "*Search settings* to see what the model does without them.",
         ]
     )

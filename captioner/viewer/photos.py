@@ -1,80 +1,92 @@
-"""Photos that come in: the visitor's own, and the examples that pip brought."""
+"""The example photos, and the photo input of the API."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import dataclasses
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from PIL import Image
 from pydantic import ValidationError
 
 from captioner.errors import ImageError
 from captioner.images import open_photo
-from captioner.viewer.problems import told
+from captioner.viewer.errors import show_errors
 
-# Photos that come with the packages that the app needs anyway, and what they show.
+
+@dataclasses.dataclass(frozen=True)
+class ExamplePhoto:
+    """A photo that a package of ``requirements.txt`` brings.
+
+    Attributes:
+        path: its file.
+        title: what it shows.
+        note: what to notice about its caption.
+    """
+
+    path: Path
+    title: str
+    note: str
+
+
+# First the ones that the shipped model describes well.
 _EXAMPLES = {
-    ("gradio", "media_assets/images"): {
-        "lion.jpg": "lion",
-        "cheetah1.jpg": "cheetah",
-        "tower.jpg": "tower",
-    },
-    ("skimage", "data"): {
-        "astronaut.png": "astronaut",
-        "chelsea.png": "cat",
-        "coffee.png": "cup of coffee",
-        "motorcycle_left.png": "motorcycle",
-    },
-    ("matplotlib", "mpl-data/sample_data"): {"grace_hopper.jpg": "officer"},
+    "cat": (
+        *("skimage", "data/chelsea.png", "cat"),
+        "Right about the cat. Does it lick its nose? Click “nose” to see what else was likely.",
+    ),
+    "photographer": (
+        *("skimage", "data/camera.png", "photographer with a camera"),
+        "It works without color, too: compare the maps of “man” and “camera”.",
+    ),
+    "motorcycle": (
+        *("skimage", "data/motorcycle_left.png", "motorcycle"),
+        "Nobody sits on it. The model has seldom seen a motorcycle without a rider.",
+    ),
+    "officer": (
+        *("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "officer in front of a flag"),
+        "She is Rear Admiral Grace Hopper. The uniform makes the model guess “man”.",
+    ),
+    "astronaut": (
+        *("skimage", "data/astronaut.png", "astronaut"),
+        "A person in a suit, but which one? Click “boy” for the runners-up.",
+    ),
+    "lion": (
+        *("gradio", "media_assets/images/lion.jpg", "lion"),
+        "No caption in its training data mentions a lion, so the model names a dog.",
+    ),
+    "cheetah": (
+        *("gradio", "media_assets/images/cheetah1.jpg", "cheetah"),
+        "Another animal that it has no word for. Look how little sure it is of each word.",
+    ),
+    "coffee": (
+        *("skimage", "data/coffee.png", "cup of coffee"),
+        "It learned from photos of people and dogs, and sees a person where there is none.",
+    ),
+    "tower": (
+        *("gradio", "media_assets/images/tower.jpg", "tower"),
+        "Start a caption with “a tall” under Your own words, and see how the model goes on.",
+    ),
 }
 
 
-def example_photos() -> dict[str, str]:
-    """Return the paths of the example photos that are there, and what each shows."""
+def example_photos() -> dict[str, ExamplePhoto]:
+    """Return the example photos that are installed, by name."""
     photos = {
-        Path(str(files(package))) / folder / name: subject
-        for (package, folder), names in _EXAMPLES.items()
-        for name, subject in names.items()
+        name: ExamplePhoto(Path(str(files(package))) / path, title, note)
+        for name, (package, path, title, note) in _EXAMPLES.items()
     }
-    return {str(path): subject for path, subject in photos.items() if path.is_file()}
-
-
-def example_shelf(photo: gr.Image, paths: list[str]) -> gr.Dataset:
-    """Return buttons that show photos; a click gives the number of one."""
-    return gr.Dataset(
-        label="Examples",
-        components=[photo],
-        samples=[[path] for path in paths],
-        type="index",
-        elem_id="examples",
-    )
-
-
-def name_examples(subjects: Iterable[str]) -> str:
-    """Return JavaScript that names the buttons of ``#examples``, for those who hear the page."""
-    return f"""() => {{
-        const subjects = {json.dumps(list(subjects))};
-        document.querySelectorAll("#examples .gallery-item").forEach((button, number) => {{
-            button.setAttribute("aria-label", `Example: ${{subjects[number]}}`);
-        }});
-    }}"""
-
-
-# What every browser draws (an MPO as a JPEG); of other files (TIFF, HEIC) it gets a PNG.
-BROWSER_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
+    return {name: photo for name, photo in photos.items() if photo.path.is_file()}
 
 
 class PhotoData(ImageData):
     """A photo as it travels: the path of a file that was uploaded."""
 
     @classmethod
-    @told
+    @show_errors
     def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
         """Validate, with an error that says what to send: Gradio would answer with nothing."""
         try:
@@ -97,7 +109,7 @@ class PhotoInput(gr.Image):
     is_template = True  # the browser draws it as the stock image component
     data_model = PhotoData
 
-    @told
+    @show_errors
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
         """Return an upright RGB picture, or show what is wrong with the file."""
         if payload is None:
@@ -112,15 +124,3 @@ class PhotoInput(gr.Image):
             return open_photo(path.read_bytes())
         except (OSError, ValueError) as error:  # ValueError: no name that a file has
             raise ImageError("the photo did not arrive: send it again") from error
-
-    def postprocess(  # type: ignore[override]
-        self, value: str | Image.Image | None
-    ) -> ImageData | None:
-        """Show an example, from a copy where Gradio may serve it, or a picture, without loss."""
-        if value is None:
-            return None
-        if isinstance(value, Image.Image):
-            path = save_pil_to_cache(value, self.GRADIO_CACHE, "photo", "png")
-        else:
-            path = save_file_to_cache(value, self.GRADIO_CACHE)
-        return ImageData(path=path)

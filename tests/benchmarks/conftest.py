@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def ratios() -> Iterator[Ratios]:
         "torch_threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{each.name: each.version for each in distributions() if each.name in packages},
     }
     # Of a run of some benchmarks the others stay.
     record = {"machine": machine, "rows": kept["rows"] | found.rows}
@@ -111,7 +111,7 @@ def make_photos() -> list[bytes]:
     made = []
     random = np.random.default_rng(0)
     for number in range(64):
-        examples = list(viewer.example_photos())
+        examples = [each.path for each in viewer.example_photos().values()]
         photo = open_photo(examples[number % len(examples)])
         left, top = (random.uniform(0, 0.3) * side for side in photo.size)
         width, height = (random.uniform(0.6, 0.7) * side for side in photo.size)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gradio as gr
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playwright
 
+from captioner.images import display_jpeg
 from captioner.overlay import page as standalone_page
-from captioner.serving import Gate, launch_options
-from captioner.viewer import AttentionViewer, View
-from tests.browser.visits import click_example
+from captioner.viewer import View
+from tests.browser.visits import wait_for_photo
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,10 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """One visitor, who has the page's scripts in the cache from the second visit on."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(
+        viewport={"width": 1366, "height": 768},
+        permissions=["clipboard-read", "clipboard-write", "camera"],
+    )
     yield context
     context.close()
 
@@ -62,36 +65,41 @@ def page(context: BrowserContext) -> Iterator[Page]:
 
 
 @pytest.fixture
-def visit(page: Page, served_page: str) -> Page:
-    """The real page, as a visitor finds it."""
-    page.goto(f"{served_page}?__theme=light")
-    return page
+def open_page(page: Page, served_page: str) -> Callable[..., Page]:
+    """``open_page(query)``: the real page at an address, with a caption."""
 
-
-@pytest.fixture
-def cat(visit: Page) -> Page:
-    """The real page with the example of the cat captioned."""
-    click_example(visit, "cat")
-    return visit
-
-
-@pytest.fixture
-def show(page: Page) -> Iterator[Callable[[View], Page]]:
-    """``show(view)``: a page with nothing but the viewer, and that view in it."""
-    served: list[gr.Blocks] = []
-
-    def open_view(view: View) -> Page:
-        with gr.Blocks(analytics_enabled=False) as demo:
-            AttentionViewer(view)
-        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(Gate()))
-        served.append(demo)
-        page.goto(f"{url}?__theme=light")
-        page.locator(".word").first.wait_for()
+    def open_address(query: str = "__theme=light") -> Page:
+        page.goto(f"{served_page}?{query}")
+        wait_for_photo(page)
         return page
 
-    yield open_view
-    for demo in served:
-        demo.close()
+    return open_address
+
+
+@pytest.fixture
+def visit(open_page: Callable[..., Page]) -> Page:
+    """The real page as a visitor finds it: the cat and its caption."""
+    return open_page()
+
+
+@pytest.fixture
+def show(page: Page, open_page: Callable[..., Page]) -> Callable[..., Page]:
+    """``show(view, **fields)``: the real page with that photo and caption as an example."""
+
+    def open_view(view: View, **fields: object) -> Page:
+        assert view.photo
+        photo, answer = display_jpeg(view.photo), json.dumps(view.caption.to_dict() | fields)
+
+        def send(route: Route) -> None:
+            name = route.request.url.rpartition("/")[2]
+            body = photo if name == "photo.jpg" else answer
+            route.fulfill(body=body, content_type="image/jpeg" if body is photo else "text/json")
+
+        page.route("**/photo.jpg", send)
+        page.route("**/caption.json", send)
+        return open_page("__theme=light&example=lion")
+
+    return open_view
 
 
 @pytest.fixture
@@ -100,9 +108,10 @@ def open_standalone(page: Page, tmp_path: Path) -> Callable[[View], Page]:
 
     def open_file(view: View) -> Page:
         path = tmp_path / "caption.html"
+        assert view.photo
         path.write_bytes(standalone_page(view.photo, view.caption))
         page.goto(path.as_uri())
-        page.locator(".word").first.wait_for()
+        wait_for_photo(page)
         return page
 
     return open_file

@@ -1,220 +1,252 @@
-"""The visitor's own words and settings, and taking them back."""
+"""The visitor's own words and settings, and undoing them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from captioner import Captioner
 from captioner.config import DecodingOptions
+from captioner.viewer import example_photos
 from tests.browser.visits import (
+    ASK,
+    CAT,
     ask_for_captions,
     bring,
-    everything,
+    click_example,
+    expect_idle,
     expect_pressed,
     expect_words,
+    open_settings,
+    set_setting,
+    state,
     steer,
+    type_own,
     words_of,
 )
 
 
-@pytest.fixture(scope="session")
-def cat_photo(example_photos: list[Path]) -> Path:
-    (photo,) = [path for path in example_photos if path.name == "chelsea.png"]
-    return photo
-
-
-def test_an_alternative_keeps_what_is_before_it_and_writes_the_rest_anew(
-    cat: Page, captioner: Captioner, cat_photo: Path
+def test_an_alternative_keeps_the_words_before_it_and_undo_takes_it_back(
+    visit: Page, captioner: Captioner
 ) -> None:
-    kept = words_of(cat)[:5]
-    other = steer(cat, 5)
+    visit.locator(".beam").nth(2).click()
+    visit.locator(".word").nth(5).click()
+    visit.mouse.move(0, 0)
+    earlier = state(visit)
+    kept = words_of(visit)[:5]
+    expect(visit.locator(".changed")).to_be_hidden()
+
+    other = steer(visit, 5)
     prefix = " ".join([*kept, other])
-    expect_words(cat, captioner.caption(cat_photo, DecodingOptions(prefix=prefix)).text)
-    expect(cat.locator(".word.given .text")).to_have_text([other])
-    expect(cat.locator(".word.given .number")).to_contain_text("yours")
-    expect(cat.locator(".steered-text")).to_contain_text(f"You fixed: {other}.")
-    expect_pressed(cat, 5)
+    expect_words(visit, captioner.caption(CAT, DecodingOptions(prefix=prefix)).text)
+    expect(visit.locator(".word.given .text")).to_have_text([other])
+    expect(visit.locator(".word.given .number")).to_contain_text("yours")
+    expect(visit.locator(".changed-text")).to_have_text(
+        f"You chose “{other}”. The model wrote the rest."
+    )
+    expect_pressed(visit, 5)
+    visit.mouse.move(0, 0)
+    assert state(visit) != earlier
+
+    visit.locator(".undo").click()
+    visit.mouse.move(0, 0)
+    expect(visit.locator(".changed")).to_be_hidden()
+    assert state(visit) == earlier
+    expect(visit.locator(".beam").nth(2)).to_have_attribute("aria-pressed", "true")
 
 
-def test_undo_brings_the_earlier_caption_back_exactly(cat: Page) -> None:
-    cat.locator(".beam").nth(2).click()
-    cat.locator(".word").nth(5).click()
-    cat.mouse.move(0, 0)
-    earlier = everything(cat)
-    steer(cat, 5)
-    assert everything(cat) != earlier
-    cat.locator(".undo").click()
-    cat.mouse.move(0, 0)
-    expect(cat.locator(".steered")).to_be_hidden()
-    assert everything(cat) == earlier
-    expect(cat.locator(".beam").nth(2)).to_have_attribute("aria-pressed", "true")
+def test_settings_keep_the_visitor_s_words_and_undo_goes_back_one_by_one(
+    visit: Page, captioner: Captioner
+) -> None:
+    states = []
 
+    def remember() -> None:
+        visit.mouse.move(0, 0)
+        states.append(state(visit))
 
-def test_what_was_steered_twice_is_taken_back_twice(cat: Page) -> None:
-    words = [words_of(cat)]
-    first = steer(cat, 1)
-    words.append(words_of(cat))
-    second = steer(cat, 3)
-    words.append(words_of(cat))
-    expect(cat.locator(".word.given .text")).to_have_text([first, second])
-    assert words[2][:3] == words[1][:3]
-    cat.locator(".undo").click()
-    expect_words(cat, " ".join(words[1]))
-    expect(cat.locator(".word.given .text")).to_have_text([first])
-    cat.locator(".undo").click()
-    expect_words(cat, " ".join(words[0]))
-    expect(cat.locator(".word.given")).to_have_count(0)
-    expect(cat.locator(".undo")).to_be_hidden()
+    open_settings(visit)
+    remember()
+    first = steer(visit, 1)
+    remember()
+    ask_for_captions(visit, 5)
+    expect(visit.locator(".word.given .text")).to_have_text([first])
+    kept = [words_of(visit)[0], first]
+    beams = captioner.caption(CAT, DecodingOptions(beam_size=5, prefix=" ".join(kept))).beams
+    expect(visit.locator(".beam .text")).to_have_text([beam.text for beam in beams])
+    visit.locator(".word").nth(3).click()
+    remember()
+    # Another word follows the settings that there are now.
+    third = words_of(visit)[2]
+    second = steer(visit, 3)
+    expect(visit.locator(".word.given .text")).to_have_text([first, second])
+    prefix = " ".join([*kept, third, second])
+    beams = captioner.caption(CAT, DecodingOptions(beam_size=5, prefix=prefix)).beams
+    expect(visit.locator(".beam .text")).to_have_text([beam.text for beam in beams])
+    remember()
+    visit.locator(".settings [name=ban_unknown]").uncheck()
+    expect_idle(visit)
+    expect(visit.locator(".word.given .text")).to_have_text([first, second])
+    remember()
+    visit.locator(".plain").click()
+    expect(visit.locator(".beam")).to_have_count(1, timeout=ASK)
+    expect(visit.locator(".word.given .text")).to_have_text([first, second])
 
-
-def test_what_was_taken_back_is_also_what_is_taken_away(cat: Page) -> None:
-    words = words_of(cat)
-    steer(cat, 1)
-    cat.locator(".undo").click()
-    expect_words(cat, " ".join(words))
-    with cat.expect_download() as download:
-        cat.locator("[data-format=json]").click()
-    assert json.loads(download.value.path().read_text())["text"] == " ".join(words)
+    assert len({str(each) for each in states}) == len(states)
+    for earlier in states[::-1]:
+        visit.locator(".undo").click()
+        visit.mouse.move(0, 0)
+        expect(visit.locator(".word .text").first).to_be_visible()
+        assert state(visit) == earlier
+    expect(visit.locator(".undo")).to_be_hidden()
 
 
 def test_a_caption_ends_where_the_visitor_ends_it(
-    visit: Page, captioner: Captioner, example_photos: list[Path]
+    open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
-    # The end must be among the words that nearly were.
-    photo, first, at = next(
-        (photo, caption.text, at)
-        for photo in example_photos
-        for caption in [captioner.caption(photo)]
+    # The end must be among the alternatives of a word.
+    name, text, at = next(
+        (name, caption.text, at)
+        for name, example in example_photos().items()
+        for caption in [captioner.caption(example.path)]
         for at, word in enumerate(caption.words)
         if at and "<eos>" in dict(word.alternatives)
     )
-    bring(visit, photo)
-    expect_words(visit, first)
-    visit.locator(".word").nth(at).click()
-    visit.locator(".alternatives button", has_text="end here").click()
-    expect_words(visit, " ".join(first.split()[:at]))
-    expect(visit.locator(".word.given .text")).to_have_text(["end"])
-    expect(visit.locator(".steered-text")).to_have_text("You ended the caption.")
-    visit.locator(".undo").click()
-    expect_words(visit, first)
+    page = open_page(f"__theme=light&example={name}")
+    expect_words(page, text)
+    page.locator(".word").nth(at).click()
+    page.locator(".alternatives button", has_text="end here").click()
+    expect_words(page, " ".join(text.split()[:at]))
+    expect(page.locator(".word.given .text")).to_have_text(["end"])
+    expect(page.locator(".changed-text")).to_have_text("You ended the caption.")
+    # The first word can't be the end.
+    page.locator(".word").first.click()
+    expect(page.locator(".alternatives button", has_text="end here")).to_have_count(0)
+    # A search has nothing to add to a caption that has ended; the next word follows the setting.
+    set_setting(page, "beam_size", "2")
+    expect_words(page, " ".join(text.split()[:at]))
+    page.locator(".undo").click()
+    expect_words(page, text)
 
 
-@pytest.mark.parametrize("press_enter", [False, True])
-def test_a_typed_beginning_is_written_on(
-    cat: Page, captioner: Captioner, cat_photo: Path, press_enter: bool
+def test_typed_words_are_continued_from_the_button_and_from_the_keyboard(
+    visit: Page, captioner: Captioner
 ) -> None:
     beginning = "two women in a red"
-    cat.get_by_label("Your own words").fill(beginning)
-    if press_enter:
-        cat.get_by_label("Your own words").press("Enter")
-    else:
-        cat.get_by_role("button", name="Write on from here").click()
-    written = captioner.caption(cat_photo, DecodingOptions(prefix=beginning))
-    assert len(written.words) > 5
-    expect_words(cat, written.text)
-    expect(cat.locator(".word.given .text")).to_have_text(beginning.split())
+    written = captioner.caption(CAT, DecodingOptions(prefix=beginning)).text
+    assert len(written.split()) > 5
+    type_own(visit, " Two women, in a RED ", "Continue")
+    expect_words(visit, written)
+    expect(visit.locator(".word.given .text")).to_have_text(beginning.split())
+    visit.locator(".undo").click()
+    expect(visit.locator(".word.given")).to_have_count(0)
+    visit.locator(".own input").fill(beginning)
+    visit.locator(".own input").press("Enter")
+    expect_words(visit, written)
+
+    # Marks follow the words that the model reads: a dash is none.
+    type_own(visit, "two - women", "Continue")
+    expect(visit.locator(".word.given .text")).to_have_text(["two", "women"], timeout=ASK)
+    expect(visit.locator(".changed-text")).to_contain_text("You chose “two”, “women”.")
+    other = steer(visit, 2)
+    expect(visit.locator(".word.given .text")).to_have_text(["two", "women", other])
+
+    # A word that the model doesn't know is named, and nothing else changes.
+    visit.mouse.move(0, 0)
+    before = state(visit)
+    type_own(visit, "a zorblax on", "Continue")
+    expect(visit.get_by_text("zorblax").last).to_be_visible(timeout=ASK)
+    expect_idle(visit)
+    visit.mouse.move(0, 0)
+    assert state(visit) == before
 
 
-def test_a_beginning_with_an_unknown_word_says_which(cat: Page) -> None:
-    words = words_of(cat)
-    cat.get_by_label("Your own words").fill("a zorblax on")
-    cat.get_by_role("button", name="Write on from here").click()
-    expect(cat.get_by_text("\"zorblax\" isn't in the model's vocabulary")).to_be_visible()
-    assert words_of(cat) == words
-
-
-def test_a_typed_caption_is_read_with_its_end_and_its_unknown_words(
-    cat: Page, captioner: Captioner, cat_photo: Path
+def test_a_scored_caption_shows_its_end_and_its_unknown_words_and_can_be_steered(
+    visit: Page, captioner: Captioner
 ) -> None:
-    cat.get_by_label("Your own words").fill("A zorblax on the grass!")
-    cat.get_by_role("button", name="Read it as it is").click()
-    expect_words(cat, "a zorblax on the grass")
-    read = captioner.score(cat_photo, "A zorblax on the grass!")
-    words = cat.locator(".word")
-    expect(cat.locator(".word.given")).to_have_count(6)
-    expect(words.nth(1).locator(".number")).to_have_text("unknown")
+    type_own(visit, "A zorblax on the grass!", "Score")
+    expect_words(visit, "a zorblax on the grass")
+    scored = captioner.score(CAT, "A zorblax on the grass!")
+    words = visit.locator(".word")
+    expect(visit.locator(".word.given")).to_have_count(6)
+    expect(words.nth(1).locator(".number")).to_contain_text("not known")
     expect(words.nth(4).locator(".number")).to_contain_text("yours")
     expect(words.nth(5).locator(".text")).to_have_text("end")
-    expect(cat.locator(".beam")).to_have_count(1)
-    log_probability = f"log p \N{MINUS SIGN}{-read.log_probability:.2f}"
-    expect(cat.locator(".beam .number")).to_have_text(log_probability)
-    cat.locator(".undo").click()
-    expect(cat.locator(".word.given")).to_have_count(0)
-
-
-def test_a_read_caption_can_be_written_on_from_any_of_its_words(cat: Page) -> None:
-    cat.get_by_label("Your own words").fill("a cat on the grass")
-    cat.get_by_role("button", name="Read it as it is").click()
-    expect_words(cat, "a cat on the grass")
-    other = steer(cat, 2)
-    assert words_of(cat)[:3] == ["a", "cat", other]
-    expect(cat.locator(".word.given .text")).to_have_text(["a", "cat", other])
-
-
-def test_a_new_photo_forgets_what_was_steered(
-    cat: Page, captioner: Captioner, example_photos: list[Path]
-) -> None:
-    steer(cat, 1)
-    bring(cat, example_photos[0])
-    expect_words(cat, captioner.caption(example_photos[0]).text)
-    expect(cat.locator(".undo")).to_be_hidden()
-    expect(cat.locator(".word.given")).to_have_count(0)
-
-
-def test_the_presets_are_the_original_report_and_the_defaults(
-    visit: Page, captioner: Captioner, example_photos: list[Path]
-) -> None:
-    report = DecodingOptions.report()
-    photo, own, original = next(
-        (photo, own, original)
-        for photo in example_photos
-        for own, original in [(captioner.caption(photo), captioner.caption(photo, report))]
-        if own.text != original.text
-    )
-    bring(visit, photo)
-    visit.get_by_role("button", name="Settings").click()
-    visit.get_by_role("button", name="As the original report").click()
-    expect_words(visit, original.text)
     expect(visit.locator(".beam")).to_have_count(1)
-    expect(visit.get_by_label("number input for Captions")).to_have_value("1")
-    visit.get_by_role("button", name="Back to the defaults").click()
-    expect_words(visit, own.text)
-    expect(visit.locator(".beam")).to_have_count(3)
-    expect(visit.get_by_label("number input for Captions")).to_have_value("3")
+    expect(visit.locator(".beams-title")).to_have_text("Your caption, as the model scores it")
+    log_probability = f"log p \N{MINUS SIGN}{-scored.log_probability:.2f}"
+    expect(visit.locator(".beam .number")).to_contain_text(log_probability)
+    expect(visit.locator(".changed-text")).to_have_text("The model scored your caption.")
+    # Nothing can follow an unknown word.
+    words.nth(4).click()
+    expect(visit.locator(".alternatives button")).to_have_count(0)
+    words.nth(1).click()
+    expect(visit.locator(".alternatives button")).not_to_have_count(0)
+    # Settings don't change a score.
+    set_setting(visit, "beam_size", "5")
+    expect(visit.locator(".beam")).to_have_count(1)
+    expect(visit.locator(".beam .number")).to_contain_text(log_probability)
+
+    type_own(visit, "a cat on the grass", "Score")
+    expect_words(visit, "a cat on the grass")
+    other = steer(visit, 2)
+    assert words_of(visit)[:3] == ["a", "cat", other]
+    expect(visit.locator(".word.given .text")).to_have_text(["a", "cat", other])
+    expect(visit.locator(".beam")).to_have_count(5)
 
 
-def test_a_beam_of_one_gives_one_caption(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
-    ask_for_captions(cat, 1)
-    greedy = dataclasses.replace(DecodingOptions(), beam_size=1)
-    expect_words(cat, captioner.caption(cat_photo, greedy).text)
-
-
-def test_steering_follows_the_settings(cat: Page, captioner: Captioner, cat_photo: Path) -> None:
-    ask_for_captions(cat, 5)
-    kept = words_of(cat)[:1]
-    other = steer(cat, 1)
-    options = DecodingOptions(beam_size=5, prefix=" ".join([*kept, other]))
-    expect(cat.locator(".beam .text")).to_have_text(
-        [beam.text for beam in captioner.caption(cat_photo, options).beams]
+def test_presets_are_plain_greedy_decoding_and_the_defaults(
+    open_page: Callable[..., Page], captioner: Captioner
+) -> None:
+    plain = DecodingOptions.report()
+    name, ours, theirs = next(
+        (name, ours, theirs)
+        for name, example in list(example_photos().items())[1:]
+        for ours in [captioner.caption(example.path)]
+        for theirs in [captioner.caption(example.path, plain)]
+        if ours.text != theirs.text and "<unk>" not in theirs.text
     )
+    page = open_page(f"__theme=light&example={name}")
+    open_settings(page)
+    page.get_by_role("button", name="Plain greedy").click()
+    expect_words(page, theirs.text)
+    expect(page.locator(".beam")).to_have_count(1)
+    expect(page.locator("[name=beam_size]")).to_have_value("1")
+    expect(page.locator(".settings :checked")).to_have_count(0)
+    page.get_by_role("button", name="Reset to defaults").click()
+    expect_words(page, ours.text)
+    expect(page.locator(".beam")).to_have_count(3)
+    expect(page.locator("[name=beam_size]")).to_have_value("3")
+    expect(page.locator(".settings :checked")).to_have_count(4)
+
+    # A value out of range is refused by the form, before anything is asked.
+    before = state(page)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    for value in ("0", "6", ""):
+        page.locator("[name=beam_size]").fill(value)
+        page.locator("[name=beam_size]").press("Enter")
+        assert page.locator("[name=beam_size]").evaluate("input => !input.validity.valid")
+    assert not requests
+    page.locator("[name=beam_size]").fill("3")
+    page.locator("[name=beam_size]").press("Tab")
+    assert state(page) == before
 
 
-def test_no_alternative_is_offered_that_cannot_be_written_on(cat: Page) -> None:
-    cat.get_by_label("Your own words").fill("a zorblax on the grass")
-    cat.get_by_role("button", name="Read it as it is").click()
-    expect_words(cat, "a zorblax on the grass")
-    cat.locator(".word").nth(4).click()
-    expect(cat.locator(".alternatives button[title^=Write]")).to_have_count(0)
-    cat.locator(".word").nth(1).click()
-    expect(cat.locator(".alternatives button[title^=Write]")).not_to_have_count(0)
-
-
-def test_words_without_a_photo_are_told_what_is_missing(visit: Page) -> None:
-    visit.get_by_label("Your own words").fill("a dog")
-    visit.get_by_role("button", name="Read it as it is").click()
-    expect(visit.get_by_text("bring one first")).to_be_visible(timeout=15_000)
+@pytest.mark.parametrize("photo", ["example", "upload"])
+def test_a_new_photo_drops_the_words_and_keeps_the_settings(
+    visit: Page, captioner: Captioner, photo: str
+) -> None:
+    steer(visit, 1)
+    ask_for_captions(visit, 2)
+    path = example_photos()["motorcycle"].path
+    if photo == "upload":
+        bring(visit, path)
+    else:
+        click_example(visit, "motorcycle")
+    beams = captioner.caption(path, DecodingOptions(beam_size=2)).beams
+    expect(visit.locator(".beam .text")).to_have_text([beam.text for beam in beams], timeout=ASK)
+    expect(visit.locator(".changed")).to_be_hidden()
+    expect(visit.locator(".word.given")).to_have_count(0)
+    expect(visit.locator("[name=beam_size]")).to_have_value("2")

@@ -1,37 +1,41 @@
-"""What the tests do on the page again and again, and captions whose maps are known."""
+"""Steps of a visit that many tests take, and captions whose maps are known."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from captioner.caption import Beam, Caption, Word
-from captioner.viewer import View
+from captioner.viewer import View, example_photos
+
+CAT = example_photos()["cat"].path
+ASK = 30_000  # milliseconds that an answer of the model may take on a busy machine
 
 # ---- Captions whose maps are known.
 
 
 def cells(shares: dict[tuple[int, int], float]) -> np.ndarray:
-    """A map that looks at these cells and no others."""
+    """A map with these shares, and none elsewhere."""
     attention = np.zeros((7, 7), dtype=np.float32)
     for cell, share in shares.items():
         attention[cell] = share
     return attention
 
 
-def word(text: str, attention: np.ndarray, probability: float = 0.5) -> Word:
-    return Word(text, probability, ((text, probability), ("other", 0.25)), attention)
+def word(text: str, attention: np.ndarray, probability: float = 0.5, known: bool = True) -> Word:
+    return Word(text, probability, ((text, probability), ("other", 0.25)), attention, known)
 
 
 def view_of(words: Sequence[Word], size: tuple[int, int] = (420, 280)) -> View:
-    """These words over a grey photo; the end looks at the lower right corner."""
+    """These words over a gray photo; the end looks at the lower right corner."""
     beam = Beam(tuple(words), word("<eos>", cells({(6, 6): 1.0})), -3.0, -1.0)
-    return View(Image.new("RGB", size, (90, 90, 90)), Caption((beam,), size))
+    return View(Caption((beam,), size), Image.new("RGB", size, (90, 90, 90)))
 
 
 # "one" looks at two cells, "two" at one of them and another, "three" elsewhere.
@@ -43,31 +47,18 @@ KNOWN = view_of(
     ]
 )
 
-# ---- Steps of a visit.
+# ---- Waiting.
 
 
-def bring(page: Page, photo: Path) -> None:
-    """Upload a photo and wait until its caption is there."""
-    earlier = page.locator(".photo").get_attribute("src")
-    page.locator("input[type=file]").first.set_input_files(photo)
-    if earlier:
-        expect(page.locator(".photo")).not_to_have_attribute("src", earlier, timeout=30_000)
+def wait_for_photo(page: Page) -> None:
+    """Wait until a photo and its words are on the page."""
     page.locator(".word").first.wait_for()
-
-
-def click_example(page: Page, subject: str) -> None:
-    page.get_by_label(f"Example: {subject}", exact=True).click()
-    page.locator(".word").first.wait_for()
+    page.wait_for_function("document.querySelector('.photo').naturalWidth > 0")
 
 
 def expect_words(page: Page, text: str) -> None:
     """Wait until these words, and the end, are the caption."""
-    expect(page.locator(".word .text")).to_have_text([*text.split(), "end"], timeout=15_000)
-
-
-def words_of(page: Page) -> list[str]:
-    """The caption's words, without the end."""
-    return page.locator(".word .text").all_inner_texts()[:-1]
+    expect(page.locator(".word .text")).to_have_text([*text.split(), "end"], timeout=ASK)
 
 
 def expect_pressed(page: Page, at: int) -> None:
@@ -76,14 +67,65 @@ def expect_pressed(page: Page, at: int) -> None:
     expect(page.locator(".word").nth(at)).to_have_attribute("aria-pressed", "true")
 
 
+def expect_idle(page: Page) -> None:
+    """Wait until no request is on its way."""
+    expect(page.locator(".page")).to_have_attribute("aria-busy", "false", timeout=ASK)
+
+
+# ---- Reading.
+
+
+def words_of(page: Page) -> list[str]:
+    """The caption's words, without the end."""
+    return page.locator(".word .text").all_inner_texts()[:-1]
+
+
 def drawn(page: Page) -> str:
     """The map's pixels."""
     return str(page.locator(".map").evaluate("canvas => canvas.toDataURL()"))
 
 
-def everything(page: Page) -> tuple[str, str]:
-    """All that the viewer says, and its map."""
-    return page.locator(".filled").inner_text(), drawn(page)
+def state(page: Page) -> dict[str, Any]:
+    """All that a visitor sees of the caption, and the address."""
+    return {
+        "address": page.evaluate("location.search"),
+        "photo": page.locator(".photo").get_attribute("src"),
+        "viewer": page.locator(".viewer").inner_text(),
+        "map": drawn(page),
+        "form": page.locator(".settings input").evaluate_all(
+            "all => all.map(({ type, value, checked }) => (type === 'checkbox' ? checked : value))"
+        ),
+    }
+
+
+def sent(request: Request) -> dict[str, Any]:
+    """What the page sent with an event."""
+    return dict((request.post_data_json or {})["event_data"])
+
+
+def picture(place: Locator) -> Image.Image:
+    """What the visitor sees there."""
+    return Image.open(io.BytesIO(place.screenshot())).convert("RGB")
+
+
+# ---- Acting.
+
+
+def bring(page: Page, photo: Path) -> None:
+    """Upload a photo and wait until its caption is there."""
+    earlier = page.locator(".photo").get_attribute("src") or ""
+    page.locator(".file").set_input_files(photo)
+    expect(page.locator(".photo")).not_to_have_attribute("src", earlier, timeout=ASK)
+    expect_idle(page)
+    wait_for_photo(page)
+
+
+def click_example(page: Page, title: str) -> None:
+    """Open an example and wait until its caption is there."""
+    button = page.get_by_label(f"Example: {title}", exact=True)
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    expect_idle(page)
 
 
 def steer(page: Page, at: int, choice: int = 0) -> str:
@@ -92,23 +134,36 @@ def steer(page: Page, at: int, choice: int = 0) -> str:
     alternative = page.locator(".alternatives button").nth(choice)
     text = alternative.locator("span").first.inner_text()
     alternative.click()
-    expect(page.locator(".word").nth(at).locator(".text")).to_have_text(text)
+    expect(page.locator(".word").nth(at).locator(".text")).to_have_text(text, timeout=ASK)
     expect(page.locator(".word").nth(at)).to_have_class("word given")
+    expect_idle(page)
     return text
 
 
+def type_own(page: Page, text: str, button: str) -> None:
+    """Type into "Your own words" and press "Continue" or "Score"."""
+    page.locator(".own input").fill(text)
+    page.locator(".own").get_by_role("button", name=button).click()
+
+
+def open_settings(page: Page) -> None:
+    if not page.locator(".settings").is_visible():
+        page.locator(".search summary").click()
+
+
+def set_setting(page: Page, name: str, value: str) -> None:
+    """Unfold the settings, change one and wait for the answer."""
+    open_settings(page)
+    field = page.locator(f".settings [name={name}]")
+    field.fill(value)
+    field.press("Tab")
+    expect_idle(page)
+
+
 def ask_for_captions(page: Page, count: int) -> None:
-    """Unfold the settings, ask for so many captions and wait for them."""
-    page.get_by_role("button", name="Settings").click()
-    number = page.get_by_label("number input for Captions")
-    for _ in range(10):
-        # Gradio sets the value once more while it unfolds: what was typed before that is lost.
-        number.fill(str(count))
-        number.press("Tab")
-        page.wait_for_timeout(500)
-        if number.input_value() == str(count):
-            break
-    expect(page.locator(".beam")).to_have_count(count, timeout=30_000)
+    """Ask for so many captions and wait for them."""
+    set_setting(page, "beam_size", str(count))
+    expect(page.locator(".beam")).to_have_count(count, timeout=ASK)
 
 
 def open_all(page: Page) -> None:
@@ -118,14 +173,16 @@ def open_all(page: Page) -> None:
     folded = page.locator("[data-testid=accordion-content]")
     for number in range(folded.count()):
         expect(folded.nth(number)).to_be_visible()
-    if page.locator(".overview summary").is_visible():
-        page.locator(".overview summary").click()
-        page.locator(".tile").first.wait_for()
+    for summary in page.locator("summary:visible").all():
+        summary.click()
+    page.locator(".tile").first.wait_for()
 
 
-def picture(place: Locator) -> Image.Image:
-    """What the visitor sees there."""
-    return Image.open(io.BytesIO(place.screenshot())).convert("RGB")
+def click_cell(page: Page, row: int, column: int) -> None:
+    box = page.locator(".grid").bounding_box()
+    assert box
+    x, y = ((place + 0.5) / 7 for place in (column, row))
+    page.locator(".grid").click(position={"x": x * box["width"], "y": y * box["height"]})
 
 
 def tab_to(page: Page, selector: str) -> None:
@@ -135,7 +192,3 @@ def tab_to(page: Page, selector: str) -> None:
         if page.evaluate("selector => document.activeElement.matches(selector)", selector):
             return
     raise AssertionError(f"Tab does not reach {selector}")
-
-
-def expect_focus_kept(page: Page) -> None:
-    page.wait_for_function("document.querySelector('.viewer').contains(document.activeElement)")

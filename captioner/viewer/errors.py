@@ -1,4 +1,4 @@
-"""What went wrong, said in the page."""
+"""Errors, shown in the page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def told(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let a ``CaptionerError`` reach the visitor as one sentence, not as a trace."""
+def show_errors(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Show a ``CaptionerError`` to the visitor as one sentence instead of a traceback."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -23,7 +23,7 @@ def told(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
         except CaptionerError as error:
             text = str(error)
-            message = f"{text[:1].upper()}{text[1:]}."
+            message = f"{text[:1].upper()}{text[1:]}{'' if text.endswith('?') else '.'}"
             raise gr.Error(message, duration=30, print_exception=False) from error
 
     return call
