@@ -48,9 +48,11 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         # One at a time, in order: an answer to an older request never comes after a newer one's.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         model |= {"api_visibility": "private", "show_progress": "hidden"}
-        asked = page.caption(handlers.caption, None, page, trigger_mode="multiple", **model)
+        asked = page.caption(
+            handlers.caption, None, page, api_name="page_caption", trigger_mode="multiple", **model
+        )
         asked.failure(None, None, None, js=viewer.ON_REQUEST_FAILED, **model)
-        exported = page.export(export, None, file, **model)
+        exported = page.export(export, None, file, api_name="page_export", **model)
         exported.success(None, file, None, js=viewer.ON_EXPORTED, **model)
         exported.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)
     return demo

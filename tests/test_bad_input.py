@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import app
 import train
-from captioner import viewer
 from captioner.__main__ import main
 from captioner.checkpoint import Checkpoint, save
 from captioner.config import DecodingOptions, ModelConfig
 from captioner.encoders import load_encoder
 from captioner.model import CaptionModel
+from captioner.viewer.settings import setting_values
 from captioner.vocab import SPECIALS, Vocabulary
 from tests.page import CALL, ROOT, UPLOAD, Page, running_page
 
@@ -360,7 +360,7 @@ def test_a_negative_limit_is_refused(
 
 # The page
 
-DEFAULT: list[Any] = viewer.setting_values(DecodingOptions())
+DEFAULT = setting_values(DecodingOptions())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,11 +372,11 @@ class Visit:
     caption: Row
     events: dict[str, int]
 
-    def ask(self, name: str, data: list[Any], event: object = None) -> str:
-        """Call a private endpoint as the page's script does; return the error that it told."""
+    def ask(self, name: str, event: object) -> str:
+        """Send an event as the page's script does; return the error that it gets."""
         session = uuid.uuid4().hex
         body = {
-            "data": data,
+            "data": [],
             "event_data": event,
             "fn_index": self.events[name],
             "session_hash": session,
@@ -387,8 +387,10 @@ class Visit:
         joined = httpx.post(f"{address}/join", content=json.dumps(body), headers=headers)
         if joined.status_code != 200:
             return str(joined.json()["detail"])
-        told = httpx.get(f"{address}/data", params={"session_hash": session}, timeout=60).text
-        messages = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: ")]
+        stream = httpx.get(f"{address}/data", params={"session_hash": session}, timeout=60).text
+        messages = [
+            json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")
+        ]
         (done,) = (each for each in messages if each["msg"] == "process_completed")
         assert not done["success"], done["output"]
         return str(done["output"]["error"])
@@ -408,94 +410,97 @@ def visit(tmp_path_factory: pytest.TempPathFactory, example_photos: list[Path]) 
         yield Visit(page, photo, caption, events)
 
 
-def _with(number: int, *values: object) -> list[list[Any]]:
-    """Return the default settings with one of them changed, once for each value."""
-    return [[*DEFAULT[:number], value, *DEFAULT[number + 1 :]] for value in values]
-
-
 def _changed(record: Row, field: str, *values: object) -> list[Row]:
     """Return a record with one field changed, once for each value."""
     return [{**record, field: value} for value in values]
 
 
 SETTINGS = [
-    *_with(0, 0, 10**9, 2.5, math.nan, "3", None),
-    *_with(1, -1, math.inf, ""),
-    *_with(2, 10**9, 3.5, "18", None),
-    *_with(3, -1, math.nan, "0", []),
-    *_with(4, -1, math.inf, 0.5, "x", {}),
-    *_with(5, None, 5, "ban", ["nothing"], [[]]),
+    *_changed(DEFAULT, "beam_size", 0, 10**9, 2.5, math.nan, "3", None, True),
+    *_changed(DEFAULT, "length_penalty", -1, math.inf, ""),
+    *_changed(DEFAULT, "max_words", 10**9, 3.5, "18", None),
+    *_changed(DEFAULT, "temperature", -1, math.nan, "0", []),
+    *_changed(DEFAULT, "seed", -1, math.inf, 0.5, "x", {}),
+    *_changed(DEFAULT, "ban_repeats", None, 5, "yes", []),
+    *({}, {**DEFAULT, "prefix": "a"}, {**DEFAULT, "samples": 100}, {**DEFAULT, "nothing": 1}),
 ]
-NO_EXAMPLES: list[object] = [10**6, -1, "0", None, [], 1.5]
-STEERING = {"text": "a dog", "given": [1], "whole": False}
-EVENTS: list[object] = [
-    *(None, 5, [], "text", {}),
-    *_changed(STEERING, "text", None, 5, ["a"], "a " * 10**6, "a" * 10**6),
-    *_changed(STEERING, "given", None, "01", 5, [10**9], [-1], [{}], ["0"]),
-    *_changed(STEERING, "whole", None, "yes"),
-]
-TAKING = {"format": "png", "beam": 0}
-FILES = [
-    *_changed(TAKING, "format", "../../etc", "", "PNG"),
-    *_changed(TAKING, "beam", 10**6, -1),
-]
+NOTHING: list[object] = [None, 5, [], "text", {}]
+REQUEST: Row = {
+    "request": 1,
+    "example": "cat",
+    "path": None,
+    "text": "a cat",
+    "given": [1],
+    "whole": False,
+    "drawn": True,
+    "settings": DEFAULT,
+}
 
 
-def _assert_told(visit: Visit, sentence: str) -> None:
+def _assert_one_sentence(visit: Visit, sentence: str) -> None:
     """Check that the error is one sentence, and that nothing was printed about it."""
-    assert sentence[0].isupper()
-    assert sentence.endswith(".")
+    assert sentence[0].isupper() or sentence[0] == '"'
+    assert sentence.endswith((".", "?"))
     assert "\n" not in sentence
     assert len(sentence) < 400
     assert "Traceback" not in visit.page.log
 
 
-def test_settings_that_no_control_gives_are_told(visit: Visit) -> None:
-    for settings in SETTINGS:
-        _assert_told(visit, visit.ask("brought", [visit.photo, *settings]))
-    _assert_told(visit, visit.ask("write_on", [visit.photo, "a dog", *SETTINGS[0]]))
+def test_requests_that_the_page_never_sends_are_refused(visit: Visit) -> None:
+    elsewhere = ["/etc/passwd", "/dev/zero", "", "\ud800", "a" * 5000, f"{visit.photo['path']}/.."]
+    requests: list[object] = [
+        *NOTHING,
+        *_changed(REQUEST, "settings", *NOTHING, *SETTINGS),
+        *_changed(REQUEST, "request", None, "1", True, 0.5),
+        *_changed(REQUEST, "example", "zebra", 5, [], ""),
+        *_changed({**REQUEST, "example": None}, "path", *NOTHING, *elsewhere),
+        *_changed(REQUEST, "text", None, 5, ["a"], "a " * 10**5, "a" * 10**6),
+        *_changed(REQUEST, "given", None, "01", 5, [10**9], [-1], [{}], ["0"], [True]),
+        *_changed(REQUEST, "whole", None, "yes"),
+        *_changed(REQUEST, "drawn", None, 1),
+        *({**REQUEST, "whole": True, "text": text, "given": []} for text in ("", "!", "\ud800")),
+    ]
+    for request in requests:
+        _assert_one_sentence(visit, visit.ask("page_caption", request))
 
 
-def test_words_that_no_visitor_types_are_told(visit: Visit) -> None:
-    for text in (None, "a" * 10**6, "a " * 10**6, "\ud800", "!"):
-        _assert_told(visit, visit.ask("read", [visit.photo, text]))
-    for data in ([number, *DEFAULT] for number in NO_EXAMPLES):
-        _assert_told(visit, visit.ask("example", data))
-    for event in EVENTS:
-        _assert_told(visit, visit.ask("steer", [visit.photo, *DEFAULT], event))
-
-
-def test_files_of_what_the_page_does_not_show_are_not_made(
+def test_exports_of_what_the_page_does_not_show_are_refused(
     visit: Visit, example_photos: list[Path]
 ) -> None:
-    view = {"photo": visit.photo, "caption": visit.caption}
+    export: Row = {
+        "format": "png",
+        "example": None,
+        "path": visit.photo["path"],
+        "caption": visit.caption,
+        "beam": 0,
+        "word": 0,
+        "appearance": {},
+    }
 
     def word(key: str, *values: object) -> list[Row]:
-        """Return views whose first word is forged."""
+        """Return exports whose first word is forged."""
         beam = visit.caption["beams"][0]
         beams = _changed(
             beam, "words", *([each] for each in _changed(beam["words"][0], key, *values))
         )
         captions = _changed(visit.caption, "beams", *([each] for each in beams))
-        return _changed(view, "caption", *captions)
+        return _changed(export, "caption", *captions)
 
-    elsewhere = [
-        {"path": str(path)} | meta
-        for path in ("/etc/passwd", example_photos[0], "/dev/zero", f"{visit.photo['path']}/..")
-        for meta in ({}, {"meta": {"_type": "gradio.FileData"}})
-    ]
-    views: list[object] = [
-        *(None, 0, "x", [], {}),
-        *_changed(view, "photo", None, "x", {}, *elsewhere),
-        *_changed(view, "caption", None, "a dog", [], {}),
-        *_changed(view, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
-        *_changed(view, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),
+    exports: list[object] = [
+        *NOTHING,
+        *_changed(export, "path", *NOTHING, "/etc/passwd", str(example_photos[0]), "/dev/zero"),
+        *_changed(export, "path", f"{visit.photo['path']}/.."),
+        *_changed(export, "caption", None, "a dog", [], {}),
+        *_changed(export, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
+        *_changed(export, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),
         *word("attention", None, [[1], [1, 2]], [[math.nan] * 7] * 7, [[0.5] * 1000] * 1000),
         *word("text", None, "\ud800", "a" * 10**6),
         *word("probability", None, math.nan, 2, "x"),
+        *_changed(export, "format", "../../etc", "", "PNG", None),
+        *_changed(export, "beam", 10**6, -1, "0", None),
+        *_changed(export, "word", 10**6, -1, "0", None),
+        *_changed(export, "appearance", None, [], {"colors": "pink"}, {"strength": math.nan}),
+        *_changed(export, "appearance", {"nothing": 1}, {"shape": 5}, {"scale": None}),
     ]
-    for value in views:
-        for asked in (TAKING, {**TAKING, "format": "json"}):
-            _assert_told(visit, visit.ask("take", [value], asked))
-    for asked in FILES:
-        _assert_told(visit, visit.ask("take", [view], asked))
+    for value in exports:
+        _assert_one_sentence(visit, visit.ask("page_export", value))
