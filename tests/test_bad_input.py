@@ -392,7 +392,7 @@ class Visit:
             json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")
         ]
         (done,) = (each for each in messages if each["msg"] == "process_completed")
-        assert not done["success"], done["output"]
+        assert not done["success"], (event, done["output"])
         return str(done["output"]["error"])
 
 
@@ -428,7 +428,7 @@ NOTHING: list[object] = [None, 5, [], "text", {}]
 REQUEST: Row = {
     "request": 1,
     "example": "cat",
-    "path": None,
+    "upload": None,
     "text": "a cat",
     "given": [1],
     "whole": False,
@@ -453,7 +453,7 @@ def test_requests_that_the_page_never_sends_are_refused(visit: Visit) -> None:
         *_changed(REQUEST, "settings", *NOTHING, *SETTINGS),
         *_changed(REQUEST, "request", None, "1", True, 0.5),
         *_changed(REQUEST, "example", "zebra", 5, [], ""),
-        *_changed({**REQUEST, "example": None}, "path", *NOTHING, *elsewhere),
+        *_changed({**REQUEST, "example": None}, "upload", *NOTHING, *elsewhere),
         *_changed(REQUEST, "text", None, 5, ["a"], "a " * 10**5, "a" * 10**6),
         *_changed(REQUEST, "given", None, "01", 5, [10**9], [-1], [{}], ["0"], [True]),
         *_changed(REQUEST, "whole", None, "yes"),
@@ -470,7 +470,7 @@ def test_exports_of_what_the_page_does_not_show_are_refused(
     export: Row = {
         "format": "png",
         "example": None,
-        "path": visit.photo["path"],
+        "upload": visit.photo["path"],
         "caption": visit.caption,
         "beam": 0,
         "word": 0,
@@ -488,8 +488,8 @@ def test_exports_of_what_the_page_does_not_show_are_refused(
 
     exports: list[object] = [
         *NOTHING,
-        *_changed(export, "path", *NOTHING, "/etc/passwd", str(example_photos[0]), "/dev/zero"),
-        *_changed(export, "path", f"{visit.photo['path']}/.."),
+        *_changed(export, "upload", *NOTHING, "/etc/passwd", str(example_photos[0]), "/dev/zero"),
+        *_changed(export, "upload", f"{visit.photo['path']}/.."),
         *_changed(export, "caption", None, "a dog", [], {}),
         *_changed(export, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
         *_changed(export, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),

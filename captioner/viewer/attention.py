@@ -132,10 +132,11 @@ class _ClientEvent(gr.EventData):
         return value
 
     def _photo(self) -> None:
-        """Read which photo is meant: ``example`` is its name, else ``path`` an uploaded file."""
+        """Read which photo is meant: an example's name, or else the path of an upload."""
         data = self._data if isinstance(self._data, dict) else {}
         self.example = None if data.get("example") is None else self._field("example", str)
-        self.path = None if self.example is not None else self._field("path", str)
+        # Not called "path": Gradio takes such data for a file, and fails if it is none of its own.
+        self.path = None if self.example is not None else self._field("upload", str)
 
 
 class CaptionRequest(_ClientEvent):

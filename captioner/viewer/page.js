@@ -33,7 +33,7 @@ function mountPage(root, { caption, save, upload }) {
     unanswered++;
     const { example, path, text, given, whole, settings, drawn } = next;
     busy(true);
-    caption({ request: number, example: example ?? null, path: path ?? null, text, given, whole, settings, drawn: drawn ?? true });
+    caption({ request: number, example: example ?? null, upload: path ?? null, text, given, whole, settings, drawn: drawn ?? true });
   }
 
   function answer(next) {
@@ -391,7 +391,7 @@ function mountPage(root, { caption, save, upload }) {
     node.addEventListener("click", () => {
       exported("Preparing…");
       const { beam, word, appearance } = viewer.state();
-      save({ format: node.dataset.format, example: state.example ?? null, path: state.path ?? null, caption: value.caption, beam, word, appearance });
+      save({ format: node.dataset.format, example: state.example ?? null, upload: state.path ?? null, caption: value.caption, beam, word, appearance });
     }),
   );
 
