@@ -345,9 +345,9 @@ function mountPage(root, { caption, save, upload }) {
 
   function readAddress() {
     const given = new URLSearchParams(location.search);
-    const whole = given.get("whole") === "1";
     const text = (given.get("prefix") ?? "").trim().replace(/\s+/g, " ");
     const words = text.split(" ").filter(Boolean);
+    const whole = given.get("whole") === "1" && words.length > 0;
     const yours = given.has("yours") ? given.get("yours").split(",").filter(Boolean).map(Number) : words.map((_, at) => at);
     const settings = { ...defaults };
     for (const name of Object.keys(defaults)) {

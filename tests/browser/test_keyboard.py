@@ -7,89 +7,123 @@ from collections.abc import Callable
 from playwright.sync_api import Page, expect
 
 from captioner.viewer import View
-from tests.browser.visits import KNOWN, expect_focus_kept, expect_pressed, tab_to, words_of
+from tests.browser.visits import (
+    ASK,
+    KNOWN,
+    cells,
+    expect_idle,
+    expect_pressed,
+    open_settings,
+    tab_to,
+    view_of,
+    word,
+    words_of,
+)
 
 
-def test_an_example_is_chosen_and_its_words_are_walked_through(visit: Page) -> None:
-    visit.get_by_label("Example: cat").wait_for()
-    tab_to(visit, "[aria-label='Example: cat']")
+def walk(page: Page, *steps: tuple[str, int]) -> None:
+    """Press keys; after each, that word is shown and has the focus."""
+    for key, at in steps:
+        page.keyboard.press(key)
+        expect_pressed(page, at)
+        expect(page.locator(".word").nth(at)).to_be_focused()
+
+
+def expect_focus_in_the_viewer(page: Page) -> None:
+    page.wait_for_function("document.querySelector('.viewer').contains(document.activeElement)")
+
+
+def test_an_example_is_chosen_its_words_walked_steered_and_undone(visit: Page) -> None:
+    tab_to(visit, "[aria-label='Example: lion']")
     visit.keyboard.press("Enter")
-    visit.locator(".word").first.wait_for()
+    expect(visit.get_by_label("Example: lion")).to_have_attribute("aria-pressed", "true")
     tab_to(visit, ".word")
+    visit.keyboard.press("Home")
     last = visit.locator(".word").count() - 1
-    for key, at in [
-        ("ArrowRight", 2),
-        ("ArrowDown", 3),
-        ("ArrowLeft", 2),
-        ("ArrowUp", 1),
-        ("End", last),
-        ("ArrowRight", last),
-        ("Home", 0),
-        ("ArrowLeft", 0),
-    ]:
-        visit.keyboard.press(key)
-        expect_pressed(visit, at)
-        expect(visit.locator(".word").nth(at)).to_be_focused()
+    walk(visit, ("ArrowRight", 1), ("ArrowDown", 2), ("ArrowLeft", 1), ("ArrowUp", 0))
+    walk(visit, ("End", last), ("ArrowRight", last), ("Home", 0), ("ArrowLeft", 0))
+
+    words = words_of(visit)
+    walk(visit, ("ArrowRight", 1))
+    tab_to(visit, ".alternatives button")
+    other = visit.locator(".alternatives button span").first.inner_text()
+    visit.keyboard.press("Enter")
+    expect(visit.locator(".word.given .text")).to_have_text([other], timeout=ASK)
+    expect_focus_in_the_viewer(visit)
+    assert words_of(visit)[:2] == [words[0], other]
+    tab_to(visit, ".undo")
+    visit.keyboard.press("Enter")
+    expect(visit.locator(".word.given")).to_have_count(0)
+    expect_focus_in_the_viewer(visit)
+    assert words_of(visit) == words
+
+    tab_to(visit, ".beam[aria-pressed=false]")
+    visit.keyboard.press("Enter")
+    expect(visit.locator(".beam").nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(visit.locator(".beam").nth(1)).to_be_focused()
 
 
-def test_steering_and_undo_keep_the_focus_in_the_viewer(cat: Page) -> None:
-    words = words_of(cat)
-    cat.locator(".grid").focus()
-    tab_to(cat, ".word")
-    cat.keyboard.press("ArrowRight")
-    tab_to(cat, ".alternatives button")
-    other = cat.locator(".alternatives button span").first.inner_text()
-    cat.keyboard.press("Enter")
-    expect(cat.locator(".word.given .text")).to_have_text([other])
-    expect_focus_kept(cat)
-    assert words_of(cat)[:3] == [*words[:2], other]
-    tab_to(cat, ".undo")
-    cat.keyboard.press("Enter")
-    expect(cat.locator(".word.given")).to_have_count(0)
-    expect_focus_kept(cat)
-    assert words_of(cat) == words
+def test_words_are_typed_and_settings_changed(visit: Page) -> None:
+    tab_to(visit, ".own input")
+    visit.keyboard.type("two women")
+    tab_to(visit, ".continue")
+    visit.keyboard.press("Enter")
+    expect(visit.locator(".word.given .text")).to_have_text(["two", "women"], timeout=ASK)
+    open_settings(visit)
+    tab_to(visit, "[name=beam_size]")
+    visit.keyboard.press("ArrowDown")
+    visit.keyboard.press("ArrowDown")
+    visit.keyboard.press("Tab")
+    expect(visit.locator(".beam")).to_have_count(1, timeout=ASK)
+    tab_to(visit, "[name=ban_repeats]")
+    visit.keyboard.press("Space")
+    expect(visit.locator("[name=ban_repeats]")).not_to_be_checked()
+    expect_idle(visit)
+    tab_to(visit, ".default")
+    visit.keyboard.press("Enter")
+    expect(visit.locator(".beam")).to_have_count(3, timeout=ASK)
 
 
-def test_the_photo_is_asked_with_arrows_and_space_and_escape(
+def test_cells_are_selected_with_arrows_and_space_and_cleared_with_escape(
     open_standalone: Callable[[View], Page],
 ) -> None:
     page = open_standalone(KNOWN)
     tab_to(page, ".grid")
     for key in ("ArrowUp", "ArrowLeft", "ArrowDown", "ArrowRight", "Space"):
         page.keyboard.press(key)
-    chosen = page.locator(".cell[aria-selected=true]")
-    expect(chosen).to_have_count(1)
-    expect(chosen).to_have_attribute("aria-label", "row 2, column 2: 0.0 %")
+    selected = page.locator(".cell[aria-selected=true]")
+    expect(selected).to_have_count(1)
+    # Of the word that is chosen, "three".
+    expect(selected).to_have_attribute("aria-label", "row 2, column 2: 0.0%")
     active = page.locator(".grid").get_attribute("aria-activedescendant")
-    assert active == chosen.get_attribute("id")
-    expect(page.locator(".answers li").first).to_contain_text("two")
-    page.keyboard.press("ArrowRight")
+    assert active == selected.get_attribute("id")
+    numbers = page.locator(".word .number")
+    expect(numbers).to_have_text(["0.0%", "75%", "0.0%", "0.0%"])
+    expect(page.locator(".cells-note")).to_contain_text("two 75%")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    expect(selected).to_have_count(2)
+    expect(numbers).to_have_text(["75%", "100%", "0.0%", "0.0%"])
     page.keyboard.press("Space")
-    expect(chosen).to_have_count(2)
-    page.keyboard.press("Space")
-    expect(chosen).to_have_count(1)
+    expect(selected).to_have_count(1)
     page.keyboard.press("Escape")
-    expect(chosen).to_have_count(0)
-    expect(page.locator(".answers li")).to_have_count(0)
-
-
-def test_another_caption_is_chosen(cat: Page) -> None:
-    cat.locator(".grid").focus()
-    tab_to(cat, ".beam[aria-pressed=false]")
-    cat.keyboard.press("Enter")
-    expect(cat.locator(".beam").nth(1)).to_have_attribute("aria-pressed", "true")
-    expect(cat.locator(".beam").nth(1)).to_be_focused()
+    expect(selected).to_have_count(0)
+    expect(numbers).to_have_text(["50%"] * 4)
+    expect(page.locator(".cells-note")).to_be_empty()
 
 
 def test_sliders_selects_play_and_details_work(open_standalone: Callable[[View], Page]) -> None:
     page = open_standalone(KNOWN)
-    expect_pressed(page, 0)
+    expect_pressed(page, 2)
     tab_to(page, ".play")
     page.keyboard.press("Space")
     expect(page.locator(".play")).to_have_text("Pause")
     page.keyboard.press("Space")
     expect(page.locator(".play")).to_have_text("Play")
     page.locator(".word").first.click()
+    tab_to(page, ".appearance summary")
+    page.keyboard.press("Enter")
     tab_to(page, ".position")
     page.keyboard.press("ArrowRight")
     expect_pressed(page, 1)
@@ -100,22 +134,13 @@ def test_sliders_selects_play_and_details_work(open_standalone: Callable[[View],
         tab_to(page, select)
         page.keyboard.press("ArrowDown")
         expect(page.locator(select)).to_have_value(value)
-    tab_to(page, "summary")
+    tab_to(page, ".overview summary")
     page.keyboard.press("Enter")
     expect(page.locator(".tile")).to_have_count(4)
 
 
-def test_a_beginning_is_typed_and_sent(cat: Page) -> None:
-    tab_to(cat, "textarea")
-    cat.keyboard.type("two women")
-    tab_to(cat, "button.sm")
-    cat.keyboard.press("Enter")
-    expect(cat.locator(".word.given .text")).to_have_text(["two", "women"])
-
-
-def test_a_settings_slider_works_by_keyboard(cat: Page) -> None:
-    cat.get_by_role("button", name="Settings").click()
-    cat.get_by_label("range slider for Captions").focus()
-    cat.keyboard.press("ArrowLeft")
-    cat.keyboard.press("ArrowLeft")
-    expect(cat.locator(".beam")).to_have_count(1, timeout=15_000)
+def test_arrow_keys_follow_words_that_are_read_from_the_right(show: Callable[..., Page]) -> None:
+    words = [word(text, cells({(0, 0): 1.0})) for text in ("كلب", "بني", "يجري")]
+    page = show(view_of(words), language="ar")
+    page.locator(".word").nth(1).click()
+    walk(page, ("ArrowLeft", 2), ("ArrowRight", 1), ("ArrowDown", 2), ("ArrowUp", 1))

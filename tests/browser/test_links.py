@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from captioner import Captioner
@@ -153,18 +152,15 @@ def test_no_link_leads_to_a_visitor_s_photo(visit: Page) -> None:
 
 
 NONSENSE = [
-    {"example": "nothing"},
-    {"example": "../../etc/passwd", "word": "x", "beam": "y"},
-    {"example": "__proto__", "colors": "constructor", "map": "jet", "scale": "7"},
-    {"beam": 99, "word": -5, "opacity": "much"},
-    {"beam": 1e300, "word": 0.5, "opacity": 1e300},
-    {"beam_size": 99, "max_words": 0, "temperature": "NaN", "seed": "Infinity"},
-    {"beam_size": "", "length_penalty": -1, "seed": 1.5, "temperature": 0.001},
-    {"prefix": "zorblax"},
-    {"prefix": "a " * 300},
-    {"prefix": "<img src=x onerror=alert(1)>", "yours": "7,x,-1,0.5"},
-    {"whole": 1},
-    {"yours": "1,2", "ban_repeats": "perhaps"},
+    urlencode({"example": "../../etc/passwd", "word": "x", "beam": "y", "colors": "constructor"}),
+    urlencode({"example": "__proto__", "map": "jet", "scale": 7, "yours": "1,2", "whole": 1}),
+    urlencode({"beam": 99, "word": -5, "opacity": "much", "ban_repeats": "perhaps"}),
+    urlencode({"beam_size": 99, "max_words": 0, "temperature": "NaN", "seed": "Infinity"}),
+    urlencode({"beam_size": "", "length_penalty": -1, "seed": 1.5, "temperature": 0.001}),
+    urlencode({"prefix": "zorblax", "beam": 1e300, "word": 0.5, "opacity": 1e300}),
+    urlencode({"prefix": "a " * 300}),
+    urlencode({"prefix": "<img src=x onerror=alert(1)>", "yours": "7,x,-1,0.5"}),
+    "example=cat&example=lion&word=%ff&word=%&&",
 ]
 
 
@@ -173,7 +169,7 @@ def test_nonsense_in_the_address_opens_the_default(
 ) -> None:
     text = captioner.caption(CAT).text
     for fields in NONSENSE:
-        open_page(f"__theme=light&{urlencode(fields)}")
+        open_page(f"__theme=light&{fields}")
         expect_idle(page)
         expect_words(page, text)
         expect(page.get_by_label("Example: cat")).to_have_attribute("aria-pressed", "true")
@@ -182,9 +178,3 @@ def test_nonsense_in_the_address_opens_the_default(
         expect(errors).to_have_count(int("prefix" in fields))
         assert query(page)["example"] == "cat"
         assert set(query(page)) <= {"example", "word", "beam"}
-
-
-@pytest.mark.parametrize("part", ["%", "=&&=?&example=cat", "example=cat&example=lion&word=1"])
-def test_a_broken_address_opens_the_cat(open_page: Callable[..., Page], part: str) -> None:
-    page = open_page(f"__theme=light&{part}")
-    expect(page.get_by_label("Example: cat")).to_have_attribute("aria-pressed", "true")
