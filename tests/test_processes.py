@@ -91,7 +91,7 @@ def test_two_processes_come_to_what_one_comes_to(
     output = _run(command(both, 2))
     _assert_alike(alone, both)
     assert output.count("Epoch 01 |") == 1  # one of them prints
-    assert output.count("the whole run takes about") == 1
+    assert output.count("precision    ") == 1
     assert json.loads((both / "run.json").read_text())["processes"] == 2
     assert {path.name for path in alone.iterdir()} == {path.name for path in both.iterdir()}
     # Each of them made a part of the features, which are those of one process.

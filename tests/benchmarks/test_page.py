@@ -59,9 +59,7 @@ def _jpeg() -> bytes:
     return file.getvalue()
 
 
-def test_waiting(
-    ratios: Ratios, captioner: Captioner, browser: Browser, tmp_path: Path
-) -> None:
+def test_waiting(ratios: Ratios, captioner: Captioner, browser: Browser, tmp_path: Path) -> None:
     photo = _jpeg()
 
     def model() -> float:
