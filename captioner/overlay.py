@@ -487,7 +487,7 @@ def page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title lang="{language}" dir="auto">{text}</title>
+<title>{text}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }}

@@ -485,7 +485,7 @@ def test_a_page_starts_with_the_beam_that_was_asked_for() -> None:
     data = page(Image.new("RGB", caption.size), caption, 1)
     value = Elements(data).value()
     assert (value["beam"], value["word"]) == (1, None)
-    assert b'<title lang="en" dir="auto">a cat</title>' in data
+    assert b"<title>a cat</title>" in data
 
 
 def test_a_page_starts_with_the_word_and_the_appearance_that_were_asked_for() -> None:
@@ -509,9 +509,7 @@ def test_a_page_says_what_it_is_and_in_which_language_the_caption_is() -> None:
     assert "attention" in shown.texts[tags.index("h1")]
     assert shown.texts[tags.index("h1") + 1].endswith(".\n")
     assert dict(shown.elements)["html"] == {"lang": "en", "dir": "ltr"}
-    title = tags.index("title")
-    assert shown.elements[title][1] == {"lang": "ar", "dir": "auto"}
-    assert shown.texts[title].strip() == ARABIC
+    assert shown.texts[tags.index("title")].strip() == ARABIC
     # For readers that run no scripts, as previews of e-mail do.
     fallback = tags.index("noscript") + 1
     assert shown.elements[fallback] == ("p", {"lang": "ar", "dir": "auto"})
