@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tests.benchmarks.conftest import make_photos
 from captioner import Captioner, DecodingOptions, TrainConfig, encoders
-from captioner.config import BAD_ENDINGS, BOS, EOS
+from captioner.config import BAD_ENDINGS, BOS, EOS, PAD
 from captioner.decoding import decode
 from captioner.encoders import load_encoder
 from captioner.images import open_photo
@@ -81,8 +81,14 @@ torch.manual_seed(0)
 model = CaptionModel(config.model_config(vocabulary_size=2541, encoder_channels=1504))
 optimizer = torch.optim.AdamW(model.parameters())
 features = torch.randn(32, 49, 1504)
-captions = torch.randint(4, 2541, (32, 5, 13))
-captions[..., 0], captions[..., -1] = BOS, EOS
+captions = torch.randint(4, 2541, (32, 5, 20))
+captions[..., 0] = BOS
+# As long as those of Flickr8k: 12.8 ids on average, 20 at most.
+lengths = torch.normal(12.8, 3.5, (32, 5, 1)).round().clamp(6, 20).long()
+places = torch.arange(20)
+captions = captions.where(places != lengths - 1, EOS).where(places < lengths, PAD)
+captions = captions[..., : int(lengths.max())]
+wanted = captions[..., 1:] != PAD
 bfloat16 = bfloat16_speedup(torch.device("cpu"))
 
 
@@ -93,13 +99,13 @@ def plain_forward():
     for t in range(T - 1):
         logits, _, state = model.step(captions[:, :, t], state, memory)
         steps.append(logits)
-    return torch.stack(steps, dim=2).flatten(0, 2)
+    return torch.stack(steps, dim=2)[wanted]
 
 
 def learn(forward, low):
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         logits = forward()
-    loss = cross_entropy(logits.float(), captions[..., 1:].flatten())
+    loss = cross_entropy(logits.float(), captions[..., 1:][wanted])
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
