@@ -25,7 +25,7 @@ from captioner.errors import (
     first_line,
     logging_to_stderr,
 )
-from captioner.files import write_whole, writing
+from captioner.files import user_path, write_whole, writing
 
 if TYPE_CHECKING:
     from captioner.caption import Caption
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     caption.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="TABLE",
         help="write photo, filename, caption, log_probability and error to captions.csv, to "
         "captions.jsonl (JSON Lines), or as Parquet files into a folder such as captions.parquet. "
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--heatmaps",
-            type=Path,
+            type=user_path,
             metavar="DIR",
             help="also write a file with the maps of each photo into this folder",
         )
@@ -167,12 +167,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--split", default="validation", help="default %(default)s")
     evaluate.add_argument("--limit", type=int, default=0, help="at most so many photos")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write scores and captions")
     evaluate.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="write a PNG of 20 photos with GT and PRED"
+        "--json", type=user_path, metavar="FILE", help="write scores and captions"
     )
     evaluate.add_argument(
-        "--cache", type=Path, default=FEATURES_FOLDER, help="features; default %(default)s"
+        "--sheet", type=user_path, metavar="FILE", help="write a PNG of 20 photos with GT and PRED"
+    )
+    evaluate.add_argument(
+        "--cache", type=user_path, default=FEATURES_FOLDER, help="features; default %(default)s"
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -182,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write the folder of a Space, ready to be uploaded, or upload a checkpoint as "
         "a model, which --checkpoint USER/NAME then takes. Uploading needs `hf auth login`.",
     )
-    export.add_argument("--space", type=Path, metavar="DIR", help="a new folder for a Space")
+    export.add_argument("--space", type=user_path, metavar="DIR", help="a new folder for a Space")
     export.add_argument("--hub", metavar="USER/NAME", help="the model's name on the Hub")
     export.add_argument("--private", action="store_true", help="of --hub: seen by its owner only")
     export.set_defaults(run=_export)

@@ -10,6 +10,7 @@ import http.client
 import http.server
 import io
 import json
+import re
 import signal
 import socket
 import socketserver
@@ -21,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+import gradio.routes
 import httpx
 import numpy as np
 import pytest
@@ -428,7 +430,7 @@ def test_no_file_of_the_server_can_be_read(page: Page, route: str, secret: str) 
 
 
 @pytest.mark.parametrize(
-    "region",
+    "place",
     [
         "GET /gradio_api/deep_link?session_hash=x",
         "GET /gradio_api/custom_component/a/client/b/c%0AFAKE%20LINE",
@@ -938,3 +940,29 @@ def test_oldest_idle_connection_goes_when_there_are_too_many(
             kept.settimeout(0.1)
             with contextlib.suppress(TimeoutError):
                 assert kept.recv(65_536)
+
+
+def test_links_to_the_page_have_a_preview_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = gradio.routes.templates.env
+    monkeypatch.setattr(environment, "loader", environment.loader)  # put back afterwards
+    preview = serving.LinkPreview('Cats & "dogs"', "One <sentence>.", b"a picture")
+    with gr.Blocks(analytics_enabled=False) as demo:
+        gr.Markdown("A page")
+    options = serving.launch_options(serving.Gate(), preview=preview)
+    try:
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **options)
+        head, _, _ = httpx.get(url).text.partition("</head>")
+        picture = httpx.get(f"{url}preview.png")
+    finally:
+        demo.close()
+        assert environment.cache is not None
+        environment.cache.clear()
+    tags = dict(
+        re.findall(r'<meta (?:property|name)="((?:og|twitter):\w+)" content="([^"]*)"', head)
+    )
+    assert tags["og:title"] == tags["twitter:title"] == "Cats &amp; &quot;dogs&quot;"
+    assert tags["og:description"] == tags["twitter:description"] == "One &lt;sentence&gt;."
+    assert tags["og:image"] == tags["twitter:image"] == f"{url}preview.png"
+    assert "Click to try out the app" not in head
+    assert 'content="Gradio"' not in head
+    assert (picture.content, picture.headers["content-type"]) == (b"a picture", "image/png")

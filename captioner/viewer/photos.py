@@ -44,7 +44,7 @@ _EXAMPLES = {
     ),
     "motorcycle": (
         *("skimage", "data/motorcycle_left.png", "motorcycle"),
-        "Nobody sits on it. The model has seldom seen a motorcycle without a rider.",
+        "The motorcycle is right, but nobody sits on it. Click “man” for the runners-up.",
     ),
     "officer": (
         *("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "officer in front of a flag"),
@@ -56,11 +56,11 @@ _EXAMPLES = {
     ),
     "lion": (
         *("gradio", "media_assets/images/lion.jpg", "lion"),
-        "No caption in its training data mentions a lion, so the model names a dog.",
+        "“Lion” isn't in its vocabulary, so the model names the nearest thing it knows: a dog.",
     ),
     "cheetah": (
         *("gradio", "media_assets/images/cheetah1.jpg", "cheetah"),
-        "Another animal that it has no word for. Look how little sure it is of each word.",
+        "Another animal without a word. “Dog” was far less likely here than for the lion.",
     ),
     "coffee": (
         *("skimage", "data/coffee.png", "cup of coffee"),
