@@ -127,7 +127,8 @@ def _marks(text: str, given: list[int]) -> list[int]:
 
     It may read more or fewer than are typed: of "two - women" it reads two.
     """
-    marked, marks, count = set(given), [], 0
+    marked, count = set(given), 0
+    marks: list[int] = []
     for index, typed in enumerate(text.split()):
         words = len(clean(typed).split())
         if index in marked:
