@@ -21,7 +21,7 @@ _MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
 def percent(share: float) -> str:
     """Return a share of 0 to 1 as "43%", or "4.3%" below 10%, rounded half up.
 
-    ``percent`` in viewer/script.js does the same, so page and exports show the same figures.
+    ``percent`` in viewer/viewer.js does the same, so page and exports show the same figures.
     """
     step = "1" if share >= 0.0995 else "0.1"
     value = abs(decimal.Decimal(share * 100))  # no "-0.0%"

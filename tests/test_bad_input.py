@@ -360,24 +360,22 @@ def test_a_negative_limit_is_refused(
 
 # The page
 
-DEFAULT = setting_values(DecodingOptions())
-
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """A page, the file that was sent to it, and the caption that came back."""
+    """A page, the path of the file that was sent to it, and the caption that came back."""
 
     page: Page
-    photo: Row
+    path: str
     caption: Row
     events: dict[str, int]
 
-    def ask(self, name: str, event: object) -> str:
-        """Send an event as the page's script does; return the error that it gets."""
+    def ask(self, name: str, data: object) -> str:
+        """Fire an event as the page's script does; return the error that it shows."""
         session = uuid.uuid4().hex
         body = {
             "data": [],
-            "event_data": event,
+            "event_data": data,
             "fn_index": self.events[name],
             "session_hash": session,
         }
@@ -387,12 +385,10 @@ class Visit:
         joined = httpx.post(f"{address}/join", content=json.dumps(body), headers=headers)
         if joined.status_code != 200:
             return str(joined.json()["detail"])
-        stream = httpx.get(f"{address}/data", params={"session_hash": session}, timeout=60).text
-        messages = [
-            json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")
-        ]
+        sent = httpx.get(f"{address}/data", params={"session_hash": session}, timeout=60).text
+        messages = [json.loads(line[6:]) for line in sent.splitlines() if line.startswith("data: ")]
         (done,) = (each for each in messages if each["msg"] == "process_completed")
-        assert not done["success"], (event, done["output"])
+        assert not done["success"], (ascii(data)[-700:], done["output"])
         return str(done["output"]["error"])
 
 
@@ -406,8 +402,13 @@ def visit(tmp_path_factory: pytest.TempPathFactory, example_photos: list[Path]) 
         answer = httpx.get(f"{page.address}{CALL}/{event}", timeout=60).text
         (caption,) = json.loads(answer.partition("data: ")[2])
         config = httpx.get(f"{page.address}/config").json()
-        events = {each["api_name"]: each["id"] for each in config["dependencies"]}
-        yield Visit(page, photo, caption, events)
+        events = {
+            event: each["id"]
+            for each in config["dependencies"]
+            for _, event in each["targets"]
+            if event in ("caption", "export")
+        }
+        yield Visit(page, path, caption, events)
 
 
 def _changed(record: Row, field: str, *values: object) -> list[Row]:
@@ -415,26 +416,24 @@ def _changed(record: Row, field: str, *values: object) -> list[Row]:
     return [{**record, field: value} for value in values]
 
 
-SETTINGS = [
-    *_changed(DEFAULT, "beam_size", 0, 10**9, 2.5, math.nan, "3", None, True),
-    *_changed(DEFAULT, "length_penalty", -1, math.inf, ""),
-    *_changed(DEFAULT, "max_words", 10**9, 3.5, "18", None),
-    *_changed(DEFAULT, "temperature", -1, math.nan, "0", []),
-    *_changed(DEFAULT, "seed", -1, math.inf, 0.5, "x", {}),
-    *_changed(DEFAULT, "ban_repeats", None, 5, "yes", []),
-    *({}, {**DEFAULT, "prefix": "a"}, {**DEFAULT, "samples": 100}, {**DEFAULT, "nothing": 1}),
+def _without(record: Row) -> list[Row]:
+    """Return a record without one of its fields, once for each of them."""
+    return [{name: record[name] for name in record if name != gone} for gone in record]
+
+
+SETTINGS = setting_values(DecodingOptions())
+BAD_SETTINGS = [
+    *_changed(SETTINGS, "beam_size", 0, 10**9, 2.5, math.nan, "3", None),
+    *_changed(SETTINGS, "length_penalty", -1, math.inf, ""),
+    *_changed(SETTINGS, "max_words", 10**9, 3.5, "18", None),
+    *_changed(SETTINGS, "temperature", -1, math.nan, "0", []),
+    *_changed(SETTINGS, "seed", -1, math.inf, 0.5, "x", {}),
+    *_changed(SETTINGS, "ban_repeats", None, 5, "ban", ["nothing"], [[]]),
+    *_without(SETTINGS),
+    SETTINGS | {"unknown": 1},
 ]
-NOTHING: list[object] = [None, 5, [], "text", {}]
-REQUEST: Row = {
-    "request": 1,
-    "example": "cat",
-    "upload": None,
-    "text": "a cat",
-    "given": [1],
-    "whole": False,
-    "drawn": True,
-    "settings": DEFAULT,
-}
+NO_EVENTS: list[object] = [None, 5, [], "text", {}]
+NO_PATHS: list[object] = [None, 5, [], {}, "", "x", "\0", "a" * 10**5, "/etc/passwd", "/dev/zero"]
 
 
 def _assert_one_sentence(visit: Visit, sentence: str) -> None:
@@ -443,64 +442,84 @@ def _assert_one_sentence(visit: Visit, sentence: str) -> None:
     assert sentence.endswith((".", "?"))
     assert "\n" not in sentence
     assert len(sentence) < 400
-    assert "Traceback" not in visit.page.log
+    assert "Traceback" not in visit.page.log, visit.page.log[-1500:]
 
 
-def test_requests_that_the_page_never_sends_are_refused(visit: Visit) -> None:
-    elsewhere = ["/etc/passwd", "/dev/zero", "", "\ud800", "a" * 5000, f"{visit.photo['path']}/.."]
-    requests: list[object] = [
-        *NOTHING,
-        *_changed(REQUEST, "settings", *NOTHING, *SETTINGS),
-        *_changed(REQUEST, "request", None, "1", True, 0.5),
-        *_changed(REQUEST, "example", "zebra", 5, [], ""),
-        *_changed({**REQUEST, "example": None}, "upload", *NOTHING, *elsewhere),
-        *_changed(REQUEST, "text", None, 5, ["a"], "a " * 10**5, "a" * 10**6),
-        *_changed(REQUEST, "given", None, "01", 5, [10**9], [-1], [{}], ["0"], [True]),
-        *_changed(REQUEST, "whole", None, "yes"),
-        *_changed(REQUEST, "drawn", None, 1),
-        *({**REQUEST, "whole": True, "text": text, "given": []} for text in ("", "!", "\ud800")),
-    ]
-    for request in requests:
-        _assert_one_sentence(visit, visit.ask("page_caption", request))
-
-
-def test_exports_of_what_the_page_does_not_show_are_refused(
+def test_caption_requests_that_the_page_never_sends_are_refused(
     visit: Visit, example_photos: list[Path]
 ) -> None:
-    export: Row = {
-        "format": "png",
+    good = {
+        "request": 1,
+        "example": "cat",
+        "file": None,
+        "text": "a dog",
+        "given": [1],
+        "whole": False,
+        "drawn": True,
+        "settings": SETTINGS,
+    }
+    elsewhere = (str(example_photos[0]), f"{visit.path}/..", f"{visit.path}/../../../../app.py")
+    needed = {name: value for name, value in good.items() if name not in ("file", "example")}
+    events: list[object] = [
+        *NO_EVENTS,
+        *_without(needed),
+        *_changed(good, "request", None, "1", 0.5),
+        *_changed(good, "example", "nothing", "../cat", 5, [], "a" * 10**5),
+        *_changed(good | {"example": None}, "file", *NO_PATHS, *elsewhere),
+        *_changed(good, "text", None, 5, ["a"], "a " * 10**6, "a" * 10**6, "\ud800", "zyzzyva"),
+        *_changed(good | {"whole": True, "given": []}, "text", "", "!", "a " * 400),
+        *_changed(good, "given", None, "01", 5, [10**9], [-1], [{}], ["0"]),
+        *_changed(good, "whole", None, "yes"),
+        *_changed(good, "drawn", None, 1),
+        *_changed(good, "settings", None, [], "x", *BAD_SETTINGS),
+    ]
+    for event in events:
+        _assert_one_sentence(visit, visit.ask("caption", event))
+
+
+def test_export_requests_that_the_page_never_sends_are_refused(
+    visit: Visit, example_photos: list[Path]
+) -> None:
+    good = {
         "example": None,
-        "upload": visit.photo["path"],
+        "file": visit.path,
+        "format": "png",
         "caption": visit.caption,
         "beam": 0,
         "word": 0,
         "appearance": {},
     }
 
-    def word(key: str, *values: object) -> list[Row]:
-        """Return exports whose first word is forged."""
+    def forge_word(key: str, *values: object) -> list[Row]:
+        """Return requests whose first word is forged."""
         beam = visit.caption["beams"][0]
         beams = _changed(
             beam, "words", *([each] for each in _changed(beam["words"][0], key, *values))
         )
         captions = _changed(visit.caption, "beams", *([each] for each in beams))
-        return _changed(export, "caption", *captions)
+        return _changed(good, "caption", *captions)
 
-    exports: list[object] = [
-        *NOTHING,
-        *_changed(export, "upload", *NOTHING, "/etc/passwd", str(example_photos[0]), "/dev/zero"),
-        *_changed(export, "upload", f"{visit.photo['path']}/.."),
-        *_changed(export, "caption", None, "a dog", [], {}),
-        *_changed(export, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
-        *_changed(export, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),
-        *word("attention", None, [[1], [1, 2]], [[math.nan] * 7] * 7, [[0.5] * 1000] * 1000),
-        *word("text", None, "\ud800", "a" * 10**6),
-        *word("probability", None, math.nan, 2, "x"),
-        *_changed(export, "format", "../../etc", "", "PNG", None),
-        *_changed(export, "beam", 10**6, -1, "0", None),
-        *_changed(export, "word", 10**6, -1, "0", None),
-        *_changed(export, "appearance", None, [], {"colors": "pink"}, {"strength": math.nan}),
-        *_changed(export, "appearance", {"nothing": 1}, {"shape": 5}, {"scale": None}),
+    elsewhere = (str(example_photos[0]), f"{visit.path}/..")
+    look = {"colors": "inferno", "shape": "smooth", "scale": "word", "strength": 0.75}
+    requests: list[object] = [
+        *NO_EVENTS,
+        *_without(good | {"example": "cat"})[2:],
+        *_changed(good, "file", *NO_PATHS, *elsewhere),
+        *_changed(good, "example", "nothing", 5, []),
+        *_changed(good, "caption", None, "a dog", [], {}),
+        *_changed(good, "caption", *_changed(visit.caption, "beams", None, [], [{}])),
+        *_changed(good, "caption", *_changed(visit.caption, "size", None, [-1, 10**400])),
+        *forge_word("attention", None, [[1], [1, 2]], [[math.nan] * 7] * 7, [[0.5] * 1000] * 1000),
+        *forge_word("text", None, "\ud800", "a" * 10**6),
+        *forge_word("probability", None, math.nan, 2, "x"),
+        *_changed(good, "appearance", None, [], "x", {"unknown": 1}),
+        *_changed(good, "appearance", *_changed(look, "colors", None, "jet", [], "../x")),
+        *_changed(good, "appearance", *_changed(look, "shape", None, "round", 5)),
+        *_changed(good, "appearance", *_changed(look, "scale", None, "beam", {})),
+        *_changed(good, "appearance", *_changed(look, "strength", None, -1, 2, math.nan, "1")),
+        *_changed(good, "format", "../../etc", "", "PNG", None, 5),
+        *_changed(good, "beam", 10**6, -1, None, 0.5),
+        *_changed(good, "word", 10**6, -1, None, 0.5),
     ]
-    for value in exports:
-        _assert_one_sentence(visit, visit.ask("page_export", value))
+    for request in requests:
+        _assert_one_sentence(visit, visit.ask("export", request))

@@ -111,7 +111,7 @@ def test_the_wheel_captions_from_any_folder(
     assert wheel.name == f"captioner-{__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"captioner/shipped/{path.name}" for path in SHIPPED_CHECKPOINT.iterdir()} <= names
-    assert {"captioner/py.typed", "captioner/viewer/template.html"} <= names
+    assert {"captioner/py.typed", "captioner/viewer/page.html"} <= names
     assert not [name for name in names if not name.startswith(("captioner/", "captioner-"))]
 
     run(python, "-m", "pip", "install", "-q", wheel, cwd=tmp_path)

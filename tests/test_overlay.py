@@ -103,7 +103,7 @@ def test_cells_have_the_colours_of_the_page(colors: str, strength: float) -> Non
     pixels = np.asarray(blend(grey((70, 140)), word("dog", attention), appearance)).astype(float)
     cells = pixels.reshape(7, 20, 7, 10, 3)
     assert (cells == cells[:, :1, :, :1]).all()
-    # As viewer/script.js: the photo is darker where the map is weak, and glows where it is strong.
+    # As viewer/viewer.js: the photo is darker where the map is weak, and glows where it is strong.
     amount = 0.7 * strength
     for cell, weight in (((0, 0), 2 / 3), ((3, 4), 1), ((6, 6), 0)):
         expected = np.full(3, 90 * (1 - amount * (1 - weight)))

@@ -132,11 +132,13 @@ class _ClientEvent(gr.EventData):
         return value
 
     def _photo(self) -> None:
-        """Read which photo is meant: an example's name, or else the path of an upload."""
+        """Read which photo is meant: ``example`` is its name, else ``file`` an uploaded one's path.
+
+        Gradio itself looks at every "path" in an event, and fails with a traceback in the log.
+        """
         data = self._data if isinstance(self._data, dict) else {}
         self.example = None if data.get("example") is None else self._field("example", str)
-        # Not called "path": Gradio takes such data for a file, and fails if it is none of its own.
-        self.path = None if self.example is not None else self._field("upload", str)
+        self.path = None if self.example is not None else self._field("file", str)
 
 
 class CaptionRequest(_ClientEvent):

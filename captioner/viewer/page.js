@@ -33,7 +33,7 @@ function mountPage(root, { caption, save, upload }) {
     unanswered++;
     const { example, path, text, given, whole, settings, drawn } = next;
     busy(true);
-    caption({ request: number, example: example ?? null, upload: path ?? null, text, given, whole, settings, drawn: drawn ?? true });
+    caption({ request: number, example: example ?? null, file: path ?? null, text, given, whole, settings, drawn: drawn ?? true });
   }
 
   function answer(next) {
@@ -247,10 +247,13 @@ function mountPage(root, { caption, save, upload }) {
   find(".camera").hidden = !navigator.mediaDevices?.getUserMedia;
   find(".camera").addEventListener("click", async () => {
     if (stream) return closeCamera();
+    find(".camera").disabled = true; // a second stream would stay on
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch {
       return note("The browser did not give access to a camera.");
+    } finally {
+      find(".camera").disabled = false;
     }
     find(".webcam").hidden = false;
     find("video").srcObject = stream;
@@ -391,7 +394,7 @@ function mountPage(root, { caption, save, upload }) {
     node.addEventListener("click", () => {
       exported("Preparing…");
       const { beam, word, appearance } = viewer.state();
-      save({ format: node.dataset.format, example: state.example ?? null, upload: state.path ?? null, caption: value.caption, beam, word, appearance });
+      save({ format: node.dataset.format, example: state.example ?? null, file: state.path ?? null, caption: value.caption, beam, word, appearance });
     }),
   );
 

@@ -31,8 +31,8 @@ def decoding_options(values: dict[str, Any]) -> DecodingOptions:
         ConfigError: one is missing, unknown, or out of its range.
     """
     values = dict(values)
-    if values.keys() != setting_values(DecodingOptions()).keys():
-        raise ConfigError("the page sent other settings than it has: reload the page")
+    if set(values) != set(setting_values(DecodingOptions())):
+        raise ConfigError("the page sent other settings than its form has: reload the page")
     limits = {"beam_size": (1, _MAX_BEAMS), "max_words": (1, _MAX_WORDS)}
     for name, (low, high) in limits.items():
         number = values.get(name)

@@ -65,7 +65,7 @@ def test_files_show_the_caption_the_word_and_the_appearance_on_the_screen(
         assert files[kind].startswith(start)
         caption = Caption.from_dict(request["caption"])
         assert (request["beam"], request["word"], request["appearance"]) == (1, 3, appearance)
-        assert (request["example"], request["upload"], request["format"]) == ("cat", None, kind)
+        assert (request["example"], request["file"], request["format"]) == ("cat", None, kind)
         look = Appearance.from_dict(appearance)
         assert files[kind] == render(open_photo(CAT), caption, kind, 1, 3, look)
     expect(visit.locator(".exported")).to_have_text("Saved.")
@@ -162,7 +162,7 @@ def test_no_file_carries_what_the_camera_wrote_nor_survives_its_photo(
 
     # A photo that was deleted meanwhile is asked for again.
     _, request = take(visit, "json")
-    Path(request["upload"]).unlink()
+    Path(request["file"]).unlink()
     visit.locator("[data-format=png]").click()
     shown = visit.get_by_text("The photo is no longer stored here: upload it again.")
     expect(shown).to_be_visible(timeout=ASK)
