@@ -69,9 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)
-        preview = LinkPreview(TITLE, SENTENCE, viewer.preview_picture(captioner))
-        place = (options.host, options.port, options.root_path)
-        serve(lambda: build_demo(captioner), *place, preview=preview)
+        serve(
+            lambda: build_demo(captioner),
+            options.host,
+            options.port,
+            options.root_path,
+            preview=lambda: LinkPreview(TITLE, SENTENCE, viewer.preview_picture(captioner)),
+        )
     except (Exception, KeyboardInterrupt) as error:
         return report("app.py", error)
     return 0

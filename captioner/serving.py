@@ -582,7 +582,7 @@ def serve(
     port: int | None = None,
     root_path: str | None = None,
     *,
-    preview: LinkPreview | None = None,
+    preview: Callable[[], LinkPreview] | None = None,
 ) -> None:
     """Serve a page until a signal asks to end; then answer who waits, and leave no file behind.
 
@@ -593,7 +593,7 @@ def serve(
         host: address to listen on; None is this machine only, or ``GRADIO_SERVER_NAME``.
         port: 0 is any free one; None is the first free one from 7860 on.
         root_path: see ``launch_options``.
-        preview: of links to the page.
+        preview: makes that of links to the page.
 
     Raises:
         CaptionerError: Gradio does not start.
@@ -614,7 +614,7 @@ def serve(
         # Gradio makes a folder there, also where another user owns /tmp/gradio.
         gradio.routes.DEFAULT_TEMP_DIR = str(folder)  # type: ignore[attr-defined]
         gate = Gate()
-        options = launch_options(gate, root_path, preview=preview)
+        options = launch_options(gate, root_path, preview=preview and preview())
         demo = build().queue(max_size=MAX_WAITING, api_open=False)
         own = set(folder.rglob("*"))
         print(f"* Running on local URL:  {launch(demo, sockets, options)}", flush=True)  # noqa: T201
