@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 
 import app
-from captioner import Captioner, serving
+from captioner import Captioner, serving, viewer
 from captioner.errors import ConfigError, WriteError
 from captioner.serving import MAX_WAITING
 from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, run, running_page, visits
@@ -273,6 +273,9 @@ def test_launch_failure_is_one_line_when_gradio_raises(
     monkeypatch.setattr(gr.Blocks, "launch", launch)
     monkeypatch.setattr(Captioner, "load", lambda *_: None)
     monkeypatch.setattr(app, "build_demo", lambda _: gr.Blocks(analytics_enabled=False))
+    monkeypatch.setattr(viewer, "preview_picture", lambda _: b"")
+    environment = gradio.routes.templates.env
+    monkeypatch.setattr(environment, "loader", environment.loader)  # put back afterwards
     assert app.main(["--port", "0"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("app.py: the page does not start: ")
@@ -392,16 +395,13 @@ def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
         told = httpx.get(f"{page.address}{CALL}/{late}").text
         assert "event: error" in told
         assert "send it again" in told
-        # The pictures on the examples' buttons are the page's own.
-        shelf = [
-            each["props"]["samples"]
-            for each in httpx.get(f"{page.address}/config").json()["components"]
-            if each["props"].get("elem_id") == "examples"
-        ]
-        pictures = [row[0]["url"] for row in shelf[0]]
-        assert len(pictures) > 2
-        for picture in pictures:
-            assert httpx.get(picture).headers["content-type"].startswith("image/"), picture
+        # The examples' files are the page's own.
+        examples = _examples(page.address)
+        assert len(examples) > 2
+        for example in examples:
+            for name in ("photo", "thumbnail", "answer"):
+                kind = httpx.get(example[name]["url"]).headers["content-type"]
+                assert kind.startswith("application/json" if name == "answer" else "image/")
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -708,12 +708,7 @@ def test_page_works_behind_a_proxy_when_its_prefix_is(
         assert httpx.get(f"{public}/gradio_api/file=/etc/passwd").status_code == 403
         (caption,) = captions(public, photos[:1])
         assert json.loads(caption) == [captioner.caption(photos[0]).to_dict()]
-        shelf = [
-            each["props"]["samples"]
-            for each in httpx.get(f"{public}/config").json()["components"]
-            if each["props"].get("elem_id") == "examples"
-        ]
-        picture = shelf[0][0][0]["url"]
+        picture = _examples(public)[0]["photo"]["url"]
         assert picture.startswith(f"{public}/gradio_api/file=")
         assert httpx.get(picture).headers["content-type"].startswith("image/")
         server.shutdown()
@@ -824,7 +819,7 @@ def test_app_sees_a_path_without_the_root_path(root_path: str, path: str, seen: 
 
     scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path}
     scope |= {"root_path": root_path, "query_string": b"", "headers": []}
-    asyncio.run(serving.Gate()(inner)(scope, None, None))  # type: ignore[arg-type]
+    run(serving.Gate()(inner)(scope, None, None))  # type: ignore[arg-type]
     assert [(each["path"], each["root_path"]) for each in scopes] == [(seen, "")]
 
 
@@ -835,7 +830,7 @@ def test_websocket_is_closed() -> None:
         sent.append(message)
 
     scope = {"type": "websocket", "path": "/gradio_api/queue/join"}
-    asyncio.run(serving.Gate()(None)(scope, None, send))  # type: ignore[arg-type]
+    run(serving.Gate()(None)(scope, None, send))  # type: ignore[arg-type]
     assert sent == [{"type": "websocket.close"}]
 
 
@@ -940,6 +935,17 @@ def test_oldest_idle_connection_goes_when_there_are_too_many(
             kept.settimeout(0.1)
             with contextlib.suppress(TimeoutError):
                 assert kept.recv(65_536)
+
+
+def _examples(address: str) -> list[dict[str, Any]]:
+    """Return the examples of the page's first value."""
+    values = [
+        each["props"].get("value") for each in httpx.get(f"{address}/config").json()["components"]
+    ]
+    found: list[dict[str, Any]] = next(
+        value["examples"] for value in values if isinstance(value, dict) and "examples" in value
+    )
+    return found
 
 
 def test_links_to_the_page_have_a_preview_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
