@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from captioner.errors import WriteError
+from captioner.errors import WriteError, causes_of
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +107,13 @@ def cache_access() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in causes_of(error):
             if isinstance(cause, OSError) and (cache := _cache_of(cause)):
                 variable, folder = cache
                 raise WriteError(
                     f"cannot write the cache {cause.filename or folder}: "
                     f"{cause.strerror or cause}; make room, or set {variable} to another folder"
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         raise
     finally:
         hub.setLevel(level)

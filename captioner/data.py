@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from captioner.caches import cache_access
 from captioner.config import DEFAULT_SOURCE, PAD
-from captioner.errors import ConfigError, DataError, ImageError, first_line
+from captioner.errors import ConfigError, DataError, ImageError, causes_of, first_line
 from captioner.images import Transform, open_photo
 from captioner.vocab import ONE_WORD, Vocabulary, clean, mean_words
 
@@ -303,11 +303,7 @@ def _configurations(text: str) -> str:
 
 def _hub_way_out(hub_id: str, error: BaseException) -> str:
     """Say what to do about an error of the Hub."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    causes = causes_of(error)
     text = "\n".join(map(str, causes))
     kinds = tuple(map(type, causes))
     if GatedRepoError in kinds or "gated dataset" in text:

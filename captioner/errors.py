@@ -97,6 +97,14 @@ def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
         retries.removeFilter(is_first)
 
 
+def causes_of(error: BaseException) -> list[BaseException]:
+    """Return an error and the chain of its causes, the first cause last."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
 def hub_reason(error: BaseException, path: str) -> str:
     """Return why a request to the Hugging Face Hub failed, and the way out.
 
@@ -107,9 +115,7 @@ def hub_reason(error: BaseException, path: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
-        causes.append(cause)
+    causes = causes_of(error)
 
     def is_due_to(kind: type[BaseException]) -> bool:
         return any(isinstance(each, kind) for each in causes)
