@@ -346,6 +346,8 @@ def _choose_split(source: str, splits: Mapping[str, Table], split: str) -> Table
                     names.append(name)
                 if name == split:  # far enough: the rest may be gigabytes
                     break
+            if "image" in _columns(table):  # or the filter would decode every photo
+                table = table.cast_column("image", datasets.Image(decode=False))
             named = {split: table.filter(lambda row: name_of(row["split"]) == split)}
     if split not in names:
         raise DataError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import datasets
 import numpy as np
 import pytest
 from datasets.exceptions import DatasetNotFoundError
@@ -719,3 +720,15 @@ def test_paths_in_parquet_are_meant_from_its_folder(
     folder = write_parquet(tmp_path, {"train": rows})
     (folder / "p0.png").write_bytes(draw(0))
     assert load_captions(str(folder)).photo(0).size == (64, 48)
+
+
+def test_photos_of_one_table_with_a_split_column_are_streamed_undecoded(
+    hub_row: MakeRow, tmp_path: Path
+) -> None:
+    rows = [hub_row(number, split) for number, split in enumerate(["train", "val", "val"])]
+    # As the Hub's own files: the column is declared as photos.
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "validation-00000-of-00001.parquet")
+    streamed = list(stream_photos(str(tmp_path), "validation"))
+    assert [row["data"] for row in streamed] == [row["image"]["bytes"] for row in rows[1:]]
+    assert [row["filename"] for row in streamed] == [row["filename"] for row in rows[1:]]
