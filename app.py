@@ -10,11 +10,11 @@ from captioner.errors import report
 
 try:
     # First: it imports gradio, whatever proxies are set.
-    from captioner.serving import LinkPreview, serve  # noqa: I001
+    from captioner.web.server import LinkPreview, serve  # noqa: I001
     import gradio as gr
 
-    from captioner import viewer
-    from captioner.predictor import Captioner
+    from captioner import web as viewer
+    from captioner.inference.captioner import Captioner
 except (Exception, KeyboardInterrupt) as error:
     sys.exit(report("app.py", error))
 

@@ -12,7 +12,7 @@ from typing import Any
 from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, logging_to_stderr
 from captioner.files import user_path
-from captioner.training import Stopped, fit
+from captioner.training.loop import Stopped, fit
 
 # Fields of TrainConfig that can be set one by one, over the recipe's own.
 _NUMBERS = {

@@ -12,12 +12,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from captioner.caches import use_writable_caches
+from captioner.environment import use_writable_caches
 
 if TYPE_CHECKING:
-    from captioner.caption import Beam, Caption, Word
     from captioner.config import DecodingOptions, ModelConfig, TrainConfig
-    from captioner.encoders import load_encoder
     from captioner.errors import (
         CaptionerError,
         CheckpointError,
@@ -28,8 +26,10 @@ if TYPE_CHECKING:
         TrainingError,
         WriteError,
     )
-    from captioner.predictor import Captioner
-    from captioner.vocab import Vocabulary
+    from captioner.inference.caption import Beam, Caption, Word
+    from captioner.inference.captioner import Captioner
+    from captioner.model.encoder import load_encoder
+    from captioner.model.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
@@ -56,19 +56,19 @@ __all__ = [
 # Before any library is imported that looks for its cache.
 use_writable_caches()
 
-_ROOMS = {
-    "caption": ("Beam", "Caption", "Word"),
+_EXPORTS = {
+    "inference.caption": ("Beam", "Caption", "Word"),
     "config": ("DecodingOptions", "ModelConfig", "TrainConfig"),
-    "encoders": ("load_encoder",),
+    "model.encoder": ("load_encoder",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "predictor": ("Captioner",),
-    "vocab": ("Vocabulary",),
+    "inference.captioner": ("Captioner",),
+    "model.vocabulary": ("Vocabulary",),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name's module when it is first used."""
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -25,11 +25,11 @@ from captioner.errors import (
     first_line,
     logging_to_stderr,
 )
-from captioner.files import user_path, write_whole, writing
+from captioner.files import atomic_write, reraise_os_errors, user_path
 
 if TYPE_CHECKING:
-    from captioner.caption import Caption
     from captioner.images import Photo
+    from captioner.inference.caption import Caption
 
 _BATCH = 16
 _MAX_NAME = 255  # bytes of a file's name
@@ -276,12 +276,12 @@ def _to_json(record: dict[str, Any], **options: Any) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file and its folders."""
-    with writing(path):
+    with reraise_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, say
             path.write_bytes(data)
             return
-    write_whole(path, data)
+    atomic_write(path, data)
 
 
 def _unused_path(folder: Path, place: Path, suffix: str, used: set[Path]) -> Path:
@@ -330,7 +330,7 @@ class _Results:
         self._folder: Path | None = arguments.heatmaps
         self._used: set[Path] = set()
         if self._folder:
-            with writing(self._folder):
+            with reraise_os_errors(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, photo: Photo, place: Path, caption: Caption, text: str) -> None:
@@ -340,7 +340,7 @@ class _Results:
         if not self._folder:
             return
         from captioner.images import open_photo
-        from captioner.overlay import render
+        from captioner.inference.render import render
 
         target = _unused_path(self._folder, place, f".{self._format}", self._used)
         try:
@@ -395,7 +395,7 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         raise ConfigError("give a PATH: a photo or a folder of photos")
     if arguments.heatmaps:
         _check_maps_folder(arguments.heatmaps)
-    from captioner.predictor import Captioner
+    from captioner.inference.captioner import Captioner
 
     captioner = Captioner.load(
         arguments.checkpoint, arguments.encoder_weights, device=arguments.device
@@ -431,7 +431,7 @@ def _score(arguments: argparse.Namespace, _: DecodingOptions) -> int:
     """Print how likely each word of a caption is."""
     if arguments.heatmaps:
         _check_maps_folder(arguments.heatmaps)
-    from captioner.predictor import Captioner
+    from captioner.inference.captioner import Captioner
 
     captioner = Captioner.load(
         arguments.checkpoint, arguments.encoder_weights, device=arguments.device
@@ -462,8 +462,8 @@ def _caption_table(arguments: argparse.Namespace, options: DecodingOptions) -> i
         if name == "-" or isinstance(_named(name), str):
             raise ConfigError(f"--output takes files and folders, not {name}: save it first")
     if arguments.max_length is None:
-        from captioner import checkpoint as checkpoints
-        from captioner.predictor import SHIPPED_CHECKPOINT
+        from captioner.inference.captioner import SHIPPED_CHECKPOINT
+        from captioner.model import checkpoint as checkpoints
 
         checkpoint = checkpoints.load(arguments.checkpoint or SHIPPED_CHECKPOINT)
         options = dataclasses.replace(options, max_length=checkpoint.max_length)
@@ -477,9 +477,9 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         raise ConfigError("--output takes either PATHs or --data: give one of them")
     if arguments.json or arguments.heatmaps:
         raise ConfigError("--output writes no maps: leave --json and --heatmaps away")
-    from captioner import bulk
-    from captioner.encoders import choose_device
-    from captioner.predictor import Captioner
+    from captioner.inference import bulk
+    from captioner.inference.captioner import Captioner
+    from captioner.model.encoder import choose_device
 
     if arguments.engine == "ray":  # its workers may stand in another folder
         for name in ("data", "checkpoint", "encoder_weights", "output"):
@@ -489,7 +489,7 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         arguments.paths = [path.absolute() for path in arguments.paths]
     source = ""
     if arguments.data:
-        from captioner.data import split_name, stream_photos
+        from captioner.data.sources import split_name, stream_photos
 
         photos = stream_photos(arguments.data, arguments.split)
         place = Path(arguments.data)
@@ -530,9 +530,9 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             raise ConfigError(f"{file} is a folder: give a file")
     if arguments.sheet and arguments.sheet.suffix.lower() in SUFFIXES - {".png"}:
         raise ConfigError(f"--sheet is a PNG: call it {arguments.sheet.with_suffix('.png')}")
-    from captioner import checkpoint as checkpoints
-    from captioner.evaluation import evaluate_checkpoint
-    from captioner.predictor import SHIPPED_CHECKPOINT
+    from captioner.inference.captioner import SHIPPED_CHECKPOINT
+    from captioner.model import checkpoint as checkpoints
+    from captioner.training.evaluation import evaluate_checkpoint
 
     checkpoint = checkpoints.load(arguments.checkpoint or SHIPPED_CHECKPOINT)
     options = dataclasses.replace(options, max_length=checkpoint.max_length)
@@ -562,7 +562,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         text = _to_json(result.to_dict(), indent=1, ensure_ascii=False)
         _write(arguments.json, text.encode())
     if arguments.sheet:
-        from captioner.overlay import comparison
+        from captioner.inference.render import comparison
 
         shown = [result.photos.photo(row) for row in result.rows[:20]]
         _write(arguments.sheet, comparison(shown, result.captions, result.references))
@@ -573,8 +573,8 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
     """Write a Space's folder, upload a checkpoint, or both."""
     if not arguments.space and not arguments.hub:
         raise ConfigError("give --space DIR, --hub USER/NAME, or both")
-    from captioner import export
-    from captioner.predictor import SHIPPED_CHECKPOINT
+    from captioner.inference import hub as export
+    from captioner.inference.captioner import SHIPPED_CHECKPOINT
 
     checkpoint = arguments.checkpoint or SHIPPED_CHECKPOINT
     if arguments.space:
@@ -591,7 +591,7 @@ def _options(parsed: argparse.Namespace) -> DecodingOptions:
     """Return the decoding that the command line asks for."""
     if "beam_size" not in parsed:
         return DecodingOptions()
-    options = DecodingOptions.report() if parsed.no_bans else DecodingOptions()
+    options = DecodingOptions.plain_greedy() if parsed.no_bans else DecodingOptions()
     given = {
         name: value for name in _DECODING if (value := getattr(parsed, name, None)) is not None
     }

@@ -51,15 +51,15 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check(config: object, **rules: tuple[float, float]) -> None:
+def _check(config: object, **ranges: tuple[float, float]) -> None:
     """Refuse any field that is not of its type, and any named one outside its closed range."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         kinds, wanted = _TYPES[str(field.type)]
         # A bool is an int to Python; NaN fails both comparisons.
         fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-        if field.name in rules:
-            low, high = rules[field.name]
+        if field.name in ranges:
+            low, high = ranges[field.name]
             fits = fits and low <= value <= high
             wanted += f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
         if not fits:
@@ -202,7 +202,7 @@ class DecodingOptions(_Config):
             )
 
     @classmethod
-    def report(cls) -> Self:
+    def plain_greedy(cls) -> Self:
         """Return what the original report does: greedy, no bans."""
         return cls(
             beam_size=1,

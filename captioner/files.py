@@ -20,7 +20,7 @@ def user_path(text: str) -> Path:
 
 
 @contextlib.contextmanager
-def writing(what: str | Path) -> Iterator[None]:
+def reraise_os_errors(what: str | Path) -> Iterator[None]:
     """Raise ``WriteError`` where the disk refuses; the system's own error names no file."""
     try:
         yield
@@ -32,10 +32,10 @@ def writing(what: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked_dir(folder: Path) -> Iterator[None]:
     """Make a folder and write into it alone; ``WriteError`` where it cannot be had."""
     lock = filelock.FileLock(folder / ".lock")
-    with writing(folder):
+    with reraise_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -49,10 +49,10 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> None:
     """Write a file in one step; ``WriteError`` where that fails."""
     part = path.with_name(f".{path.name[:50]}.part")  # a name has 255 bytes at most
-    with writing(path):
+    with reraise_os_errors(path):
         try:
             part.write_bytes(data)
             part.replace(path)
@@ -61,7 +61,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, what: str | Path | None = None) -> Iterator[Path]:
+def atomic_dir(folder: Path, what: str | Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``folder`` when the block ends well.
 
     Raises:
@@ -69,8 +69,8 @@ def whole_folder(folder: Path, what: str | Path | None = None) -> Iterator[Path]
     """
     folder = folder.resolve()
     part, old = _beside(folder)
-    with writing(what or folder):
-        settle(folder)
+    with reraise_os_errors(what or folder):
+        recover_dir(folder)
         part.mkdir(parents=True)
         try:
             yield part
@@ -78,14 +78,14 @@ def whole_folder(folder: Path, what: str | Path | None = None) -> Iterator[Path]
                 folder.replace(old)  # a folder cannot be replaced in one step
             part.replace(folder)
         finally:
-            settle(folder)
+            recover_dir(folder)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
-def settle(folder: Path) -> None:
+def recover_dir(folder: Path) -> None:
     """Clear away what a broken-off write left, and bring the old folder back if none stands."""
     part, old = _beside(folder)
     if old.exists() and not folder.exists():

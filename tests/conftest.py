@@ -36,10 +36,14 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import app  # noqa: E402
-from captioner import Captioner, viewer  # noqa: E402
-from captioner.encoders import Encoder, load_encoder  # noqa: E402
-from captioner.images import Transform  # noqa: E402
-from captioner.serving import MAX_WAITING, Gate, launch_options  # noqa: E402
+from captioner import Captioner  # noqa: E402
+from captioner import web as viewer  # noqa: E402
+from captioner.model.encoder import (  # noqa: E402
+    Encoder,
+    Transform,
+    load_encoder,
+)
+from captioner.web.server import MAX_WAITING, RequestFilter, launch_options  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
 
@@ -198,7 +202,7 @@ def example_photos() -> list[Path]:
 def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
     demo = app.build_demo(captioner).queue(max_size=MAX_WAITING)
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(Gate()))
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(RequestFilter()))
     yield url
     demo.close()
 

@@ -19,10 +19,16 @@ from typing import Any, Literal
 
 import train
 from captioner import __main__ as captioner
-from captioner.logbook import curves
+from captioner.training.logger import curves
 
 # Once, for all processes that are forked from this one.
-for _name in ("captioner.bulk", "captioner.embeddings", "captioner.overlay", "sacrebleu", "timm"):
+for _name in (
+    "captioner.inference.bulk",
+    "captioner.training.word2vec",
+    "captioner.inference.render",
+    "sacrebleu",
+    "timm",
+):
     importlib.import_module(_name)
 curves([{"epoch": 1, "val_loss": 1.0, "CIDEr": 1.0}]).savefig(io.BytesIO())
 

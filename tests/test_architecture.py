@@ -1,8 +1,4 @@
-"""Imports go one way: an arrow that design/architecture.md does not draw fails here.
-
-``ARROWS`` is that drawing. A room may use what it points to, and what that stands on in turn;
-``errors`` and ``config`` are open to all. A new room needs its arrows drawn here first.
-"""
+"""Imports go one way: wings on a common ground, as the README draws them."""
 
 from __future__ import annotations
 
@@ -20,76 +16,32 @@ import captioner
 PACKAGE = Path(captioner.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-OPEN_TO_ALL = {"errors", "config"}
-
-# The training side: one room in the drawing, several files.
-_TRAINING = {"data", "features", "checkpoint", "embeddings", "decoding", "metrics"}
-
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "caches": set(),
-    "isolation": set(),
-    "files": set(),
-    "config": {"errors"},
-    "vocab": set(),
-    "images": set(),
-    "caption": set(),
+GROUND = {"config", "distributed", "environment", "errors", "files", "images"}
+# What each wing may use beside the ground and itself.
+WINGS: dict[str, set[str]] = {
     "model": set(),
-    "packed": {"model"},
-    "processes": set(),
-    "decoding": set(),
-    "encoders": {"images", "caches", "isolation"},
-    "data": {"vocab", "images", "caches"},
-    "features": {"encoders", "data", "processes", "files"},
-    "checkpoint": {"model", "vocab", "files", "caches", "isolation"},
-    "metrics": {"vocab"},
-    "embeddings": {"vocab"},
-    "overlay": {"caption"},
-    "viewer": {"caption", "images", "overlay", "predictor"},
-    "serving": {"files"},
-    "predictor": {"checkpoint", "encoders", "decoding", "caption", "packed"},
-    "bulk": {"predictor", "files"},
-    "export": {"checkpoint", "files"},
-    "logbook": {"files"},
-    "preparation": _TRAINING,
-    "evaluation": _TRAINING,
-    "self_critical": {"model", "metrics", "vocab"},
-    "run": {"preparation", "self_critical"},
-    "training": _TRAINING | {"preparation", "evaluation", "logbook", "run"},
-    # The names that are public, each loaded when it is used.
-    "__init__": {"caches", "caption", "encoders", "predictor", "vocab"},
-    # Captions and evaluates, so it is the one place that sees both sides.
-    "__main__": {"__init__", "predictor", "overlay", "evaluation", "bulk", "export", "files"},
+    "data": {"model"},
+    "training": {"data", "model"},
+    "inference": {"model"},
+    "web": {"inference"},
 }
-
-# Scripts hold layout and arguments only: for them the drawing is meant word by word.
-SCRIPTS: dict[str, set[str]] = {
-    "app.py": {"predictor", "viewer", "overlay", "serving"},
-    "train.py": {"training", "files"},
+# The command line brings both sides together, and the package exports public names.
+ENTRANCES: dict[str, set[str]] = {
+    "__init__": {"inference", "model"},
+    "__main__": {"__init__", "data", "inference", "model", "training"},
 }
-
-SERVING_SIDE = {"predictor", "overlay", "viewer", "serving"}
-TRAINING_SIDE = {
-    "training",
-    "preparation",
-    "evaluation",
-    "logbook",
-    "run",
-    "self_critical",
-    "data",
-    "features",
-    "embeddings",
-    "metrics",
-}
+SCRIPTS: dict[str, set[str]] = {"app.py": {"inference", "web"}, "train.py": {"training"}}
+ALLOWED = {name: set[str]() for name in GROUND} | WINGS | ENTRANCES
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    """Return the name of the room that a file of the package belongs to."""
+def part_of(path: Path) -> str:
+    """Return the wing, or the module of the ground, that a file of the package belongs to."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and room of each import of this package, those inside functions included."""
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and module of each import of this package, those inside functions included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -102,99 +54,89 @@ def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
         else:
             continue
         for name in names:
-            package, _, rest = name.partition(".")
-            if package != "captioner":
-                continue
-            room = rest.partition(".")[0]
-            if room and room not in ARROWS and not (PACKAGE / f"{room}.py").exists():
-                # A public name stands for the room that it comes from.
-                kind = getattr(captioner, room)
-                room = "" if isinstance(kind, str) else kind.__module__.split(".")[1]
-            yield node.lineno, room or "__init__"
+            package, _, module = name.partition(".")
+            if package == "captioner":
+                yield node.lineno, module
 
 
-def below(room: str) -> set[str]:
-    """Return all that can be reached from ``room`` along the drawn arrows."""
-    reached: set[str] = set()
-    waiting = [*ARROWS[room], *OPEN_TO_ALL]
-    while waiting:
-        other = waiting.pop()
-        if other not in reached:
-            reached.add(other)
-            waiting += ARROWS[other]
-    return reached
+def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and wing of each import; a public name stands for the wing it comes from."""
+    for line, module in imported_modules(path):
+        part = module.partition(".")[0]
+        if part and part not in ALLOWED:
+            value = getattr(captioner, part)
+            part = value.__module__.split(".")[1] if hasattr(value, "__module__") else ""
+        yield line, part or "__init__"
 
 
-def undrawn(path: Path, allowed: set[str]) -> list[str]:
+def forbidden_imports(path: Path, allowed: set[str]) -> list[str]:
     return [
-        f"{path.relative_to(ROOT)}:{line} imports {room}"
-        for line, room in imported_rooms(path)
-        if room not in allowed
+        f"{path.relative_to(ROOT)}:{line} imports {part}"
+        for line, part in imported_parts(path)
+        if part not in allowed
     ]
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_wings_import_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"which wing does {part} belong to?"
 
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_what_the_drawing_lets_it(path: Path) -> None:
-    room = room_of(path)
-    assert room in ARROWS, f"draw the arrows of {room} in ARROWS and in architecture.md"
-
-    assert undrawn(path, below(room) | {room}) == []
+    assert forbidden_imports(path, ALLOWED[part] | GROUND | {part}) == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_imports_what_the_drawing_lets_it(name: str) -> None:
-    path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"{name} is not written yet")
-
-    assert undrawn(path, SCRIPTS[name] | OPEN_TO_ALL) == []
+def test_scripts_import_one_way(name: str) -> None:
+    assert forbidden_imports(ROOT / name, SCRIPTS[name] | GROUND) == []
 
 
-def test_the_drawing_goes_one_way() -> None:
-    # Raises CycleError where an arrow comes back.
-    assert len(list(TopologicalSorter(ARROWS).static_order())) == len(ARROWS)
+def test_modules_have_no_import_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # at import, not for types
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("captioner."):
+                module = str(node.module).removeprefix("captioner.")
+                for alias in node.names:
+                    inner = PACKAGE.joinpath(*module.split("."), f"{alias.name}.py")
+                    graph[name].add(f"{module}.{alias.name}" if inner.exists() else module)
+
+    # Raises CycleError on a cycle.
+    assert set(TopologicalSorter(graph).static_order()) == set(graph)
 
 
-def test_the_drawing_keeps_training_and_serving_apart() -> None:
-    for room in SERVING_SIDE:
-        assert below(room) & TRAINING_SIDE == set()
-    for room in TRAINING_SIDE:
-        assert below(room) & SERVING_SIDE == set()
-
-
-def test_imports_are_seen_wherever_they_stand(
+def test_imports_are_found_wherever_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parser is worth nothing if it overlooks one."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    path = tmp_path / "captioner" / "viewer" / "sheet.py"
+    path = tmp_path / "captioner" / "web" / "sheet.py"
     path.parent.mkdir(parents=True)
     path.write_text(
-        "import captioner.data as d, json\n"
-        "from captioner import checkpoint as c, Captioner\n"
-        "from ..model import CaptionModel\n"
+        "import captioner.data.sources as d, json\n"
+        "from captioner import Captioner, __version__\n"
+        "from captioner.model import checkpoint as c\n"
+        "from ..model.decoder import CaptionModel\n"
         "def f():\n"
-        "    from captioner.training import fit\n"
-        "    from .. import features\n",
+        "    from captioner.training.loop import fit\n"
+        "    from .. import files\n",
         encoding="utf-8",
     )
 
-    assert sorted(imported_rooms(path)) == [
+    assert sorted(imported_parts(path)) == [
         (1, "data"),
-        (2, "checkpoint"),
-        (2, "predictor"),
+        (2, "__init__"),
+        (2, "inference"),
         (3, "model"),
-        (5, "training"),
-        (6, "features"),
+        (4, "model"),
+        (6, "training"),
+        (7, "files"),
     ]
 
 
-def test_the_path_from_photo_to_caption_loads_no_library_of_other_paths() -> None:
+def test_captioning_loads_no_library_of_other_wings() -> None:
     code = (
-        "import sys, captioner.predictor\n"
+        "import sys, captioner.inference.captioner\n"
         "print(*({'gensim', 'datasets', 'matplotlib', 'gradio', 'torch'} & set(sys.modules)))"
     )
     result = subprocess.run(

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 import app
 import train
 from captioner.__main__ import main
-from captioner.checkpoint import Checkpoint, save
 from captioner.config import DecodingOptions, ModelConfig
-from captioner.encoders import load_encoder
-from captioner.model import CaptionModel
-from captioner.viewer.settings import setting_values
-from captioner.vocab import SPECIALS, Vocabulary
+from captioner.model.checkpoint import Checkpoint, save
+from captioner.model.decoder import CaptionModel
+from captioner.model.encoder import load_encoder
+from captioner.model.vocabulary import SPECIALS, Vocabulary
+from captioner.web.settings import setting_values
 from tests.page import CALL, ROOT, UPLOAD, Page, running_page
 
 Row: TypeAlias = dict[str, Any]

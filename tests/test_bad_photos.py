@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from captioner import viewer
+from captioner import web as viewer
 from captioner.errors import ImageError
 from captioner.images import open_photo
 from tests.page import CALL, ROOT, UPLOAD, Page, running_page

@@ -73,7 +73,7 @@ def test_without_bans_it_decodes_as_the_report_does(
     photos = [str(photo) for photo in example_photos]
     assert main(["caption", *photos, "--beam-size", "1", "--no-bans"]) == 0
     told = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
-    wanted = captioner.caption_batch(photos, DecodingOptions.report())
+    wanted = captioner.caption_batch(photos, DecodingOptions.plain_greedy())
     assert told == [caption.text for caption in wanted]
     assert told != [caption.text for caption in captioner.caption_batch(photos)]
 
@@ -282,7 +282,7 @@ def test_captions_are_as_long_as_in_the_checkpoint_s_training(
 ) -> None:
     short = dataclasses.replace(captioner.checkpoint, max_length=6)
     monkeypatch.setattr(captioner, "checkpoint", short)
-    monkeypatch.setattr("captioner.checkpoint.load", lambda _: short)
+    monkeypatch.setattr("captioner.model.checkpoint.load", lambda _: short)
     photo, out = str(example_photos[0]), tmp_path / "captions.parquet"
     assert main(["caption", photo]) == 0
     text = capsys.readouterr().out.strip().split("\t")[1]
@@ -522,7 +522,7 @@ def test_each_warning_is_printed_once_and_only_the_first_retry_of_the_hub(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warn(*_: object, **__: object) -> int:
-        logging.getLogger("captioner.data").warning("a warning of ours")
+        logging.getLogger("captioner.data.sources").warning("a warning of ours")
         library = logging.getLogger("some_library")
         library.addHandler(handler := logging.StreamHandler())
         library.warning("a warning of theirs")

@@ -257,7 +257,7 @@ def test_every_recipe_is_complete(name: str) -> None:
 
 
 def test_the_report_s_decoding_is_greedy_without_bans() -> None:
-    options = DecodingOptions.report()
+    options = DecodingOptions.plain_greedy()
 
     assert (options.beam_size, options.temperature, options.max_length) == (1, 0, 20)
     assert not options.ban_repeats

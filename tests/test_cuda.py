@@ -13,8 +13,8 @@ import torch
 
 import train
 from captioner import Captioner, DecodingOptions, load_encoder
-from captioner.data import load_captions
-from captioner.features import cache_features
+from captioner.data.features import cache_features
+from captioner.data.sources import load_captions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from captioner import checkpoint as checkpoints
+from captioner.model import checkpoint as checkpoints
 from tests.injector import Fault, fill, run
-from tests.runs import assert_same_run
+from tests.training.runs import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -310,7 +310,7 @@ def test_captions_that_are_struck_before_each_change_come_to_the_same_rows(
     tmp_path: Path, request: pytest.FixtureRequest, start: Start, album: Path, kind: Kind
 ) -> None:
     folder: Path = request.getfixturevalue("small_disk") if kind == "fill" else tmp_path
-    settings = {"captioner.bulk._BATCH": 2, "captioner.bulk._PART": 2}
+    settings = {"captioner.inference.bulk._BATCH": 2, "captioner.inference.bulk._PART": 2}
     output, whole = folder / "captions", tmp_path / "whole"
 
     def arguments(output: Path) -> list[str]:

@@ -27,8 +27,8 @@ from captioner.images import (
     find_photos,
     full_size,
     open_photo,
-    preprocess,
 )
+from captioner.model.encoder import preprocess
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 32, 48

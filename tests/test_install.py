@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from captioner import Captioner, __version__
-from captioner.export import write_space
-from captioner.predictor import SHIPPED_CHECKPOINT
+from captioner.inference.captioner import SHIPPED_CHECKPOINT
+from captioner.inference.hub import write_space
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from captioner import Captioner, viewer
+from captioner import Captioner
+from captioner import web as viewer
 from captioner.images import open_photo
 
 BENCHMARKS = Path("runs/benchmarks.json")

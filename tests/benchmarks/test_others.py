@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captioner import Captioner, DecodingOptions, ModelConfig
-from captioner.decoding import decode
 from captioner.images import open_photo
-from captioner.model import CaptionModel
+from captioner.model.decoder import CaptionModel
+from captioner.model.search import decode
 from tests.benchmarks.conftest import Ratios
 
 pytestmark = pytest.mark.benchmark

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from captioner import Captioner, viewer
+from captioner import Captioner
+from captioner import web as viewer
 from captioner.images import open_photo
 from tests.benchmarks.conftest import Ratios
-from tests.browser.conftest import browser
 from tests.page import running_page
+from tests.web.browser.conftest import browser
 
 __all__ = ["browser"]
 pytestmark = pytest.mark.benchmark

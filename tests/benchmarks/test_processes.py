@@ -97,9 +97,9 @@ _EXTRACT = """
 import json, sys
 from pathlib import Path
 import datasets, torch
-from captioner.data import load_captions
-from captioner.encoders import load_encoder
-from captioner.features import cache_features
+from captioner.data.sources import load_captions
+from captioner.model.encoder import load_encoder
+from captioner.data.features import cache_features
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 encoder = load_encoder("efficientnet_lite2")
 photos = load_captions(str(folder / "data"))
@@ -113,11 +113,11 @@ from pathlib import Path
 import numpy as np, torch
 from tests.benchmarks.test_speed import captions_for
 from captioner import TrainConfig
-from captioner.data import CaptionDataset
-from captioner.preparation import Prepared
-from captioner.run import Run
-from captioner.training import train_one_epoch
-from captioner.vocab import Vocabulary
+from captioner.data.dataset import CaptionDataset
+from captioner.training.setup import Prepared
+from captioner.training.state import Run
+from captioner.training.loop import train_one_epoch
+from captioner.model.vocabulary import Vocabulary
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 path = folder / f"features{count}.npy"
 array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, 49, 1504))

@@ -27,13 +27,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tests.benchmarks.conftest import make_photos
-from captioner import Captioner, DecodingOptions, TrainConfig, encoders
+from captioner import Captioner, DecodingOptions, TrainConfig
+from captioner.model import encoder as encoders
 from captioner.config import BAD_ENDINGS, BOS, EOS, PAD
-from captioner.decoding import decode
-from captioner.encoders import load_encoder
+from captioner.model.search import decode
+from captioner.model.encoder import load_encoder
 from captioner.images import open_photo
-from captioner.model import CaptionModel
-from captioner.run import bfloat16_speedup
+from captioner.model.decoder import CaptionModel
+from captioner.training.state import bfloat16_speedup
 
 captioner = Captioner.load()
 photos = make_photos()

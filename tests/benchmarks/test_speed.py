@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioner import Captioner, DecodingOptions, TrainConfig
 from captioner.config import BAD_ENDINGS, BOS, EOS
-from captioner.data import CaptionDataset, load_captions
-from captioner.decoding import Hypothesis, decode
-from captioner.encoders import Encoder
-from captioner.features import cache_features
+from captioner.data.dataset import CaptionDataset
+from captioner.data.features import cache_features
+from captioner.data.sources import load_captions
 from captioner.images import open_photo
-from captioner.model import CaptionModel
-from captioner.self_critical import Reward
-from captioner.vocab import Vocabulary
+from captioner.model.decoder import CaptionModel
+from captioner.model.encoder import Encoder
+from captioner.model.search import Hypothesis, decode
+from captioner.model.vocabulary import Vocabulary
+from captioner.training.self_critical import Reward
 from tests.benchmarks.conftest import Ratios
 
 pytestmark = pytest.mark.benchmark

@@ -1,0 +1,1 @@
+"""Any source of captioned photos, as torch datasets; features kept on disk."""

@@ -1,0 +1,279 @@
+"""The result: a caption, its words, and where the model looked. Knows no model; plain numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import math
+from typing import Any, Self
+
+import numpy as np
+
+from captioner.config import DEFAULT_LANGUAGE, INNER_SPACE, is_language
+from captioner.errors import DataError, first_line
+
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "center", "right")
+# Larger than any caption that the model can write or score.
+_MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
+
+
+def percent(share: float) -> str:
+    """Return a share of 0 to 1 as "43%", or "4.3%" below 10%, rounded half up.
+
+    ``percent`` in viewer.js does the same, so page and exports show the same figures.
+    """
+    step = "1" if share >= 0.0995 else "0.1"
+    value = abs(decimal.Decimal(share * 100))  # no "-0.0%"
+    return f"{value.quantize(decimal.Decimal(step), decimal.ROUND_HALF_UP)}%"
+
+
+def _text(value: Any) -> str:
+    """Check a text that can be written to a file."""
+    if not isinstance(value, str) or len(value) > _MAX_CHARACTERS:
+        raise ValueError(f"expected a string of at most {_MAX_CHARACTERS} characters")
+    value.encode()  # refuses lone surrogates
+    return value
+
+
+def _number(value: Any, low: float, high: float) -> float:
+    """Check a number of a closed range; NaN is outside of any."""
+    number = float(value)
+    if not low <= number <= high:
+        raise ValueError(f"expected a number from {low:g} to {high:g}, not {number:g}")
+    return number
+
+
+def _bounded_list(values: Any, max_length: int) -> list[Any]:
+    """Check a list's length."""
+    if not isinstance(values, list) or len(values) > max_length:
+        raise ValueError(f"expected a list of at most {max_length} items")
+    return values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Word:
+    """One word of a caption.
+
+    Attributes:
+        text: the word; "<eos>" for the end.
+        probability: the model's, 0 to 1, before any ban.
+        alternatives: the likeliest words at this place with their probabilities, best first.
+        attention: float32 (7, 7), sums to 1; row 0 is the top of the photo.
+        known: whether it is in the model's vocabulary; if not, the probability is ``<unk>``'s.
+    """
+
+    text: str
+    probability: float
+    alternatives: tuple[tuple[str, float], ...]
+    attention: np.ndarray
+    known: bool = True
+
+    @property
+    def entropy(self) -> float:
+        """Of the attention, in nats: 0 is one cell, log 49 = 3.89 all alike."""
+        weights = self.attention[self.attention > 0].astype(np.float64)
+        return float(-(weights * np.log(weights)).sum())
+
+    @property
+    def cells(self) -> float:
+        """About how many cells it looks at: exp(entropy), 1 to 49."""
+        return math.exp(self.entropy)
+
+    @property
+    def strongest(self) -> tuple[int, int]:
+        """Row and column of the cell it looks at most."""
+        row, column = np.unravel_index(int(self.attention.argmax()), self.attention.shape)
+        return int(row), int(column)
+
+    @property
+    def region(self) -> str:
+        """The strongest cell in words, such as "top left" or "center"."""
+        rows, columns = self.attention.shape
+        row, column = self.strongest
+        # The middle third is the three cells 2, 3, 4 of seven.
+        vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
+        horizontal = _COLUMNS[
+            int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)
+        ]
+        if (vertical, horizontal) == ("middle", "center"):
+            return "center"
+        return f"{vertical} {horizontal}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "text": self.text,
+            "probability": self.probability,
+            "known": self.known,
+            "alternatives": [
+                {"text": text, "probability": probability}
+                for text, probability in self.alternatives
+            ],
+            "attention": [[round(float(cell), 6) for cell in row] for row in self.attention],
+            "entropy": self.entropy,
+            "cells": self.cells,
+            "region": self.region,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the output of ``to_dict``."""
+        attention = np.asarray(values["attention"], dtype=np.float64)
+        if attention.shape != (7, 7) or not ((attention >= 0) & (attention <= 1)).all():
+            raise ValueError("expected an attention grid of 7 x 7 numbers from 0 to 1")
+        return cls(
+            _text(values["text"]),
+            _number(values["probability"], 0, 1),
+            tuple(
+                (_text(other["text"]), _number(other["probability"], 0, 1))
+                for other in _bounded_list(values["alternatives"], _MAX_ALTERNATIVES)
+            ),
+            attention.astype(np.float32),
+            bool(values["known"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beam:
+    """One caption of the photo.
+
+    Attributes:
+        words: in order, without ``<bos>`` and ``<eos>``.
+        end: the ``<eos>``, with the model's probability that the caption ends here.
+        log_probability: of the words and the end, in nats.
+        score: beams are ranked by this, highest first: log_probability / length **
+            length_penalty (``DecodingOptions``), where length is the number of words plus 1 for
+            the end. Given words count like the others. Where every continuation was banned, each
+            ban that was broken lowers the log-probability in the score by 10,000.
+    """
+
+    words: tuple[Word, ...]
+    end: Word
+    log_probability: float
+    score: float
+
+    @property
+    def text(self) -> str:
+        """The words with spaces between them, but none between Chinese or Japanese characters."""
+        return INNER_SPACE.sub("", " ".join(word.text for word in self.words))
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Float32 (T, 7, 7), a map a word."""
+        return (
+            np.stack([word.attention for word in self.words])
+            if self.words
+            else np.zeros((0, 7, 7), np.float32)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "text": self.text,
+            "log_probability": self.log_probability,
+            "score": self.score,
+            "words": [word.to_dict() for word in self.words],
+            "end": self.end.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the output of ``to_dict``."""
+        words = tuple(Word.from_dict(word) for word in _bounded_list(values["words"], _MAX_WORDS))
+        _text(" ".join(word.text for word in words))
+        return cls(
+            words,
+            Word.from_dict(values["end"]),
+            _number(values["log_probability"], -1e300, 0),
+            _number(values["score"], -1e300, 0),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Caption:
+    """What ``Captioner.caption`` returns: the best beam, and all of them.
+
+    Attributes:
+        beams: highest score first, at least one.
+        size: (width, height) of the upright photo in pixels.
+        given: indices of the words that were given to the model, not chosen by it, in every beam;
+            the index after the last word stands for the end.
+        language: BCP 47 tag of the words, such as "en" or "zh-Hant".
+        sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0) instead
+            of searched for. Samples are independent, so two may be the same. They are ordered by
+            score like the beams of a search, not in the order in which they were drawn, and
+            probabilities and scores are the model's own, before the temperature.
+    """
+
+    beams: tuple[Beam, ...]
+    size: tuple[int, int]
+    given: tuple[int, ...] = ()
+    language: str = DEFAULT_LANGUAGE
+    sampled: bool = False
+
+    @property
+    def text(self) -> str:
+        """The best caption."""
+        return self.beams[0].text
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The best caption's words."""
+        return self.beams[0].words
+
+    @property
+    def log_probability(self) -> float:
+        """The best caption's, in nats."""
+        return self.beams[0].log_probability
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Float32 (T, 7, 7), a map for each of the best caption's words."""
+        return self.beams[0].attention
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: text of the best beam, and all beams with every number."""
+        return {
+            "text": self.text,
+            "language": self.language,
+            "sampled": self.sampled,
+            "size": list(self.size),
+            "given": list(self.given),
+            "beams": [beam.to_dict() for beam in self.beams],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the output of ``to_dict``, so that a caption can be drawn without its model.
+
+        ``language`` and ``sampled`` may be missing: earlier versions did not write them.
+
+        Raises:
+            DataError: ``values`` are something else.
+        """
+        try:
+            width, height = (
+                int(_number(side, 1, 1e9)) for side in _bounded_list(values["size"], 2)
+            )
+            # The index after the last word is the end.
+            given = tuple(
+                int(_number(index, 0, _MAX_WORDS))
+                for index in _bounded_list(values["given"], _MAX_WORDS + 1)
+            )
+            beams = tuple(
+                Beam.from_dict(beam) for beam in _bounded_list(values["beams"], _MAX_BEAMS)
+            )
+            if not beams:
+                raise ValueError("expected at least one beam")
+            language = values.get("language", DEFAULT_LANGUAGE)
+            if not is_language(language):
+                raise ValueError("expected a BCP 47 language tag")
+            sampled = values.get("sampled", False)
+            if not isinstance(sampled, bool):
+                raise ValueError("expected true or false for sampled")
+        except KeyError as error:
+            raise DataError(f"this is not the JSON of a caption: it lacks {error}") from error
+        except (OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
+        return cls(beams, (width, height), given, language, sampled)

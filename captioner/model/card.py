@@ -1,0 +1,78 @@
+"""The model card of a checkpoint, Markdown for a README.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from captioner.config import DEFAULT_LANGUAGE
+
+if TYPE_CHECKING:
+    from captioner.model.checkpoint import Checkpoint
+
+_FLICKR = (
+    "It knows the scenes of its training photos: everyday snapshots, many of people and dogs "
+    "outdoors. ",
+    "The photos of Flickr8k and Flickr30k belong to their owners on Flickr; the data sets are "
+    "given out for research and education. Take this checkpoint under the same terms. ",
+)
+_OTHER = (
+    "It knows the scenes of its training photos. ",
+    "The terms of the photos and captions that it was trained on apply. ",
+)
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """Return the README.md that goes with a checkpoint."""
+    recipe = checkpoint.recipe
+    language = recipe.get("language", DEFAULT_LANGUAGE)
+    kind = "an English caption" if language == "en" else f"a caption (language: {language})"
+    scene, terms = _FLICKR if "flickr" in recipe["data"].lower() else _OTHER
+    names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
+    numbers = [
+        f"| {names.get(name, name.replace('_', ' '))} | {value:.4g} |"
+        for name, value in checkpoint.metrics.items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "tags: [image-captioning, attention, pytorch]",
+            "---",
+            "",
+            "# Image captions with attention",
+            "",
+            f"A frozen `{checkpoint.encoder['name']}` gives 7 x 7 vectors; an LSTM of "
+            f"{checkpoint.model.config.hidden_size} units writes {kind} of at most "
+            f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
+            "",
+            f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
+            f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`"
+            + (
+                f", after reading the captions of `{recipe['text']}`."
+                if recipe.get("text")
+                else "."
+            ),
+            "",
+            "## Limits",
+            "",
+            f"{scene}Anything else it describes as the nearest thing it knows, and with "
+            "confidence. It miscounts, mixes up colors, guesses people's sex and age from looks, "
+            "and repeats the assumptions of its training captions. Don't use it to identify or "
+            "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
+            "read for a word; it doesn't prove that the word came from there.",
+            "",
+            "## Scores on the validation photos",
+            "",
+            "BLEU, CIDEr (CIDEr-D) and ROUGE-L x 100 of free captions against all references; "
+            "cross-entropy in nats a word, unsmoothed. The epoch was chosen on these photos.",
+            "",
+            "| score | value |",
+            "| --- | ---: |",
+            *numbers,
+            "",
+            "## Terms",
+            "",
+            f"{terms}The encoder's weights come under their own licence and are not part of this "
+            "folder.",
+            "",
+        ]
+    )

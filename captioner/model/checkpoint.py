@@ -1,0 +1,304 @@
+"""Checkpoints: a folder with model.safetensors, config.json and a model card. No pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from captioner.config import DEFAULT_LANGUAGE, DecodingOptions, ModelConfig, is_language
+from captioner.environment import cache_access, torch_defaults
+from captioner.errors import CaptionerError, CheckpointError, first_line, hub_reason
+from captioner.files import atomic_dir
+from captioner.model.card import model_card
+from captioner.model.decoder import CaptionModel
+from captioner.model.vocabulary import Vocabulary
+
+FORMAT = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "weights_sha256": str,
+    "model": dict,
+    "vocabulary": list,
+    "max_length": int,
+    "encoder": dict,
+    "recipe": dict,
+    "metrics": dict,
+}
+_ENCODER_FIELDS: dict[str, type] = {
+    "name": str,
+    "channels": int,
+    "grid": list,
+    "transform": dict,
+    "sha256": str,
+}
+_RECIPE_FIELDS: dict[str, type] = {"recipe": str, "data": str}
+# More than any file of ours: a config with a million words, a header of the weights.
+_LARGEST_CONFIG, _LARGEST_HEADER = 32_000_000, 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A trained decoder with all that is needed to use it.
+
+    Attributes:
+        model: the decoder, in ``eval()``.
+        vocabulary: its words.
+        max_length: ids a caption had in training, ``<bos>`` and ``<eos>`` included.
+        encoder: the encoder's ``spec()``: name, transform, channels, grid, SHA-256 of its weights.
+        recipe: the settings it was trained with.
+        metrics: validation scores.
+    """
+
+    model: CaptionModel
+    vocabulary: Vocabulary
+    max_length: int
+    encoder: dict[str, Any]
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+
+    def check_encoder(self, spec: dict[str, Any]) -> None:
+        """Refuse an encoder whose ``spec()`` is not the one of training."""
+        # JSON has no tuples, so both sides are compared as JSON knows them.
+        own, spec = json.loads(json.dumps([self.encoder, spec]))
+        for field in ("name", "channels", "grid", "transform", "sha256"):
+            if own.get(field) != spec.get(field):
+                if field == "sha256":
+                    raise CheckpointError(
+                        f"the weights of {spec['name']} are not those that this checkpoint was "
+                        f"trained with (SHA-256 {reprlib.repr(spec[field])}, not "
+                        f"{reprlib.repr(own.get(field))}): give the right file with "
+                        "--encoder-weights"
+                    )
+                raise CheckpointError(
+                    f"the checkpoint's encoder has {field} {reprlib.repr(own.get(field))}, this "
+                    f"one {spec.get(field)!r}: train again, or install the version it was made with"
+                )
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not.
+
+    Raises:
+        WriteError: it cannot be written; the one that was there stays.
+    """
+    state = checkpoint.model.state_dict()
+    if checkpoint.model.config.tied_embedding:
+        del state["fc.weight"]  # safetensors stores no tensor twice
+    half = {name: tensor.cpu().half().contiguous() for name, tensor in state.items()}
+    weights = safetensors.torch.save(half)
+    config = {
+        "format": FORMAT,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "model": checkpoint.model.config.to_dict(),
+        "vocabulary": checkpoint.vocabulary.idx2word,
+        "max_length": checkpoint.max_length,
+        "encoder": checkpoint.encoder,
+        "recipe": checkpoint.recipe,
+        "metrics": checkpoint.metrics,
+    }
+    with atomic_dir(folder, f"the checkpoint {folder}") as partial:
+        (partial / WEIGHTS).write_bytes(weights)
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        (partial / CARD).write_text(model_card(checkpoint), encoding="utf-8")
+
+
+def find(path_or_hub_id: str | Path) -> Path:
+    """Return a checkpoint's folder: a local one, or a download from the Hugging Face Hub.
+
+    Args:
+        path_or_hub_id: a folder, or the Hub's "user/name" or "user/name@revision".
+    """
+    name = str(path_or_hub_id)
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except (OSError, RuntimeError):  # no name that a folder could have, or no such user
+        is_file = False
+    if is_file:
+        raise CheckpointError(f"{path} is a file; a checkpoint is a folder with {CONFIG}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        raise CheckpointError(f"there is no checkpoint folder {name}")
+    return _download(name)
+
+
+@cache_access()
+def _download(name: str) -> Path:
+    """Fetch a checkpoint, "user/name" or "user/name@revision", unless the cache has it."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG, CARD]
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {name}, and it cannot be downloaded from the Hugging Face Hub: "
+            f"{hub_reason(error, repository)}"
+        ) from error
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{name} of the Hub is no captioner checkpoint: it has no {CONFIG}")
+    return folder
+
+
+@torch_defaults()
+def load(path_or_hub_id: str | Path) -> Checkpoint:
+    """Load a checkpoint, checked throughout.
+
+    Raises:
+        CheckpointError: it is missing, truncated, damaged, foreign or newer than this version.
+    """
+    folder = find(path_or_hub_id)
+    path = folder / CONFIG
+    config = _read_config(path)
+    try:
+        model_config = ModelConfig.from_dict(config["model"])
+        vocabulary = Vocabulary(config["vocabulary"])
+        DecodingOptions(max_length=config["max_length"])
+    except CaptionerError as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)[:160]}") from error
+    if len(vocabulary) != model_config.vocabulary_size:
+        raise CheckpointError(
+            f"{path} is damaged: {len(vocabulary)} words for a model of "
+            f"{model_config.vocabulary_size}"
+        )
+    if config["encoder"]["channels"] != model_config.encoder_channels:
+        raise CheckpointError(
+            f"{path} is damaged: an encoder of {config['encoder']['channels']} channels for a "
+            f"model of {model_config.encoder_channels}"
+        )
+    # Without memory until the file has shown that it has the shapes that the config asks for.
+    with torch.device("meta"):
+        model = CaptionModel(model_config)
+    _load_weights(model, folder / WEIGHTS, config["weights_sha256"])
+    return Checkpoint(
+        model.eval(),
+        vocabulary,
+        config["max_length"],
+        config["encoder"],
+        config["recipe"],
+        config["metrics"],
+    )
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Read a file that may have ``most`` bytes; a larger one is not even opened."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}")
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes, where at most {most} can be: copy or download "
+                "it again"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; Python would take the last of two fields with one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("it gives a field twice")
+    return values
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read config.json, or say what is wrong with it."""
+    try:
+        text = _read(path, _LARGEST_CONFIG).decode()
+        config = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)[:160]}") from error
+    if not isinstance(config, dict) or type(config.get("format")) is not int:
+        raise CheckpointError(f"{path} is not a captioner checkpoint: it names no format")
+    if config["format"] != FORMAT:
+        newer = config["format"] > FORMAT
+        raise CheckpointError(
+            f"{path.parent} has format {reprlib.repr(config['format'])}, "
+            f"{'newer than' if newer else 'not'} the {FORMAT} that this version reads: "
+            + ("update captioner" if newer else "copy or download it again")
+        )
+    _check_fields(config, _FIELDS, path)
+    _check_fields(config["encoder"], _ENCODER_FIELDS, path)
+    _check_fields(config["recipe"], _RECIPE_FIELDS, path)
+    if not is_language(config["recipe"].get("language", DEFAULT_LANGUAGE)):
+        raise CheckpointError(f"{path} is damaged: 'language' of 'recipe' is not a language tag")
+    if not all(isinstance(word, str) for word in config["vocabulary"]):
+        raise CheckpointError(f"{path} is damaged: 'vocabulary' holds what is no word")
+    for name, value in config["metrics"].items():
+        # Not isfinite, which fails for an integer that is too large for a float.
+        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+            raise CheckpointError(
+                f"{path} is damaged: {reprlib.repr(name)} of 'metrics' is no number"
+            )
+    return config
+
+
+def _check_fields(values: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """Refuse a missing field, and one of another type; a bool is no int here."""
+    for field, kind in kinds.items():
+        if field not in values:
+            raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
+        if type(values[field]) is not kind:
+            raise CheckpointError(f"{path} is damaged: {field!r} is of the wrong type")
+
+
+def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
+    """Fill ``model`` from a safetensors file, or name the first tensor that is wrong."""
+    expected = model.state_dict()
+    if model.config.tied_embedding:
+        del expected["fc.weight"]
+    bytes_expected = sum(2 * tensor.numel() for tensor in expected.values())
+    data = _read(path, bytes_expected + _LARGEST_HEADER)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or of another checkpoint, by its SHA-256 in {CONFIG}: "
+            "copy or download the checkpoint again"
+        )
+    try:
+        state = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file ({first_line(error)[:160]}): copy or download it again"
+        ) from error
+    for name in sorted(set(expected) | set(state)):
+        if name not in state:
+            raise CheckpointError(f"{path} does not fit its {CONFIG}: it lacks {name}")
+        if name not in expected:
+            raise CheckpointError(
+                f"{path} does not fit its {CONFIG}: it holds an unknown {reprlib.repr(name)}"
+            )
+        if state[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path} does not fit its {CONFIG}: {name} is {tuple(state[name].shape)}, "
+                f"not {tuple(expected[name].shape)}"
+            )
+        if state[name].dtype != torch.float16:
+            raise CheckpointError(
+                f"{path} is damaged: {name} is {state[name].dtype}, not torch.float16"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")
+    weights = {name: tensor.float() for name, tensor in state.items()}
+    if model.config.tied_embedding:
+        weights["fc.weight"] = weights["embedding.weight"]
+    model.load_state_dict(weights, assign=True)
+    if model.config.tied_embedding:
+        model.fc.weight = model.embedding.weight

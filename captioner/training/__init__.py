@@ -1,0 +1,1 @@
+"""What makes a checkpoint, and what scores it."""

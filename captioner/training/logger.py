@@ -1,0 +1,129 @@
+"""A training run's record (run.json) and figures: CSV, TensorBoard and curves.png."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from captioner.config import TrainConfig
+from captioner.files import atomic_write, reraise_os_errors
+
+RECORD = "run.json"
+
+_PANELS = {
+    "Cross-entropy, nats a word": ("train_loss", "val_loss"),
+    "Validation scores x 100": ("CIDEr", "ROUGE-L", "BLEU-4"),
+    "Learning rate": ("learning_rate",),
+    "Reward: mean CIDEr-D of drawn captions": ("reward",),
+}
+
+
+class MetricsLogger:
+    """Writes each row at once, so that a killed run leaves its figures.
+
+    Both methods raise ``WriteError`` where the disk is full.
+    """
+
+    def __init__(self, folder: Path, rows: list[dict[str, float]]) -> None:
+        """Start in ``folder`` after the ``rows`` of an earlier part of the run."""
+        self.rows = list(rows)
+        self._folder = folder
+        self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
+        with reraise_os_errors(self._events):
+            self._events.parent.mkdir(exist_ok=True)
+        self._note(file_version="brain.Event:2")
+        # What TensorBoard has of later epochs a killed run did not come to save.
+        self._note(session_log=SessionLog(status=SessionLog.START), step=len(rows) + 1)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Keep one epoch; ``row["epoch"]`` counts from 1."""
+        self.rows.append(row)
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "epoch"
+        ]
+        self._note(summary=Summary(value=values), step=int(row["epoch"]))
+        table = io.StringIO(newline="")
+        # What a stage has no figure for stays empty.
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(table, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic_write(self._folder / "metrics.csv", table.getvalue().encode())
+        image = io.BytesIO()
+        curves(self.rows).savefig(image, dpi=120)
+        atomic_write(self._folder / "curves.png", image.getvalue())
+
+    def _note(self, **event: Any) -> None:
+        """Add to TensorBoard's file; its own writer has a thread, which would fail alone."""
+        record = Event(wall_time=time.time(), **event).SerializeToString()
+        with reraise_os_errors(self._events), self._events.open("ab") as file:
+            RecordWriter(file).write(record)
+
+
+def curves(rows: list[dict[str, float]]) -> Figure:
+    """Draw losses, scores, learning rate and, where there is one, the reward over the epochs."""
+    panels = {
+        title: names
+        for title, names in _PANELS.items()
+        if any(name in row for name in names for row in rows)
+    }
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            label = name.replace("_", " ")
+            values = [row.get(name, math.nan) for row in rows]
+            axes.plot(epochs, values, marker="o", markersize=3, label=label)
+        axes.set(title=title, xlabel="Epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(frameon=False)
+    return figure
+
+
+@functools.cache  # a run goes on with the code it started with, whatever is committed meanwhile
+def _git_commit() -> str | None:
+    """Return the commit that the code stood at when first asked, if it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_record(
+    folder: Path,
+    config: TrainConfig,
+    rows: Sequence[dict[str, float]],
+    processes: int,
+    precision: str,
+) -> None:
+    """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
+    packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
+    record = {
+        "config": config.to_dict(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "git_commit": _git_commit(),
+        "processes": processes,
+        "precision": precision,
+        "epochs": list(rows),
+    }
+    atomic_write(folder / RECORD, json.dumps(record, indent=1).encode())

@@ -1,0 +1,34 @@
+"""The page's own Gradio component, and the handlers of its events."""
+
+from captioner.web.attention_viewer import (
+    ON_EXPORT_FAILED,
+    ON_EXPORTED,
+    ON_REQUEST_FAILED,
+    AttentionViewer,
+    CaptionRequest,
+    Example,
+    ExportRequest,
+    View,
+)
+from captioner.web.errors import show_errors
+from captioner.web.explanation import how_it_works
+from captioner.web.handlers import Handlers, preview_picture
+from captioner.web.photo_input import ExamplePhoto, PhotoInput, example_photos
+
+__all__ = [
+    "ON_EXPORTED",
+    "ON_EXPORT_FAILED",
+    "ON_REQUEST_FAILED",
+    "AttentionViewer",
+    "CaptionRequest",
+    "Example",
+    "ExamplePhoto",
+    "ExportRequest",
+    "Handlers",
+    "PhotoInput",
+    "View",
+    "example_photos",
+    "how_it_works",
+    "preview_picture",
+    "show_errors",
+]

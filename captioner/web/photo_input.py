@@ -1,0 +1,126 @@
+"""The example photos, and the photo input of the API."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from PIL import Image
+from pydantic import ValidationError
+
+from captioner.errors import ImageError
+from captioner.images import open_photo
+from captioner.web.errors import show_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplePhoto:
+    """A photo that a package of ``requirements.txt`` brings.
+
+    Attributes:
+        path: its file.
+        title: what it shows.
+        note: what to notice about its caption.
+    """
+
+    path: Path
+    title: str
+    note: str
+
+
+# First the ones that the shipped model describes well.
+_EXAMPLES = {
+    "cat": (
+        *("skimage", "data/chelsea.png", "cat"),
+        "Right about the cat. Does it lick its nose? Click “nose” to see what else was likely.",
+    ),
+    "photographer": (
+        *("skimage", "data/camera.png", "photographer with a camera"),
+        "It works without color, too: compare the maps of “man” and “camera”.",
+    ),
+    "motorcycle": (
+        *("skimage", "data/motorcycle_left.png", "motorcycle"),
+        "The motorcycle is right, but nobody sits on it. Click “man” for the runners-up.",
+    ),
+    "officer": (
+        *("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "officer in front of a flag"),
+        "She is Rear Admiral Grace Hopper. The uniform makes the model guess “man”.",
+    ),
+    "astronaut": (
+        *("skimage", "data/astronaut.png", "astronaut"),
+        "A person in a suit, but which one? Click “boy” for the runners-up.",
+    ),
+    "lion": (
+        *("gradio", "media_assets/images/lion.jpg", "lion"),
+        "“Lion” isn't in its vocabulary, so the model names the nearest thing it knows: a dog.",
+    ),
+    "cheetah": (
+        *("gradio", "media_assets/images/cheetah1.jpg", "cheetah"),
+        "Another animal without a word. “Dog” was far less likely here than for the lion.",
+    ),
+    "coffee": (
+        *("skimage", "data/coffee.png", "cup of coffee"),
+        "It learned from photos of people and dogs, and sees a person where there is none.",
+    ),
+    "tower": (
+        *("gradio", "media_assets/images/tower.jpg", "tower"),
+        "Start a caption with “a tall” under Your own words, and see how the model goes on.",
+    ),
+}
+
+
+def example_photos() -> dict[str, ExamplePhoto]:
+    """Return the example photos that are installed, by name."""
+    photos = {
+        name: ExamplePhoto(Path(str(files(package))) / path, title, note)
+        for name, (package, path, title, note) in _EXAMPLES.items()
+    }
+    return {name: photo for name, photo in photos.items() if photo.path.is_file()}
+
+
+class PhotoData(ImageData):
+    """A photo as it travels: the path of a file that was uploaded."""
+
+    @classmethod
+    @show_errors
+    def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
+        """Validate, with an error that says what to send: Gradio would answer with nothing."""
+        try:
+            return super().model_validate(*args, **kwargs)
+        except ValidationError as error:
+            raise ImageError(
+                "the photo is not an uploaded file: send it to /gradio_api/upload first, then name "
+                'it as {"path": …, "meta": {"_type": "gradio.FileData"}}, with the path that came '
+                "back"
+            ) from error
+
+
+class PhotoInput(gr.Image):
+    """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
+
+    The stock one opens files before any function of ours runs: a bad file gives a bare "Error", a
+    bomb is decoded whole, and 16-bit and float pictures turn white or black.
+    """
+
+    is_template = True  # the browser draws it as the stock image component
+    data_model = PhotoData
+
+    @show_errors
+    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
+        """Return an upright RGB picture, or show what is wrong with the file."""
+        if payload is None:
+            return None
+        try:
+            if payload.path is None:
+                raise ImageError("no photo came with the request: send it as a file")
+            # Gradio does not look where a path leads that comes without its mark of a file.
+            path = Path(payload.path).resolve()
+            if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()):
+                raise ImageError("the photo was not uploaded: send the file first")
+            return open_photo(path.read_bytes())
+        except (OSError, ValueError) as error:  # ValueError: no name that a file has
+            raise ImageError("the photo did not arrive: send it again") from error

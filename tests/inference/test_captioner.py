@@ -1,0 +1,316 @@
+"""The shipped checkpoint, from a photo to a caption with its maps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioner import Caption, Captioner, DecodingOptions
+from captioner.errors import CheckpointError, ConfigError, ImageError
+from captioner.inference.captioner import SHIPPED_CHECKPOINT, near_misses
+
+
+@pytest.fixture(scope="module")
+def photos(example_photos: list[Path]) -> list[Path]:
+    return example_photos[:3]
+
+
+def test_every_word_has_a_map_a_probability_and_alternatives(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    assert caption.text == " ".join(word.text for word in caption.words)
+    assert 3 <= len(caption.words) <= 18
+    assert caption.attention.shape == (len(caption.words), 7, 7)
+    assert np.allclose(caption.attention.sum(axis=(1, 2)), 1, atol=1e-4)
+    with Image.open(photos[0]) as image:
+        assert caption.size == image.size
+    for word in caption.words:
+        assert 0 < word.probability <= 1
+        assert len(word.alternatives) == 5
+        probabilities = [probability for _, probability in word.alternatives]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 <= word.entropy <= np.log(49) + 1e-5
+        assert caption.words[0].attention.shape == (7, 7)
+
+
+def test_beams_come_best_first_and_differ(captioner: Captioner, photos: list[Path]) -> None:
+    beams = captioner.caption(photos[0], DecodingOptions(beam_size=5)).beams
+    assert len(beams) == 5
+    assert len({beam.text for beam in beams}) == 5
+    scores = [beam.score for beam in beams]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_batch_gives_what_each_photo_gives_alone(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    together = captioner.caption_batch(photos)
+    for photo, caption in zip(photos, together, strict=True):
+        alone = captioner.caption(photo)
+        assert caption.text == alone.text
+        assert caption.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
+        assert np.allclose(caption.attention, alone.attention, atol=1e-4)
+
+
+def test_score_reads_the_own_caption_as_it_was_written(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[1])
+    read = captioner.score(photos[1], caption.text)
+    assert read.text == caption.text
+    assert read.log_probability == pytest.approx(caption.log_probability, abs=1e-3)
+    assert np.allclose(read.attention, caption.attention, atol=1e-4)
+
+
+def test_score_prefers_a_caption_that_fits(captioner: Captioner, photos: list[Path]) -> None:
+    own = captioner.caption(photos[1]).text
+    shuffled = " ".join(reversed(own.split()))
+    fits, does_not = (captioner.score(photos[1], text) for text in (own, shuffled))
+    assert fits.log_probability > does_not.log_probability + 5
+
+
+def test_score_shows_unknown_words_as_they_were_written(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.score(photos[0], "a Zyzzyva runs").text == "a zyzzyva runs"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "!?"])
+def test_score_refuses_no_words(captioner: Captioner, photos: list[Path], text: str) -> None:
+    with pytest.raises(ConfigError, match="no word"):
+        captioner.score(photos[0], text)
+
+
+def test_a_prefix_is_kept(captioner: Captioner, photos: list[Path]) -> None:
+    caption = captioner.caption(photos[0], DecodingOptions(prefix="Two women"))
+    assert caption.text.startswith("two women ")
+
+
+def test_a_caption_tells_which_of_its_words_were_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.caption(photos[0]).given == ()
+    for prefix, given in (("Two women", (0, 1)), ("a", (0,)), ("Two, women!  and", (0, 1, 2))):
+        caption = captioner.caption(photos[0], DecodingOptions(prefix=prefix))
+        assert caption.given == given
+        assert len(caption.words) > len(given)
+
+
+def test_every_photo_of_a_batch_tells_what_was_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    captions = captioner.caption_batch(photos, DecodingOptions(prefix="a"))
+    assert [caption.given for caption in captions] == [(0,)] * len(photos)
+
+
+def test_of_a_caption_that_was_read_all_words_and_the_end_were_given(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.score(photos[0], "A zyzzyva runs.").given == (0, 1, 2, 3)
+    assert captioner.score(photos[0], "dog").given == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "ending"),
+    [
+        ("zebra", "; use another word"),
+        ("giraffe", "; use another word"),
+        ("fox", "; use another word"),
+        ("q", "; use another word"),
+        ("womann", ". Did you mean woman?"),
+        ("motorcyle", ". Did you mean motorcycle, motorcycles?"),
+        ("dgo", ". Did you mean dog?"),
+        ("chidl", ". Did you mean child?"),
+        ("photograf", ". Did you mean photograph?"),
+    ],
+)
+def test_an_unknown_prefix_gets_suggestions_of_near_misses_only(
+    captioner: Captioner, photos: list[Path], word: str, ending: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        captioner.caption(photos[0], DecodingOptions(prefix=f"a {word}"))
+    assert str(refused.value) == f"\"{word}\" isn't in the model's vocabulary{ending}"
+
+
+def test_a_very_long_unknown_word_is_refused_in_no_time() -> None:
+    known = [f"word{number}" for number in range(2500)]
+    started = time.process_time()
+    assert near_misses("word" * 2000, known) == []
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+def test_beams_rank_by_log_probability_over_length(
+    captioner: Captioner, photos: list[Path], temperature: float, length_penalty: float
+) -> None:
+    options = DecodingOptions(
+        beam_size=4, samples=4, temperature=temperature, length_penalty=length_penalty, prefix="a"
+    )
+    caption = captioner.caption(photos[0], options)
+    assert caption.sampled == (temperature > 0)
+    scores = [beam.score for beam in caption.beams]
+    assert scores == sorted(scores, reverse=True)
+    for beam in caption.beams:
+        length = len(beam.words) + 1
+        assert beam.score == pytest.approx(beam.log_probability / length**length_penalty)
+
+
+def test_a_caption_has_the_language_of_the_training_captions(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    assert captioner.caption(photos[0]).language == "en"
+    recipe = {**captioner.checkpoint.recipe, "language": "de"}
+    german = Captioner(dataclasses.replace(captioner.checkpoint, recipe=recipe), captioner.encoder)
+    for caption in (german.caption(photos[0]), german.score(photos[0], "a dog")):
+        assert caption.language == "de"
+        assert not caption.sampled
+
+
+def test_sampling_is_seeded(captioner: Captioner, photos: list[Path]) -> None:
+    texts = [
+        captioner.caption(photos[0], DecodingOptions(temperature=1.0, seed=seed)).text
+        for seed in (1, 1, 2, 3)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_the_same_photo_in_other_dress_gets_the_same_caption(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    with Image.open(photos[0]) as image:
+        picture = image.convert("RGB")
+    texts = {
+        captioner.caption(photo).text
+        for photo in (photos[0], str(photos[0]), photos[0].read_bytes(), picture, np.array(picture))
+    }
+    assert len(texts) == 1
+
+
+def test_copied_captioner_writes_the_same(captioner: Captioner, photos: list[Path]) -> None:
+    expected = captioner.caption(photos[0]).to_dict()
+    for copied in (copy.deepcopy(captioner), pickle.loads(pickle.dumps(captioner))):
+        assert copied is not captioner
+        assert copied.caption(photos[0]).to_dict() == expected
+        assert copied.encoder.spec() == captioner.encoder.spec()
+
+
+def test_captioner_is_used_by_two_threads_at_once(captioner: Captioner, photos: list[Path]) -> None:
+    expected = captioner.caption_batch(photos)
+    with ThreadPoolExecutor(2) as pool:
+        for captions in pool.map(captioner.caption_batch, [photos, photos]):
+            assert [each.text for each in captions] == [each.text for each in expected]
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    with torch.autocast("cpu"), torch.inference_mode():
+        yield
+
+
+@contextlib.contextmanager
+def _bfloat16_on_meta() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def _global_state() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_rng_state().numpy().tobytes(),
+    )
+
+
+@pytest.mark.parametrize("state", [_float64, _autocast, _bfloat16_on_meta])
+def test_captions_do_not_depend_on_the_state_of_torch(
+    captioner: Captioner,
+    photos: list[Path],
+    state: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    sampled = DecodingOptions(temperature=1.0, seed=3)
+
+    def captions(of: Captioner) -> list[Caption]:
+        drawn = of.caption(photos[0], sampled)
+        return [drawn, of.score(photos[0], "a dog runs"), *of.caption_batch(photos[:2])]
+
+    expected = captions(captioner)
+    with state():
+        torch.manual_seed(7)
+        before = _global_state()
+        loaded = Captioner.load()
+        found = [*captions(captioner), *captions(loaded)]
+        assert _global_state() == before
+    for one, other in zip(found, expected * 2, strict=True):
+        assert one.text == other.text
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+        assert np.allclose(one.attention, other.attention, atol=1e-4)
+
+
+def test_no_photos_are_no_captions(captioner: Captioner) -> None:
+    assert captioner.caption_batch([]) == []
+
+
+def test_a_bad_photo_is_named(captioner: Captioner, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no photo")
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        captioner.caption(bad)
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        captioner.score(bad, "a dog runs")
+
+
+def test_another_encoder_is_refused(captioner: Captioner) -> None:
+    spec = {**captioner.encoder.spec(), "sha256": "0" * 64}
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        captioner.checkpoint.check_encoder(spec)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Captioner.load(tmp_path / "nowhere")
+
+
+def test_the_card_is_the_model_card_without_its_front_matter(captioner: Captioner) -> None:
+    shipped = (SHIPPED_CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    assert shipped.startswith("---\n")
+    assert captioner.card
+    assert shipped.endswith(f"---\n\n{captioner.card}\n")
+    assert captioner.card.startswith("# ")

@@ -1,0 +1,976 @@
+"""The page as a process on the open internet: load, the end, files, addresses, headers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import http.client
+import http.server
+import io
+import json
+import re
+import signal
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gradio as gr
+import gradio.routes
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import app
+from captioner import Captioner
+from captioner import web as viewer
+from captioner.errors import ConfigError, WriteError
+from captioner.web import server as serving
+from captioner.web.server import MAX_WAITING
+from tests.page import CALL, ROOT, UPLOAD, Page, answer, ask, captions, run, running_page, visits
+
+SECRETS = [
+    "/etc/passwd",
+    "/proc/self/environ",
+    str(ROOT / "app.py"),
+    str(ROOT / "assets/checkpoint/config.json"),
+    str(ROOT / ".git/config"),
+]
+
+
+@pytest.fixture(scope="module")
+def photos(example_photos: list[Path]) -> list[bytes]:
+    """A hundred photos, each of another part of an example."""
+    made, random = [], np.random.default_rng(0)
+    for number in range(100):
+        image = Image.open(example_photos[number % len(example_photos)]).convert("RGB")
+        left, top = (int(random.integers(0, side // 3)) for side in image.size)
+        part = image.crop((left, top, left + image.width // 2, top + image.height // 2))
+        file = io.BytesIO()
+        part.resize((320, 240)).save(file, "JPEG")
+        made.append(file.getvalue())
+    return made
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Give back the handlers that ``serve`` replaces."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, photos: list[bytes]) -> Iterator[Page]:
+    with running_page(tmp_path_factory.mktemp("page")) as page:
+        captions(page.address, photos[:1])  # by then it has said all that it says at its start
+        yield page
+
+
+@pytest.mark.parametrize(
+    "seconds", [20, pytest.param(120, marks=pytest.mark.benchmark)], ids=["short", "two minutes"]
+)
+def test_a_hundred_visitors_at_once_get_their_own_captions(
+    page: Page, photos: list[bytes], seconds: int
+) -> None:
+    expected = captions(page.address, photos)
+    assert len(set(expected)) == 100
+    seen = visits(page.address, photos, expected, seconds)
+    assert not seen.mixed_up
+    assert len(seen.seconds) > seconds  # that it goes on; two idle cores caption nine a second
+    print(
+        f"\n{len(seen.seconds)} captions in {seconds} s, {seen.busy} times busy, "
+        f"seconds p50 {np.percentile(seen.seconds, 50):.2f}, "
+        f"p95 {np.percentile(seen.seconds, 95):.2f}; health p50 "
+        f"{1000 * np.percentile(seen.health, 50):.0f} ms, p95 "
+        f"{1000 * np.percentile(seen.health, 95):.0f} ms, {page.anonymous() // 1000} MB"
+    )
+    assert "Traceback" not in page.log
+
+
+def test_who_waits_is_answered_when_the_page_is_asked_to_end(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    with running_page(tmp_path) as page:
+        expected = captions(page.address, photos[:10])
+
+        async def end() -> list[str]:
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                events = [(await ask(client, photo))[1] for photo in photos[:10]]
+                waiting = [asyncio.create_task(answer(client, event)) for event in events]
+                page.process.send_signal(signal.SIGTERM)
+                while (health := await client.get("/healthz")).status_code == 200:
+                    await asyncio.sleep(0.01)
+                assert health.json() == {"status": "stopping"}
+                status, refusal = await ask(client, photos[10])
+                assert status == 503
+                assert "try again" in refusal
+                refused = await client.post(CALL, json={"data": [None]})
+                assert refused.status_code == 503
+                return await asyncio.gather(*waiting)
+
+        started = time.monotonic()
+        assert run(end()) == expected
+        assert page.process.wait(timeout=30) == 0
+        assert time.monotonic() - started < 30
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+        assert "Traceback" not in page.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_open_page_does_not_keep_the_server(
+    tmp_path: Path, photos: list[bytes], number: signal.Signals
+) -> None:
+    with running_page(tmp_path) as page:
+        captions(page.address, photos[:1])
+        session = httpx.stream("GET", f"{page.address}/gradio_api/heartbeat/me", timeout=60)
+        with session as heartbeat:
+            assert heartbeat.status_code == 200
+            # The system gives it to any thread; the first one is the one that Python asks.
+            threads = [int(path.name) for path in Path(f"/proc/{page.process.pid}/task").iterdir()]
+            assert not ctypes.CDLL(None).tgkill(page.process.pid, max(threads), number)
+            assert page.process.wait(timeout=30) == 0
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+
+
+def test_a_second_signal_does_not_wait_and_leaves_no_file_either(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    with running_page(tmp_path) as page:
+
+        async def end_twice() -> float:
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                for photo in photos[:15]:
+                    await ask(client, photo)
+                started = time.monotonic()
+                page.process.send_signal(signal.SIGINT)
+                while (await client.get("/healthz")).status_code == 200:
+                    assert time.monotonic() - started < 15
+                    await asyncio.sleep(0.01)
+                page.process.send_signal(signal.SIGINT)
+                return started
+
+        started = run(end_twice())
+        assert page.process.wait(timeout=30) == 0
+        assert time.monotonic() - started < 15
+        assert not [path for path in page.folder.rglob("*") if path.is_file()]
+        assert "Traceback" not in page.log
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+        (["--port", "70000", "--host", "::1"], "cannot listen on ::1, port 70000"),
+        (["--port", "-1"], "cannot listen on 127.0.0.1, port -1"),
+        (["--host", "192.0.2.77"], "cannot listen on 192.0.2.77"),
+        (["--host", "no-such-host.invalid"], "cannot listen on no-such-host.invalid"),
+        (["--host", "::zz"], "cannot listen on ::zz"),
+        (["--host", "a..b"], "cannot listen on a..b"),
+        (["--host", "http://127.0.0.1"], "cannot listen on http://127.0.0.1"),
+        ([], "Address already in use"),
+    ],
+)
+@pytest.mark.usefixtures("signal_handlers")
+def test_where_it_cannot_listen_it_says_so_at_once(
+    page: Page,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setattr(Captioner, "load", lambda *_: None)
+    assert app.main(options or ["--port", page.address.rpartition(":")[2]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert "choose another --host or --port" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:"),
+        ("localhost", "http://[::1]:"),
+        ("0.0.0.0", "http://127.0.0.1:"),
+        ("::1", "http://[::1]:"),
+        ("[::1]", "http://[::1]:"),
+        ("::", "http://[::1]:"),
+    ],
+)
+def test_address_works_in_a_browser_when_localhost_is_only_ipv6(
+    monkeypatch: pytest.MonkeyPatch, host: str, address: str
+) -> None:
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda name, *rest, **named: look_up(
+            "::1" if name == "localhost" else name, *rest, **named
+        ),
+    )
+    sockets = serving._listen(host, 0)
+    try:
+        own = serving._own_address(sockets[0])
+        assert own.startswith(address)
+        parts = urlsplit(own)
+        with socket.create_connection((parts.hostname, parts.port), timeout=5):
+            pass
+        if host == "::":  # all addresses of both kinds
+            with socket.create_connection(("127.0.0.1", parts.port), timeout=5):
+                pass
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def test_setting_is_named_when_gradio_could_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "http")
+    code = Path(serving.__file__).read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="GRADIO_SERVER_PORT is 'http'"):
+        exec(compile(code, serving.__file__, "exec"), {"__name__": "captioner.web.server"})
+
+
+def test_port_is_the_next_free_one_when_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    (taken,) = serving._listen("127.0.0.1", 0)
+    with taken:
+        first = taken.getsockname()[1]
+        monkeypatch.setattr("gradio.http_server.INITIAL_PORT_VALUE", first)
+        (free,) = serving._listen("127.0.0.1", None)
+        with free:
+            assert free.getsockname()[1] > first
+
+
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        httpx.ConnectError("All connection attempts failed"),
+        httpx.InvalidURL("Invalid port"),
+        ValueError("When localhost is not accessible\na link must be created"),
+        ImportError("socksio"),
+        OSError(24, "Too many open files"),
+        Exception("Couldn't start the app"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_launch_failure_is_one_line_when_gradio_raises(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Exception,
+) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    monkeypatch.setattr(Captioner, "load", lambda *_: None)
+    monkeypatch.setattr(app, "build_demo", lambda _: gr.Blocks(analytics_enabled=False))
+    monkeypatch.setattr(viewer, "preview_picture", lambda _: b"")
+    environment = gradio.routes.templates.env
+    monkeypatch.setattr(environment, "loader", environment.loader)  # put back afterwards
+    assert app.main(["--port", "0"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("app.py: the page does not start: ")
+    assert str(failure).splitlines()[0] in line
+
+
+def test_page_starts_when_proxies_are_dead_and_gradios_folder_is_anothers(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    code = "import sys; sys.modules['socksio'] = None; "  # what httpx needs for a SOCKS proxy
+    code += "import app, gradio.routes; gradio.routes.DEFAULT_TEMP_DIR = '/dev/null'; "
+    code += "sys.exit(app.main(['--host', '::1', '--root-path', 'captions/', *sys.argv[1:]]))"
+    dead = "http://127.0.0.1:9"
+    proxies = {"http_proxy": dead, "HTTP_PROXY": dead, "HTTPS_PROXY": "127.0.0.1:9"}
+    proxies |= {"ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": "example.org", "no_proxy": ""}
+    with running_page(tmp_path, "-c", code, host="::1", settings=proxies) as page:
+        assert captions(page.address, photos[:1])
+        assert captions(f"{page.address}/captions", photos[:1])
+        assert page.log == f"* Running on local URL:  {page.address}/\n"
+
+
+def test_a_folder_for_temporary_files_is_made_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "new"))
+    with serving.temporary_files() as folder:
+        assert folder.parent == tmp_path / "new"
+    assert not folder.exists()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/dev/null/nowhere")
+    with (
+        pytest.raises(WriteError, match="cannot write /dev/null/nowhere"),
+        serving.temporary_files(),
+    ):
+        pass
+    monkeypatch.delenv("GRADIO_TEMP_DIR")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/dev/null/nowhere"])
+    with pytest.raises(WriteError, match="set TMPDIR"), serving.temporary_files():
+        pass
+
+
+_TELL_WHAT_IS_KEPT = """
+import sys, app
+from captioner.web import server as serving
+from gradio.routes import file_upload_statuses as uploads
+serving.SWEEP_SECONDS = 2
+forget = serving._forget
+def forget_and_tell(queue, unread):
+    before = len(queue.pending_messages_per_session) + len(uploads._statuses)
+    forget(queue, unread)
+    rest = (queue.pending_messages_per_session, queue.pending_event_ids_session)
+    rest += (uploads._statuses, uploads._signals)
+    print("kept", before, *map(len, rest), flush=True)
+serving._forget = forget_and_tell
+sys.exit(app.main())
+"""
+
+
+def test_nothing_is_kept_of_answers_fetched_or_not(tmp_path: Path, photos: list[bytes]) -> None:
+    with running_page(tmp_path, "-c", _TELL_WHAT_IS_KEPT) as page:
+
+        async def fetched_late() -> tuple[int, str]:
+            async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+                _, event = await ask(client, photos[0])
+                await asyncio.sleep(8)
+                late = await client.get(f"{CALL}/{event}")
+                return late.status_code, late.json()["detail"]
+
+        status, detail = run(fetched_late())
+        assert (status, "came too late" in detail) == (404, True)
+        assert captions(page.address, photos[:5])
+        followed = {"params": {"upload_id": "me"}, "files": {"files": ("p.jpg", photos[0])}}
+        assert len(httpx.post(page.address + UPLOAD, **followed).json()) == 1  # type: ignore[arg-type]
+        asked = httpx.get(page.address + "/gradio_api/upload_progress", params={"upload_id": "you"})
+        assert asked.status_code == 404
+        deadline = time.monotonic() + 30
+        while not page.log.splitlines()[-1].startswith("kept 0 "):
+            assert time.monotonic() < deadline, page.log
+            time.sleep(0.5)
+        told = [line.split()[1:] for line in page.log.splitlines() if line.startswith("kept")]
+        assert max(int(line[0]) for line in told) > 0  # that there was something
+        assert told[-1] == ["0"] * 5
+
+
+def test_a_file_is_deleted_after_its_time_and_the_examples_stay(
+    tmp_path: Path, photos: list[bytes]
+) -> None:
+    code = "import app, sys; from captioner.web import server as serving; sweep = serving._sweep\n"
+    code += "def tell(*its): sweep(*its); print('known', *map(len, its[2]), flush=True)\n"
+    code += "serving._sweep, serving.SWEEP_SECONDS, serving.KEPT_SECONDS = tell, 1, 2\n"
+    code += "sys.exit(app.main())"
+    with running_page(tmp_path, "-c", code) as page:
+        (folder,) = page.folder.glob("captioner-*")
+        own = {path for path in folder.rglob("*") if path.is_file()}
+        (path,) = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])}).json()
+        assert Path(path).read_bytes() == photos[0]
+        address = f"{page.address}/gradio_api/file={path}"
+        assert httpx.get(address).content == photos[0]
+        deadline = time.monotonic() + 15
+        while Path(path).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert httpx.get(address).status_code in (403, 404)
+        # What Gradio itself never looks at again.
+        assert httpx.post(page.address + UPLOAD, files={"x": ("p.jpg", photos[0])}).json() == []
+        assert len({path for path in folder.rglob("*") if path.is_file()} - own) == 1
+        while {path for path in folder.rglob("*") if path.is_file()} != own:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        uploads = [line.split()[1] for line in page.log.splitlines() if line[:5] == "known"]
+        assert uploads[-1] == "0"
+        assert "1" in uploads
+        late = httpx.post(
+            page.address + CALL,
+            json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]},
+        ).json()["event_id"]
+        told = httpx.get(f"{page.address}{CALL}/{late}").text
+        assert "event: error" in told
+        assert "send it again" in told
+        # The examples' files are the page's own.
+        examples = _examples(page.address)
+        assert len(examples) > 2
+        for example in examples:
+            for name in ("photo", "thumbnail", "answer"):
+                kind = httpx.get(example[name]["url"]).headers["content-type"]
+                assert kind.startswith("application/json" if name == "answer" else "image/")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    "route",
+    [
+        "/gradio_api/file={}",
+        "/gradio_api/file/{}",
+        "/gradio_api/file={temporary}/../../../../../../../../..{}",
+        "/gradio_api/file=%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/gradio_api/file=file://{}",
+        "/gradio_api/proxy=file://{}",
+        "/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2f..{}",
+        "/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/svelte/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{}",
+        "/gradio_api/custom_component/1/component/client/..%2f..%2f..%2f..%2f..%2f..{}",
+        "/gradio_api/stream/a/b/1/{}",
+    ],
+)
+def test_no_file_of_the_server_can_be_read(page: Page, route: str, secret: str) -> None:
+    (temporary,) = page.folder.glob("captioner-*")
+    place = route.format(secret, temporary=temporary)
+    answered = httpx.get(page.address + place)
+    assert answered.status_code >= 400
+    assert Path(secret).read_bytes()[:40] not in answered.content
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "GET /gradio_api/deep_link?session_hash=x",
+        "GET /gradio_api/custom_component/a/client/b/c%0AFAKE%20LINE",
+        "GET /gradio_api/file/http://127.0.0.1:9/x",
+        "GET /gradio_api/proxy=http://127.0.0.1:9/x",
+        "GET /gradio_api/stream/a/b/1/playlist-file",
+        "GET /gradio_api/runs",
+        "GET /gradio_api/dev/reload",
+        "GET /monitoring",
+        "POST /login",
+        "POST /gradio_api/run/caption",
+        "POST /gradio_api/api/caption",
+        "POST /gradio_api/component_server",
+        "POST /gradio_api/process_recording",
+        "POST /gradio_api/run-history/connect",
+        "POST /gradio_api/stream/a",
+        "POST /gradio_api/vibe-edit",
+        "POST /",
+        "PUT /",
+        "DELETE /gradio_api/file=x",
+    ],
+)
+def test_what_the_page_does_not_need_is_shut(page: Page, place: str) -> None:
+    before = page.log
+    method, _, path = place.partition(" ")
+    answered = httpx.request(method, page.address + path)
+    assert answered.status_code == 404
+    assert answered.json() == {"detail": "There is nothing at this address."}
+    assert page.log == before
+
+
+def test_no_file_of_the_server_can_be_captioned(page: Page, example_photos: list[Path]) -> None:
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        call = httpx.post(
+            page.address + CALL, json={"data": [{"path": str(example_photos[0]), **meta}]}
+        )
+        if meta:
+            assert call.status_code == 400
+            assert call.json()["detail"].startswith("The photo was not uploaded")
+            continue
+        told = httpx.get(f"{page.address}{CALL}/{call.json()['event_id']}").text
+        assert "event: error" in told
+        assert "beams" not in told
+
+
+def test_nobody_can_list_or_guess_what_another_visitor_sent(
+    page: Page, photos: list[bytes], tmp_path: Path
+) -> None:
+    (path,) = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])}).json()
+    for folder in (Path(path).parent, Path(path).parent.parent, page.folder):
+        assert httpx.get(f"{page.address}/gradio_api/file={folder}").status_code >= 400
+    # Another server calls the same photo something else: its name cannot be known beforehand.
+    with running_page(tmp_path) as other:
+        (elsewhere,) = httpx.post(
+            other.address + UPLOAD, files={"files": ("p.jpg", photos[0])}
+        ).json()
+        assert Path(elsewhere).parent.parent != Path(path).parent.parent
+        assert httpx.get(f"{other.address}/gradio_api/file={path}").status_code >= 400
+
+
+class _Count(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+
+
+def test_no_address_makes_the_server_fetch(page: Page, photos: list[bytes]) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), _Count) as inside:
+        inside.asked = 0  # type: ignore[attr-defined]
+        threading.Thread(target=inside.serve_forever, daemon=True).start()
+        addresses = [
+            f"http://127.0.0.1:{inside.server_address[1]}/photo.jpg",
+            "https://example.org/photo.jpg",
+            "http://169.254.169.254/latest/meta-data",
+        ]
+        dependencies = httpx.get(f"{page.address}/config").json()["dependencies"]
+        before = page.connections
+        for address in addresses:
+            for route, status in (("file=", 403), ("file/", 404), ("proxy=", 404)):
+                answered = httpx.get(f"{page.address}/gradio_api/{route}{address}")
+                assert answered.status_code == status
+            for file in (
+                {"path": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "p", "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "/tmp/" + "p" * 300, "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": "\0", "url": address, "meta": {"_type": "gradio.FileData"}},
+                {"path": None, "url": address},
+                {"path": address},
+                address,
+            ):
+                call = httpx.post(page.address + CALL, json={"data": [file]})
+                if call.status_code == 200:
+                    told = httpx.get(f"{page.address}{CALL}/{call.json()['event_id']}").text
+                    assert "event: error" in told
+                for each in dependencies:
+                    joining = {"data": [file] * len(each["inputs"]), "fn_index": each["id"]}
+                    joining["session_hash"] = "x"
+                    httpx.post(f"{page.address}/gradio_api/queue/join", json=joining)
+        # Until all of that is done: the queue is emptied in order.
+        assert captions(page.address, photos[:1])
+        inside.shutdown()
+        assert inside.asked == 0  # type: ignore[attr-defined]
+    assert "socket.connect" not in page.connections.removeprefix(before)
+
+
+def test_nothing_is_looked_up_outside_the_machine(page: Page) -> None:
+    assert "socket.connect" in page.connections  # Gradio asks itself whether it runs
+    for line in page.connections.splitlines():
+        assert "127.0.0.1" in line or "localhost" in line or "/" in line, line
+
+
+def test_what_is_too_large_is_refused(page: Page) -> None:
+    for body in (b'{"data": ["' + bytes(3_000_000) + b'"]}', b"[" + b"[]," * 60_000 + b"0]"):
+        assert httpx.post(page.address + CALL, content=body).status_code == 413
+    named = httpx.post(page.address + CALL, json={"data": [None], "session_hash": "x" * 101})
+    assert (named.status_code, "too long" in named.text) == (400, True)
+    progress = page.address + "/gradio_api/upload_progress"
+    assert httpx.get(progress, params={"upload_id": "x" * 2000}).status_code == 414
+    # Gradio would take a part that is no file into memory, whatever its size.
+    for name in ("p.jpg", None):
+        sent = httpx.post(page.address + UPLOAD, files={"files": (name, bytes(11_000_000))})
+        assert sent.status_code == 413
+    before = page.anonymous()
+    large = (bytes(1_000_000) for _ in range(300))
+    with contextlib.suppress(httpx.HTTPError):  # it may be cut off before the answer is read
+        assert httpx.post(page.address + UPLOAD, content=large).status_code == 413
+    assert page.anonymous() - before < 100_000
+
+
+def test_uploads_do_not_fill_the_disk(tmp_path: Path, photos: list[bytes]) -> None:
+    code = "import app, sys; from captioner.web import server as serving; "
+    code += "serving._SPARE_BYTES = 10**18; sys.exit(app.main())"
+    with running_page(tmp_path, "-c", code) as page:
+        answered = httpx.post(page.address + UPLOAD, files={"files": ("p.jpg", photos[0])})
+        assert answered.status_code == 503
+        assert "disk is full" in answered.json()["detail"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 200_000, b"null", b"[]", b""])
+def test_a_request_that_is_no_json_is_refused_in_words(page: Page, body: bytes) -> None:
+    before = page.log
+    answered = httpx.post(page.address + CALL, content=body)
+    assert 400 <= answered.status_code < 500
+    assert answered.json()["detail"]
+    assert page.log == before
+
+
+@pytest.mark.parametrize("place", ["/", "/config", "/healthz", "/gradio_api/file=/etc/passwd"])
+def test_every_answer_carries_the_headers(page: Page, place: str) -> None:
+    headers = httpx.get(page.address + place).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "same-origin"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    # A Space is shown in a frame of its host's page.
+    assert "x-frame-options" not in headers
+    assert "frame-ancestors" not in headers["content-security-policy"]
+
+
+def test_a_full_queue_says_that_the_page_is_busy(page: Page, photos: list[bytes]) -> None:
+    async def many() -> list[tuple[int, str]]:
+        async with httpx.AsyncClient(base_url=page.address, timeout=60) as client:
+            upload = await client.post(UPLOAD, files={"files": ("p.jpg", photos[0])})
+            file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+            calls = await asyncio.gather(
+                *(client.post(CALL, json={"data": [file]}) for _ in range(3 * MAX_WAITING))
+            )
+            events = [call.json()["event_id"] for call in calls if call.status_code == 200]
+            for event in events:
+                await answer(client, event)
+            return [(call.status_code, call.text) for call in calls]
+
+    answered = run(many())
+    assert {status for status, _ in answered} == {200, 503}
+    assert all("Queue is full" in text for status, text in answered if status == 503)
+
+
+@dataclasses.dataclass(frozen=True)
+class Impatient:
+    """The real page in this process, under /captions, with deadlines of a second.
+
+    Attributes:
+        address: without the root path, and without a slash at its end.
+        gate: what looks at its requests.
+        demo: the page.
+    """
+
+    address: str
+    gate: serving.RequestFilter
+    demo: gr.Blocks
+
+    def connect(self, receive_bytes: int | None = None) -> socket.socket:
+        """Return a bare connection."""
+        raw = socket.socket()
+        if receive_bytes is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        raw.settimeout(20)
+        parts = urlsplit(self.address)
+        raw.connect((parts.hostname, parts.port))
+        return raw
+
+    def start_upload(self, sent: int, length: int = 200_000) -> socket.socket:
+        """Send the head of an upload and some of its bytes."""
+        raw = self.connect()
+        head = f"POST {UPLOAD} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n"
+        raw.sendall(head.encode() + b"content-type: multipart/form-data; boundary=a\r\n\r\n")
+        raw.sendall(bytes(sent))
+        return raw
+
+
+@pytest.fixture(scope="module")
+def impatient(
+    captioner: Captioner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Impatient]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("impatient")))
+        patch.setenv("http_proxy", "http://127.0.0.1:9")
+        patch.setattr(serving._Server, "stalled_seconds", 1.0)
+        patch.setattr(serving.RequestFilter, "stalled_seconds", 1.0)
+        patch.setattr(serving.RequestFilter, "slowest_seconds", 3.0)
+        patch.setattr(serving.RequestFilter, "most_held", 1_000_000)
+        gate = serving.RequestFilter()
+        demo = app.build_demo(captioner).queue(max_size=MAX_WAITING)
+        sockets = serving._listen("127.0.0.1", 0)
+        options = serving.launch_options(gate, "/captions/")
+        address = serving.launch(demo, sockets, options)
+        patch.delenv("http_proxy")
+        yield Impatient(address.rstrip("/"), gate, demo)
+        demo.close(verbose=False)
+
+
+class _Proxy(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that serves the page under /captions, and keeps or strips that."""
+
+    page: str
+    strips: bool
+
+    def do_GET(self) -> None:
+        """Hand on a request and its answer."""
+        assert self.path.startswith("/captions/")
+        path = self.path.removeprefix("/captions") if self.strips else self.path
+        answered = httpx.request(
+            self.command,
+            self.page + path,
+            content=self.rfile.read(int(self.headers.get("content-length", 0))),
+            headers={
+                "content-type": self.headers.get("content-type", "text/plain"),
+                "x-forwarded-host": self.headers["host"],
+            },
+            timeout=60,
+        )
+        self.send_response(answered.status_code)
+        for name in ("content-type", "location"):
+            if name in answered.headers:
+                self.send_header(name, answered.headers[name])
+        self.send_header("content-length", str(len(answered.content)))
+        self.end_headers()
+        self.wfile.write(answered.content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("strips", [False, True], ids=["kept", "stripped"])
+def test_page_works_behind_a_proxy_when_its_prefix_is(
+    impatient: Impatient, captioner: Captioner, photos: list[bytes], strips: bool
+) -> None:
+    proxy = type("Proxy", (_Proxy,), {"page": impatient.address, "strips": strips})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        public = f"http://127.0.0.1:{server.server_port}/captions"
+        assert httpx.get(f"{public}/config").json()["root"] == public
+        assert "<!doctype html>" in httpx.get(f"{public}/").text
+        assert httpx.get(f"{public}/healthz").json() == {"status": "ready"}
+        assert httpx.get(f"{public}/gradio_api/file=/etc/passwd").status_code == 403
+        (caption,) = captions(public, photos[:1])
+        assert json.loads(caption) == [captioner.caption(photos[0]).to_dict()]
+        picture = _examples(public)[0]["photo"]["url"]
+        assert picture.startswith(f"{public}/gradio_api/file=")
+        assert httpx.get(picture).headers["content-type"].startswith("image/")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/captions/", 200),
+        ("/captions/healthz", 200),
+        ("/captions/robots.txt", 200),
+        ("/captions/gradio_api/info", 200),
+        ("/captions", 307),
+        ("/captionsx", 404),
+        ("/captionsx/config", 404),
+        ("/captions/captions/config", 404),
+        ("/captions/captions", 404),
+        ("//captions/config", 404),
+        ("/captions//config", 404),
+        ("/captions/../config", 404),
+        ("/Captions/config", 404),
+        ("/captions/gradio_api/proxy=http://127.0.0.1:9/x", 404),
+        ("/captions/monitoring", 404),
+        ("/gradio_api/file=/etc/passwd", 403),
+        ("/captions/gradio_api/file=/etc/passwd", 403),
+        ("/captions%2Fgradio_api%2Ffile=%2Fetc%2Fpasswd", 403),
+        ("/captions//gradio_api/file=/etc/passwd", 404),
+        ("/captions/captions/gradio_api/file=/etc/passwd", 404),
+        ("/captions/static/../gradio_api/file=/etc/passwd", 403),
+        ("/captions/static/" + "a" * 300, 404),
+    ],
+)
+def test_route_is_checked_when_the_page_has_a_root_path(
+    impatient: Impatient, capfd: pytest.CaptureFixture[str], target: str, status: int
+) -> None:
+    host = urlsplit(impatient.address).netloc
+    connection = http.client.HTTPConnection(host, timeout=20)
+    for method in ("GET", "HEAD"):
+        connection.request(method, target)
+        answered = connection.getresponse()
+        answered.read()
+        assert answered.status == status or (method, answered.status) == ("HEAD", 405)
+        if status == 307:
+            assert answered.headers["location"] == "/captions/"
+        assert answered.headers["x-content-type-options"] == "nosniff"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_file_is_sent_in_parts_when_asked_under_a_root_path(
+    impatient: Impatient, photos: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = httpx.post(
+        f"{impatient.address}/captions{UPLOAD}", files={"files": ("p.jpg", photos[0])}
+    ).json()
+    address = f"{impatient.address}/captions/gradio_api/file={path}"
+    part = httpx.get(address, headers={"range": "bytes=2-5"})
+    assert (part.status_code, part.content) == (206, photos[0][2:6])
+    for bad in ("bytes=0-1,3-4", "bytes=--1", "bytes=x", "lines=1-2"):  # to be ignored (RFC 9110)
+        whole = httpx.get(address, headers={"range": bad})
+        assert (whole.status_code, whole.content) == (200, photos[0])
+    # An older protocol, and junk in what Gradio takes for its own front server.
+    with impatient.connect() as raw:
+        raw.sendall(b"GET /captions/config HTTP/1.0\r\nx-gradio-server: http://[::\r\n\r\n")
+        answered = b"".join(iter(lambda: raw.recv(65_536), b""))
+    assert answered.startswith(b"HTTP/1.1 200 OK")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "cleaned"),
+    [
+        ("", ""),
+        ("/", ""),
+        ("captions", "/captions"),
+        ("/a/b/", "/a/b"),
+        ("//a//b", "/a/b"),
+        ("https://example.org/captions/", "https://example.org/captions"),
+    ],
+)
+def test_root_path_is_cleaned(given: str, cleaned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ROOT_PATH", given)
+    assert serving.launch_options(serving.RequestFilter())["root_path"] == cleaned
+
+
+@pytest.mark.parametrize("given", ["/a?b", "/a#b", "ftp://a/b", "a b", "https:///a"])
+def test_root_path_is_refused_when_it_is_no_path(given: str) -> None:
+    with pytest.raises(ConfigError, match="root path"):
+        serving.launch_options(serving.RequestFilter(), given)
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "seen"),
+    [
+        ("https://example.org/captions", "/captions/config", "/config"),
+        ("https://example.org/captions", "/config", "/config"),
+        ("https://example.org", "/config", "/config"),
+        ("/two words", "/two words/config", "/config"),
+        ("/two%20words", "/two words/config", "/config"),
+        ("/config", "/config/config", "/config"),
+        ("/gradio_api", "/gradio_api/gradio_api/info", "/gradio_api/info"),
+    ],
+)
+def test_app_sees_a_path_without_the_root_path(root_path: str, path: str, seen: str) -> None:
+    scopes: list[dict[str, Any]] = []
+
+    async def inner(scope: Any, *_: object) -> None:
+        scopes.append(scope)
+
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path}
+    scope |= {"root_path": root_path, "query_string": b"", "headers": []}
+    run(serving.RequestFilter()(inner)(scope, None, None))  # type: ignore[arg-type]
+    assert [(each["path"], each["root_path"]) for each in scopes] == [(seen, "")]
+
+
+def test_websocket_is_closed() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/gradio_api/queue/join"}
+    run(serving.RequestFilter()(None)(scope, None, send))  # type: ignore[arg-type]
+    assert sent == [{"type": "websocket.close"}]
+
+
+def test_stalled_upload_is_given_up_and_a_slow_one_is_read(impatient: Impatient) -> None:
+    with impatient.start_upload(100) as raw:
+        answered = b"".join(iter(lambda: raw.recv(65_536), b""))  # until it is closed
+    assert answered.startswith(b"HTTP/1.1 408")
+    assert b"too slowly" in answered
+    head = b'--a\r\nContent-Disposition: form-data; name="files"; filename="p.jpg"\r\n\r\n'
+    body = head + b"photo\r\n--a--\r\n"
+    with impatient.start_upload(0, len(body)) as raw:
+        step = -(-len(body) // 15)
+        for start in range(0, len(body), step):
+            time.sleep(0.13)  # almost twice the deadline in all
+            raw.sendall(body[start : start + step])
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+    # A trickle ends, too.
+    started = time.monotonic()
+    with impatient.start_upload(0) as raw:
+        with contextlib.suppress(OSError):
+            while time.monotonic() - started < 15:
+                raw.sendall(b"x")
+                time.sleep(0.3)
+        assert 2.5 < time.monotonic() - started < 15
+    assert impatient.gate._held == 0
+
+
+def test_stalled_uploads_make_room_when_another_one_comes(
+    impatient: Impatient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stalled_seconds", "slowest_seconds", "step_seconds"):
+        monkeypatch.setattr(serving.RequestFilter, name, 20.0)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(impatient.start_upload(198_000)) for _ in range(5)]
+        deadline = time.monotonic() + 10
+        while impatient.gate._held < 980_000:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # All of them move, until one is the slowest.
+        file = {"files": ("p.jpg", bytes(50_000))}
+        assert httpx.post(impatient.address + UPLOAD, files=file).status_code == 503
+        monkeypatch.setattr(serving.RequestFilter, "step_seconds", 0.0)
+        for _ in range(2):
+            assert httpx.post(impatient.address + UPLOAD, files=file).status_code == 200
+        assert held[0].recv(65_536).startswith(b"HTTP/1.1 408")
+        held[4].settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            held[4].recv(65_536)
+    deadline = time.monotonic() + 10
+    while impatient.gate._held:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_connection_is_dropped_when_its_peer_stalls(impatient: Impatient) -> None:
+    (path,) = httpx.post(
+        impatient.address + UPLOAD, files={"files": ("p.bin", bytes(9_000_000))}
+    ).json()
+    fetch = f"GET /gradio_api/file={path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        silent, headless, unread, page = (
+            stack.enter_context(impatient.connect(4096)) for _ in range(4)
+        )
+        headless.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: ")
+        unread.sendall(fetch)
+        page.sendall(b"GET /gradio_api/heartbeat/me HTTP/1.1\r\nhost: x\r\n\r\n")
+        ends = [each.getsockname()[1] for each in (silent, headless, unread, page)]
+
+        def still_open() -> list[int]:
+            connections: list[Any] = [*impatient.demo.server.server_state.connections]
+            peers = [each.client[1] for each in connections]
+            return [number for number, end in enumerate(ends) if end in peers]
+
+        deadline = time.monotonic() + 15
+        while still_open() != [3]:
+            headless_alive = 1 in still_open()
+            assert time.monotonic() < deadline, still_open()
+            if headless_alive:
+                with contextlib.suppress(OSError):
+                    headless.sendall(b"x")  # a byte now and then gains nothing
+            time.sleep(0.2)
+        assert b"ALIVE" in page.recv(65_536)  # an open page waits as long as it likes
+
+
+def test_oldest_idle_connection_goes_when_there_are_too_many(
+    impatient: Impatient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving._Server, "stalled_seconds", 20.0)
+    monkeypatch.setattr(serving._Server, "most_connections", 3)
+    with contextlib.ExitStack() as stack:
+        page = stack.enter_context(impatient.connect())
+        page.sendall(b"GET /gradio_api/heartbeat/me HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in page.recv(65_536)
+        idle = []
+        for _ in range(4):
+            idle.append(stack.enter_context(impatient.connect()))
+            time.sleep(0.25)
+        for gone in idle[:2]:
+            with contextlib.suppress(ConnectionResetError):
+                assert gone.recv(1) == b""
+        for kept in (page, *idle[2:]):
+            kept.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                assert kept.recv(65_536)
+
+
+def _examples(address: str) -> list[dict[str, Any]]:
+    """Return the examples of the page's first value."""
+    values = [
+        each["props"].get("value") for each in httpx.get(f"{address}/config").json()["components"]
+    ]
+    found: list[dict[str, Any]] = next(
+        value["examples"] for value in values if isinstance(value, dict) and "examples" in value
+    )
+    return found
+
+
+def test_links_to_the_page_have_a_preview_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = gradio.routes.templates.env
+    monkeypatch.setattr(environment, "loader", environment.loader)  # put back afterwards
+    preview = serving.LinkPreview('Cats & "dogs"', "One <sentence>.", b"a picture")
+    with gr.Blocks(analytics_enabled=False) as demo:
+        gr.Markdown("A page")
+    options = serving.launch_options(serving.RequestFilter(), preview=preview)
+    try:
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **options)
+        head, _, _ = httpx.get(url).text.partition("</head>")
+        picture = httpx.get(f"{url}preview.png")
+    finally:
+        demo.close()
+        assert environment.cache is not None
+        environment.cache.clear()
+    tags = dict(
+        re.findall(r'<meta (?:property|name)="((?:og|twitter):\w+)" content="([^"]*)"', head)
+    )
+    assert tags["og:title"] == tags["twitter:title"] == "Cats &amp; &quot;dogs&quot;"
+    assert tags["og:description"] == tags["twitter:description"] == "One &lt;sentence&gt;."
+    assert tags["og:image"] == tags["twitter:image"] == f"{url}preview.png"
+    assert "Click to try out the app" not in head
+    assert 'content="Gradio"' not in head
+    assert (picture.content, picture.headers["content-type"]) == (b"a picture", "image/png")
