@@ -295,7 +295,7 @@ def beam_search(
         beam_size: W.
         max_steps: ids at most, ``prefix`` and ``<eos>`` included.
         length_penalty: captions rank by log-probability / length ** length_penalty.
-        prefix: ids that every caption begins with, free of the rules; with ``<eos>`` last it is
+        prefix: ids that every caption begins with, exempt from the constraints; with ``<eos>`` last it is
             the whole caption.
         constraints: what is banned.
         alternatives: A, how many of the likeliest ids to keep at each place.
@@ -419,7 +419,7 @@ def decode(
         "max_steps": max_steps,
         "length_penalty": options.length_penalty,
         "prefix": prefix,
-        "rules": constraints,
+        "constraints": constraints,
     }
     if options.temperature > 0:
         generator = torch.Generator(device=state[0].device).manual_seed(options.seed)
