@@ -7,9 +7,10 @@ USER user
 WORKDIR /home/user/app
 ENV PATH=/home/user/.local/bin:$PATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 GRADIO_SERVER_NAME=0.0.0.0
 
-# The CPU's own build of torch is a tenth of the size of the one for GPUs.
+# PyTorch's CPU build does without NVIDIA's libraries. The page does without what only training needs.
 COPY --chown=user requirements.txt .
-RUN pip install --no-cache-dir --user --extra-index-url https://download.pytorch.org/whl/cpu \
+RUN sed -i '/^# Training/,$d' requirements.txt \
+    && pip install --no-cache-dir --user --extra-index-url https://download.pytorch.org/whl/cpu \
     -r requirements.txt
 COPY --chown=user app.py LICENSE README.md ./
 COPY --chown=user captioner captioner
@@ -18,7 +19,7 @@ COPY --chown=user assets/checkpoint assets/checkpoint
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
     "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
-# exec form: SIGTERM reaches Python, which answers who waits and ends within 30 seconds; `docker stop`
-# waits for 10 unless it is told otherwise.
+# The exec form delivers SIGTERM to Python, which finishes pending requests and ends within 30 seconds.
+# `docker stop` waits for 10 unless --stop-timeout says otherwise.
 STOPSIGNAL SIGTERM
 CMD ["python", "app.py", "--port", "7860"]
