@@ -57,33 +57,37 @@ def add_options(
     """
     for name, default in defaults.items():
         field = settings.__pydantic_fields__[name]
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        kind = field.annotation
+        metavar = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else None
         parser.add_argument(
             f"--{prefix}{name}".replace("_", "-"),
             dest=f"{prefix}{name}",
-            type=functools.partial(_parse, field.annotation),
-            metavar=_METAVARS.get(
-                field.annotation, f"{{{','.join(choices)}}}" if choices else None
-            ),
+            type=functools.partial(_parse, kind),
+            metavar=_METAVARS.get(kind, metavar),
             help=f"{field.description} Default: {show(default)}.".replace("%", "%%"),
         )
 
 
 def show(value: object) -> str:
     """Return a value as it is written on the command line."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case None | "":
+            return "none"
+    return str(value)
 
 
-def _parse(annotation: Any, text: str) -> object:
+def _parse(kind: Any, text: str) -> object:
     """Return the value that ``text`` stands for.
 
     A text that fits no such value is returned as it is, for the settings class to refuse by name.
     """
-    if annotation in (int, float):
+    if kind in (int, float):
         with contextlib.suppress(ValueError):
-            return annotation(text)
-    elif bool in (annotation, *get_args(annotation)):
+            return kind(text)
+    elif bool in (kind, *get_args(kind)):
         return {"true": True, "false": False}.get(text.lower(), text)
     return text

@@ -16,7 +16,16 @@ import captioner
 PACKAGE = Path(captioner.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-GROUND = {"config", "distributed", "environment", "errors", "files", "images", "options"}
+GROUND = {
+    "arguments",
+    "config",
+    "distributed",
+    "environment",
+    "errors",
+    "files",
+    "images",
+    "options",
+}
 # What each wing may use beside the ground and itself.
 WINGS: dict[str, set[str]] = {
     "model": set(),

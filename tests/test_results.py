@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import train
-from captioner.__main__ import build_parser as captioner_parser
+from captioner.arguments import build_parser as captioner_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
