@@ -121,7 +121,7 @@ def _score(arguments: argparse.Namespace, _: DecodingOptions) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
-    """Make the folder of the maps, then load the model."""
+    """Load the model; the folder of the maps is checked before and made afterwards."""
     from captioner.inference.captioner import Captioner
     from captioner.inference.heatmaps import HeatmapFolder
 
@@ -129,6 +129,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
     captioner = Captioner.load(
         arguments.checkpoint, arguments.encoder_weights, device=arguments.device
     )
+    if heatmaps:
+        heatmaps.make()
     return captioner, _Results(heatmaps, as_json=arguments.json)
 
 

@@ -23,7 +23,7 @@ class HeatmapFolder:
     """Writes the maps of captions into a folder, under the names of their photos."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """Make the folder, unless it is there.
+        """Check the folder; ``make`` makes it.
 
         Args:
             folder: of the files.
@@ -31,7 +31,6 @@ class HeatmapFolder:
 
         Raises:
             ConfigError: ``folder`` is a file, or has the name of one.
-            WriteError: it cannot be made.
         """
         self._folder, self._kind = folder, kind
         self._used: set[Path] = set()
@@ -43,8 +42,15 @@ class HeatmapFolder:
                 f"--heatmaps is a folder, not the file {folder}: use --heatmaps "
                 f"{folder.with_suffix('')}, and --format for the kind of its files"
             )
-        with reraise_os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self) -> None:
+        """Make the folder, so that a fault of the disk shows before the first caption.
+
+        Raises:
+            WriteError: it cannot be made.
+        """
+        with reraise_os_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, photo: Photo, name: Path, caption: Caption) -> None:
         """Write the maps of a caption.
