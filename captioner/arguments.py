@@ -45,6 +45,16 @@ def _add_caption(commands: Any) -> None:
         metavar="PATH",
         help="Photo or folder; - reads a photo from standard input.",
     )
+    _add_table(caption)
+    _add_results(caption)
+    _add_model(caption)
+    _add_decoding(
+        caption,
+        *("length_penalty", "max_length", "prefix", "temperature", "top_p", "samples", "seed"),
+    )
+
+
+def _add_table(caption: argparse.ArgumentParser) -> None:
     table = caption.add_argument_group("tables of captions")
     table.add_argument(
         "--output",
@@ -79,12 +89,6 @@ def _add_caption(commands: Any) -> None:
         default=2,
         metavar="N",
         help="Number of Ray's workers, each with its own model. Default: %(default)s.",
-    )
-    _add_results(caption)
-    _add_model(caption)
-    _add_decoding(
-        caption,
-        *("length_penalty", "max_length", "prefix", "temperature", "top_p", "samples", "seed"),
     )
 
 
