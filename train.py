@@ -3,128 +3,118 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, RECIPES, TrainConfig
+from captioner.config import FEATURES_FOLDER, RECIPES, ModelConfig, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, logging_to_stderr
 from captioner.files import user_path
+from captioner.options import OptionParser, add_options, show
 from captioner.training.loop import Stopped, fit
-
-# Fields of TrainConfig that can be set one by one, over the recipe's own.
-_NUMBERS = {
-    "batch-size": (int, "photos a step"),
-    "epochs": (int, "at most so many epochs"),
-    "patience": (int, "epochs without a better score before it stops"),
-    "learning-rate": (float, "the highest of the schedule"),
-    "reward-epochs": (int, "at most so many of self-critical training afterwards"),
-    "min-count": (int, "words seen less often become <unk>"),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
+    """Return the command line: an option for every field of ``TrainConfig`` and its model."""
+    parser = OptionParser(
+        prog="train.py",
+        usage="python train.py [--recipe {seed,best}] [OPTION VALUE ...]",
         description="Train the attention decoder on photos with captions.",
-        epilog="The best checkpoint lands in OUT/checkpoint; caption with it by "
+        epilog="The best checkpoint is written to OUT/checkpoint; use it with "
         "python app.py --checkpoint OUT/checkpoint.",
     )
-    parser.add_argument(
-        "--data",
-        default=DEFAULT_SOURCE,
-        help="a Hub id, a folder of Parquet (image, alt_text), or a folder of photos with "
-        "captions.csv (image,caption); default %(default)s",
+    run = parser.add_argument_group("the run")
+    add_options(run, TrainConfig, {"recipe": "seed"})
+    run.add_argument(
+        "--out",
+        type=user_path,
+        default=Path("runs/train"),
+        help="Folder of the run. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--encoder",
-        default="resnet50",
-        help="resnet50, efficientnet_lite2 or timm:<name>; default %(default)s",
+    run.add_argument("--resume", action="store_true", help="Resume the run in OUT.")
+    run.add_argument(
+        "--cache",
+        type=user_path,
+        default=FEATURES_FOLDER,
+        help="Folder of the encoder's features. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--encoder-weights", metavar="FILE", help="the encoder's weights, instead of a download"
+    run.add_argument("--set", action=_ReplacedOption, help=argparse.SUPPRESS)
+    recipes = {name: TrainConfig.from_recipe(name) for name in RECIPES}
+    add_options(
+        parser.add_argument_group("settings"),
+        TrainConfig,
+        _defaults(TrainConfig, {name: vars(config) for name, config in recipes.items()}),
     )
-    parser.add_argument(
-        "--recipe",
-        choices=list(RECIPES),
-        default="seed",
-        help="seed: as the original report; best: what pays; default %(default)s",
-    )
-    parser.add_argument(
-        "--text",
-        metavar="FOLDER",
-        help="Parquet files with more captions (alt_text) and no photos, to be read first",
-    )
-    parser.add_argument(
-        "--out", type=user_path, default=Path("runs/train"), help="default %(default)s"
-    )
-    parser.add_argument("--limit", type=int, default=0, help="at most so many photos a split")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument(
-        "--cache", type=user_path, default=FEATURES_FOLDER, help="features; default %(default)s"
-    )
-    for name, (kind, text) in _NUMBERS.items():
-        parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the recipe's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=_setting,
-        metavar="NAME=VALUE",
-        help="any other field of TrainConfig, or, as model.NAME, of ModelConfig (see "
-        "captioner/config.py), as in --set label_smoothing=0 --set model.dropout=0.5",
+    add_options(
+        parser.add_argument_group("settings of the model"),
+        ModelConfig,
+        _defaults(ModelConfig, {name: config.model for name, config in recipes.items()}),
+        prefix="model.",
     )
     return parser
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; a value that is no JSON is taken as it stands."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
+def _defaults(settings: Any, recipes: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the fields that have options, and their defaults in all recipes."""
+    defaults = {}
+    for field in dataclasses.fields(settings):
+        # Sizes follow from the data; the other two are no settings of a recipe.
+        if field.default is dataclasses.MISSING or field.name in ("recipe", "model"):
+            continue
+        values = {
+            name: show(values.get(field.name, field.default)) for name, values in recipes.items()
+        }
+        seed = values.pop("seed")
+        defaults[field.name] = seed + "".join(
+            f" ({name}: {value})" for name, value in values.items() if value != seed
+        )
+    return defaults
+
+
+class _ReplacedOption(argparse.Action):
+    """``--set NAME=VALUE`` of earlier versions."""
+
+    def __call__(self, _: object, __: object, value: Any, ___: object = None) -> NoReturn:
+        """Name the option that replaces it."""
+        name, _, setting = value.partition("=")
+        raise ConfigError(
+            f"--set was replaced by an option per setting: write --{name.replace('_', '-')} "
+            f"{setting} instead of --set {value}"
+        )
 
 
 def config_of(options: dict[str, Any]) -> TrainConfig:
-    """Return the settings that the parsed arguments stand for; those of ``--set`` come last."""
-    changes = {
-        name: value
-        for name, value in options.items()
-        if value is not None and name not in ("recipe", "set", "out", "resume", "cache")
-    }
-    recipe = options["recipe"]
+    """Return the settings that the parsed arguments stand for: a recipe, and what they change."""
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = given.pop("recipe", "seed")
     model = dict(TrainConfig.from_recipe(recipe).model)
-    for name, value in options["set"]:
-        if name == "recipe":
-            raise ConfigError("--set does not change the recipe: choose it with --recipe")
-        if name.startswith("model."):
-            model[name.removeprefix("model.")] = value
-        else:
-            changes[name] = value
-    return TrainConfig.from_recipe(recipe, **{"model": model, **changes})
+    model |= {
+        name.removeprefix("model."): value
+        for name, value in given.items()
+        if name.startswith("model.")
+    }
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    changes = {name: value for name, value in given.items() if name in fields}
+    return TrainConfig.from_recipe(recipe, model=model, **changes)
 
 
-def _stop(signum: int, _: object) -> None:
-    """Stop while the features are made: what there is of them stays."""
+def _stop(signum: int, _: object) -> NoReturn:
+    """Stop while the features are computed; those that are finished stay cached."""
     raise Stopped("stopped; the features so far are kept", signum)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    options = vars(build_parser().parse_args(arguments))
-    # Once the training loop runs, it takes signals itself and saves where it stands.
+    # Once the training loop runs, it handles signals itself and saves its state.
     handler = signal.signal(signal.SIGTERM, _stop)
     try:
-        out, resume, cache = (options[name] for name in ("out", "resume", "cache"))
+        options = vars(build_parser().parse_args(arguments))
         with logging_to_stderr():
-            fit(config_of(options), out, resume=resume, cache=cache)
+            fit(
+                config_of(options), options["out"], resume=options["resume"], cache=options["cache"]
+            )
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

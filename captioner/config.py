@@ -1,19 +1,25 @@
-"""All settings, as frozen dataclasses that are checked once, when they are made."""
+"""All settings, as frozen dataclasses whose values pydantic validates.
+
+A field's type is its validation; the text below it is its documentation and its ``--help``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform, get_args
+
+import pydantic.dataclasses
+from annotated_types import Ge, Le
+from pydantic import ConfigDict, Field, ValidationError
 
 from captioner.errors import ConfigError
 
 DEFAULT_SOURCE = "AnyModal/flickr30k"
 FEATURES_FOLDER = Path("runs/features")
-# What ``captioner.overlay`` can export a caption as.
+# The formats that ``captioner.inference.render`` can export a caption as.
 FORMATS = ("png", "gif", "json", "html")
 DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
@@ -29,7 +35,7 @@ CHARACTER_WORDS = (
     "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U0001aff0-\U0001b16f\U00020000-\U0003fffd"
 )
-# What is removed from such a text to display it.
+# The spaces between them, which are removed for display.
 INNER_SPACE = re.compile(rf"(?<=[{CHARACTER_WORDS}]) (?=[{CHARACTER_WORDS}])")
 
 
@@ -39,41 +45,69 @@ def is_language(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(tag, value) is not None
 
 
-# What a field's annotation allows, and how to say so.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "bool | str": ((bool, str), "true, false or auto"),
-    "str": ((str,), "text"),
-    "str | None": ((str, type(None)), "text or nothing"),
-    "dict[str, Any]": ((dict,), "names with values"),
+_T = TypeVar("_T", bound=type)
+_Probability = Annotated[float, Field(ge=0, le=1)]
+_Dropout = Annotated[float, Field(ge=0, le=0.95)]
+_Size = Annotated[int, Field(ge=1, le=100_000)]
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_CountOrNone = Annotated[int, Field(ge=0, le=1_000_000)]
+_MaxLength = Annotated[int, Field(ge=3, le=200)]
+_LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
+_DESCRIPTIONS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or nothing",
+    bool | Literal["auto"]: "true, false or auto",
+    dict[str, Any]: "names with values",
 }
 
 
-def _check(config: object, **ranges: tuple[float, float]) -> None:
-    """Refuse any field that is not of its type, and any named one outside its closed range."""
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        kinds, wanted = _TYPES[str(field.type)]
-        # A bool is an int to Python; NaN fails both comparisons.
-        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-        if field.name in ranges:
-            low, high = ranges[field.name]
-            fits = fits and low <= value <= high
-            wanted += f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-        if not fits:
-            raise ConfigError(f"{field.name} is {reprlib.repr(value)}; it must be {wanted}")
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _settings(cls: _T) -> _T:
+    """Make a frozen dataclass whose arguments are validated, with ``ConfigError`` if one fails."""
+    config = ConfigDict(
+        strict=True, allow_inf_nan=False, extra="forbid", use_attribute_docstrings=True
+    )
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    validate = made.__init__
+
+    def __init__(self: object, /, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise ConfigError(_message(made, values, error)) from None
+
+    made.__init__ = __init__
+    return made
 
 
-def _choose(config: object, **choices: tuple[str | bool, ...]) -> None:
-    """Refuse any named field that is not one of its allowed values."""
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(
-                f"{name} is {reprlib.repr(getattr(config, name))}; it must be one of "
-                f"{', '.join(map(str, allowed)).replace('True, False', 'true, false')}"
-            )
+def _message(cls: Any, values: dict[str, Any], error: ValidationError) -> str:
+    """Return one sentence for the most helpful of the errors that pydantic found."""
+    errors = error.errors(include_url=False, include_input=False)
+    if unknown := sorted(values.keys() - cls.__pydantic_fields__.keys()):
+        return f"{cls.__name__} has no field {', '.join(unknown)}"
+    if errors[0]["type"] == "value_error":
+        return str(errors[0]["ctx"]["error"])
+    name = str(errors[0]["loc"][0])
+    if name not in values:
+        return f"{cls.__name__} needs a value for {name}"
+    field = cls.__pydantic_fields__[name]
+    return f"{name} is {reprlib.repr(values[name])}; it must be {_allowed(field)}"
+
+
+def _allowed(field: Any) -> str:
+    """Return the values that a field allows, as in "a whole number from 1 to 100"."""
+    if field.annotation not in _DESCRIPTIONS:
+        return f"one of {', '.join(get_args(field.annotation))}"
+    text = _DESCRIPTIONS[field.annotation]
+    match field.metadata:
+        case [Ge(low), Le(high)]:
+            return f"{text} from {low} to {high}"
+        case [Ge(low)]:
+            return f"{text} of at least {low}"
+    return text
 
 
 class _Config:
@@ -86,65 +120,45 @@ class _Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from named fields; a missing or unknown one raises ``ConfigError``."""
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(map(str, set(values) - known)):
-            raise ConfigError(f"{cls.__name__} does not know: {', '.join(unknown)}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from error
+        return cls(**values)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_settings
 class ModelConfig(_Config):
-    """The decoder's shape. With every option off it is the report's model.
+    """The decoder's shape. With every option off it is the report's model."""
 
-    Attributes:
-        vocabulary_size: V, specials included.
-        encoder_channels: C, the length of one grid cell's vector.
-        embedding_size: E.
-        hidden_size: H, of the LSTM.
-        attention_size: width of the additive attention.
-        feature_size: length of each cell's vector after a learned projection (linear, ReLU) that
-            attention, LSTM and output read it through; 0 is none.
-        feature_norm: bring each cell's vector to mean 0 and deviation 1 (Ba et al. 2016).
-        word_query: the attention also asks with the word before, which the hidden state has not
-            seen yet when it looks.
-        mean_start: h0 and c0 from the mean of the cells (Xu et al. 2015, 3.1.2), else zeros.
-        context_gate: a scalar gate on the context (Xu et al. 2015, section 4.2.1).
-        deep_output: logits from hidden state, previous word and context (Xu et al. 2015, eq. 7).
-        tied_embedding: the output layer shares the embedding's matrix; needs ``deep_output``.
-        dropout: share of zeroed units before the LSTM's word input and before the output layer.
-        feature_dropout: share of zeroed channels of the encoder's features.
-    """
-
-    vocabulary_size: int
-    encoder_channels: int
-    embedding_size: int = 256
-    hidden_size: int = 512
-    attention_size: int = 256
-    feature_size: int = 0
+    vocabulary_size: Annotated[int, Field(ge=5, le=10_000_000)]
+    """Number of words (V), the four special tokens included."""
+    encoder_channels: _Size
+    """Length of each grid cell's feature vector (C)."""
+    embedding_size: _Size = 256
+    """Size of the word embedding (E)."""
+    hidden_size: _Size = 512
+    """Size of the LSTM's hidden state (H)."""
+    attention_size: _Size = 256
+    """Width of the additive attention."""
+    feature_size: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Size to which a learned projection (linear, ReLU) brings each cell's vector before
+    attention, LSTM and output read it. 0 = no projection."""
     feature_norm: bool = False
+    """Normalize each cell's vector to mean 0 and standard deviation 1 (Ba et al. 2016)."""
     word_query: bool = False
+    """Let the attention's query include the previous word, which the hidden state has not seen yet
+    when it attends."""
     mean_start: bool = False
+    """Compute h0 and c0 from the mean of the cells (Xu et al. 2015, 3.1.2) instead of zeros."""
     context_gate: bool = False
+    """Scale the context by a learned scalar gate (Xu et al. 2015, 4.2.1)."""
     deep_output: bool = False
+    """Compute logits from hidden state, previous word and context (Xu et al. 2015, eq. 7)."""
     tied_embedding: bool = False
-    dropout: float = 0.0
-    feature_dropout: float = 0.0
+    """Share the embedding's matrix with the output layer; needs deep_output."""
+    dropout: _Dropout = 0.0
+    """Dropout before the LSTM's word input and before the output layer."""
+    feature_dropout: _Dropout = 0.0
+    """Dropout of whole channels of the encoder's features."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            vocabulary_size=(5, 10**7),
-            encoder_channels=(1, 10**5),
-            embedding_size=(1, 10**5),
-            hidden_size=(1, 10**5),
-            attention_size=(1, 10**5),
-            feature_size=(0, 10**5),
-            dropout=(0, 0.95),
-            feature_dropout=(0, 0.95),
-        )
         if self.tied_embedding and not self.deep_output:
             raise ConfigError(
                 "tied_embedding needs deep_output, which brings the hidden state to the size of "
@@ -152,58 +166,45 @@ class ModelConfig(_Config):
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_settings
 class DecodingOptions(_Config):
-    """How a caption is searched for. The defaults are what the app uses.
+    """How a caption is searched for. The defaults are those of the app."""
 
-    Attributes:
-        beam_size: hypotheses kept at each step; 1 is greedy; unused when ``temperature`` draws.
-        length_penalty: hypotheses are ranked by log-probability / length ** length_penalty;
-            0 ranks by the bare sum, 1 by the mean.
-        max_length: ids a caption may have, ``<bos>`` and ``<eos>`` included.
-        temperature: 0 searches; above 0 each word is drawn, the likelier the lower it is.
-        top_p: when drawing, only the likeliest words that together reach this probability.
-        samples: captions drawn when ``temperature`` is above 0.
-        seed: of the drawing.
-        prefix: words the caption has to begin with.
-        ban_repeats: never the same word twice in a row.
-        ban_trigrams: never the same three words twice.
-        ban_unknown: never ``<unk>``.
-        ban_bad_endings: never end on "a", "the", "of" and their like.
-    """
-
-    beam_size: int = 3
-    length_penalty: float = 0.5
-    max_length: int = 20
-    temperature: float = 0.0
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
+    beam_size: Annotated[int, Field(ge=1, le=100)] = 3
+    """Number of hypotheses kept at each step. 1 = greedy. Unused with a temperature above 0."""
+    length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.5
+    """Hypotheses are ranked by log-probability / length ** length_penalty: 0 ranks by the sum, 1 by
+    the mean, and higher values favor longer captions."""
+    max_length: _MaxLength = 20
+    """Maximum number of tokens, <bos> and <eos> included."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """0 = beam search; above 0 samples words, more randomly as it rises."""
+    top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
+    """When sampling, choose among the likeliest words that together reach this probability."""
+    samples: Annotated[int, Field(ge=1, le=100)] = 1
+    """Number of captions to sample; needs a temperature above 0."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Random seed for sampling."""
     prefix: str = ""
+    """Words with which the caption begins."""
     ban_repeats: bool = True
+    """Never write the same word twice in a row."""
     ban_trigrams: bool = True
+    """Never write the same three words twice."""
     ban_unknown: bool = True
+    """Never write <unk>."""
     ban_bad_endings: bool = True
+    """Never end on "a", "the", "of" and the like."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            beam_size=(1, 100),
-            length_penalty=(0, 5),
-            max_length=(3, 200),
-            temperature=(0, 10),
-            top_p=(1e-6, 1),
-            samples=(1, 100),
-            seed=(0, 2**63 - 1),
-        )
         if 0 < self.temperature < 0.01:
             raise ConfigError(
-                f"temperature is {self.temperature!r}; it must be 0 (a search) or at least 0.01"
+                f"temperature is {self.temperature!r}; it must be 0 (beam search) or at least 0.01"
             )
 
     @classmethod
     def plain_greedy(cls) -> Self:
-        """Return what the original report does: greedy, no bans."""
+        """Return the original report's decoding: greedy, no bans."""
         return cls(
             beam_size=1,
             ban_repeats=False,
@@ -213,157 +214,111 @@ class DecodingOptions(_Config):
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_settings
 class Appearance(_Config):
-    """How attention maps are drawn, in the page and in exports.
+    """How attention maps are drawn, in the page and in exports."""
 
-    Attributes:
-        colors: a colormap, "inferno", "viridis" or "cividis", which is laid over the photo, or
-            "light", which only darkens the photo where the model did not look.
-        shape: "smooth" interpolates between the grid's cells, "cells" shows them as they are.
-        scale: a map runs from the weakest to the strongest cell of its "word", or of all words of
-            the "caption", so that maps can be compared.
-        strength: 0 shows the photo alone, 1 the strongest map.
-    """
-
-    colors: str = "inferno"
-    shape: str = "smooth"
-    scale: str = "word"
-    strength: float = 0.75
-
-    def __post_init__(self) -> None:
-        _check(self, strength=(0, 1))
-        _choose(
-            self,
-            colors=("inferno", "viridis", "cividis", "light"),
-            shape=("smooth", "cells"),
-            scale=("word", "caption"),
-        )
+    colors: Literal["inferno", "viridis", "cividis", "light"] = "inferno"
+    """Colormap laid over the photo; "light" only darkens the photo where attention is low."""
+    shape: Literal["smooth", "cells"] = "smooth"
+    """"smooth" interpolates between the grid's cells, "cells" shows them as they are."""
+    scale: Literal["word", "caption"] = "word"
+    """Range of the color scale: from the weakest to the strongest cell of each "word", or of the
+    whole "caption", which makes its maps comparable."""
+    strength: _Probability = 0.75
+    """Opacity of the maps: 0 shows the photo alone, 1 the strongest map."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_settings
 class TrainConfig(_Config):
-    """What a training run does; ``TrainConfig.from_recipe`` gives the two meant to be used.
+    """The settings of a training run. ``TrainConfig.from_recipe`` returns the two recommended ones.
 
-    Attributes:
-        data: Hub id, folder of Parquet, or folder of photos with a captions file.
-        encoder: name of the frozen backbone, see ``captioner.encoders``.
-        encoder_weights: file with its weights, or None for the encoder's own source.
-        recipe: the name under which the other settings go.
-        captions: "first" trains on each photo's first caption, "all" on all of them.
-        language: BCP 47 tag of the captions, such as "en", "de" or "zh-Hant". It changes nothing
-            in training; browsers, screen readers and exports need it to show captions right.
-        validation: "random" holds 10 % of the training photos back, "split" takes the data's own
-            validation split (and falls back to "random" where there is none).
-        select_by: what chooses the best epoch: "loss" or "cider" of freely decoded captions.
-        limit: at most so many photos of each split; 0 takes all.
-        max_length: ids of a caption, ``<bos>`` and ``<eos>`` included.
-        min_count: a word seen less often becomes ``<unk>``.
-        word2vec: start the embedding from gensim's Word2Vec of the training captions.
-        attention_gain: times which the attention's ``Wh`` and ``v`` start larger. At 1 the maps of
-            a short training stay nearly even and alike for all words.
-        views: how many views of each photo there are, of which an epoch shows one: 1 the photo as
-            it is; 2 also mirrored, "left" and "right" swapped in its captions; each further one a
-            random part of it, half of them mirrored.
-        text: folder of Parquet with more captions (``alt_text``), without photos, or None.
-            Word2Vec reads them too; the vocabulary stays that of the training captions.
-        text_epochs: the decoder first reads them and the training captions so many times, with
-            the mean cell of all photos in place of a photo. Without ``text`` none.
-        batch_size: photos a step.
-        epochs: at most so many.
-        patience: epochs without a better score before training stops.
-        learning_rate: the highest that the schedule reaches.
-        schedule: "plateau" divides it by 10 after 2 epochs without a lower validation loss;
-            "cosine" warms up over ``warmup`` of the steps and then falls to zero.
-        warmup: share of all steps.
-        weight_decay: decoupled (AdamW); 0 is Adam.
-        gradient_clip: largest gradient norm; 0 is none.
-        label_smoothing: of the training loss; validation loss is never smoothed.
-        ema_decay: of the averaged weights that are scored and saved; 0 is none.
-        bfloat16: whether training multiplies matrices in bfloat16 (the weights stay float32);
-            "auto" does where this machine is faster with it.
-        reward_epochs: at most so many of self-critical training on CIDEr-D, from the best epoch
-            of cross-entropy on (Rennie et al. 2017).
-        reward_batch_size: photos a step of it.
-        reward_samples: captions drawn of each photo.
-        reward_temperature: of the drawing, and of what is learned.
-        reward_learning_rate: at its first step; it falls to zero as a half cosine.
-        seed: of everything random.
-        device: "auto", "cpu", "cuda" or "mps".
-        model: the fields of ``ModelConfig`` that the recipe sets.
+    ``recipe`` is only the name under which the other settings go.
     """
 
     data: str = DEFAULT_SOURCE
+    """Hub id, folder of Parquet files (image, alt_text), or folder of photos with a captions.csv
+    (image,caption)."""
     encoder: str = "resnet50"
+    """Frozen backbone: resnet50, efficientnet_lite2 or timm:<name>."""
     encoder_weights: str | None = None
-    recipe: str = "seed"
-    captions: str = "first"
+    """File with the encoder's weights, used instead of a download."""
+    recipe: Literal["seed", "best"] = "seed"
+    """Defaults of all settings. seed = as in the original report; best = with everything that
+    helped."""
+    captions: Literal["first", "all"] = "first"
+    """Train on each photo's first caption, or on all of them."""
     language: str = DEFAULT_LANGUAGE
-    validation: str = "random"
-    select_by: str = "loss"
-    limit: int = 0
-    max_length: int = 20
-    min_count: int = 5
+    """BCP 47 tag of the captions' language, such as en, de or zh-Hant. Training ignores it;
+    browsers, screen readers and exports use it."""
+    validation: Literal["random", "split"] = "random"
+    """random = hold back 10% of the training photos; split = use the data's own validation split,
+    or random if it has none."""
+    select_by: Literal["loss", "cider"] = "loss"
+    """How the best epoch is chosen: by validation loss, or by CIDEr-D of generated captions."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Maximum number of photos per split. 0 = all."""
+    max_length: _MaxLength = 20
+    """Maximum number of tokens per caption, <bos> and <eos> included."""
+    min_count: Annotated[int, Field(ge=1)] = 5
+    """Words that occur less often become <unk>."""
     word2vec: bool = True
-    attention_gain: float = 1.0
-    views: int = 1
+    """Initialize the embedding with Word2Vec vectors of the training captions."""
+    attention_gain: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Factor on the initial weights Wh and v of the attention. At 1 the maps of a short training
+    stay nearly uniform, and alike for all words."""
+    views: Annotated[int, Field(ge=1, le=100)] = 1
+    """Number of views of each photo; each epoch uses one. 1 = the photo itself; 2 = also mirrored,
+    with left and right swapped in its captions; each further view is a random crop."""
     text: str | None = None
-    text_epochs: int = 1
-    batch_size: int = 32
-    epochs: int = 30
-    patience: int = 3
-    learning_rate: float = 1e-3
-    schedule: str = "plateau"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    gradient_clip: float = 0.0
-    label_smoothing: float = 0.0
-    ema_decay: float = 0.0
-    bfloat16: bool | str = "auto"
-    reward_epochs: int = 0
-    reward_batch_size: int = 64
-    reward_samples: int = 5
-    reward_temperature: float = 0.5
-    reward_learning_rate: float = 5e-5
-    seed: int = 0
-    device: str = "auto"
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Folder of Parquet files with more captions (alt_text) but no photos, to be learned first.
+    Word2Vec uses them too; the vocabulary remains that of the training captions."""
+    text_epochs: _CountOrNone = 1
+    """Epochs on the captions of --text together with the training captions, with the mean cell of
+    all photos in place of a photo."""
+    batch_size: _Count = 32
+    """Photos per step."""
+    epochs: _Count = 30
+    """Maximum number of epochs."""
+    patience: _Count = 3
+    """Epochs without improvement before training stops."""
+    learning_rate: _LearningRate = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """plateau = divide the learning rate by 10 after 2 epochs without a lower validation loss;
+    cosine = linear warmup, then cosine decay to zero."""
+    warmup: _Probability = 0.0
+    """Share of all steps that the cosine schedule warms up."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Decoupled weight decay (AdamW). 0 = Adam."""
+    gradient_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Maximum gradient norm. 0 = no clipping."""
+    label_smoothing: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Label smoothing of the training loss; the validation loss has none."""
+    ema_decay: Annotated[float, Field(ge=0, le=0.999999)] = 0.0
+    """Decay of the averaged weights, which are evaluated and saved. 0 = no averaging."""
+    bfloat16: bool | Literal["auto"] = "auto"
+    """Multiply matrices in bfloat16 while training (weights stay float32); auto = if this machine
+    is faster with it."""
+    reward_epochs: _CountOrNone = 0
+    """Maximum number of epochs of self-critical training on CIDEr-D (Rennie et al. 2017) after
+    cross-entropy, starting from its best epoch."""
+    reward_batch_size: _Count = 64
+    """Photos per step of self-critical training."""
+    reward_samples: Annotated[int, Field(ge=2, le=1000)] = 5
+    """Captions sampled per photo in self-critical training."""
+    reward_temperature: Annotated[float, Field(ge=0.05, le=10)] = 0.5
+    """Temperature of the sampling and of the learned distribution in self-critical training."""
+    reward_learning_rate: _LearningRate = 5e-5
+    """Initial learning rate of self-critical training, which a half cosine brings to zero."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Random seed of everything."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to train on; auto = the fastest available."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Fields of ModelConfig that differ from its defaults."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            limit=(0, math.inf),
-            max_length=(3, 200),
-            min_count=(1, math.inf),
-            attention_gain=(0.01, 100),
-            views=(1, 100),
-            text_epochs=(0, 10**6),
-            batch_size=(1, 10**6),
-            epochs=(1, 10**6),
-            patience=(1, 10**6),
-            learning_rate=(1e-12, 10),
-            warmup=(0, 1),
-            weight_decay=(0, 10),
-            gradient_clip=(0, math.inf),
-            label_smoothing=(0, 0.9),
-            ema_decay=(0, 0.999999),
-            reward_epochs=(0, 10**6),
-            reward_batch_size=(1, 10**6),
-            reward_samples=(2, 1000),
-            reward_temperature=(0.05, 10),
-            reward_learning_rate=(1e-12, 10),
-            seed=(0, 2**32 - 1),
-        )
-        _choose(
-            self,
-            captions=("first", "all"),
-            validation=("random", "split"),
-            select_by=("loss", "cider"),
-            schedule=("plateau", "cosine"),
-            device=("auto", "cpu", "cuda", "mps"),
-            recipe=tuple(RECIPES),
-            bfloat16=(True, False, "auto"),
-        )
         if not is_language(self.language):
             raise ConfigError(
                 f"language is {reprlib.repr(self.language)}; it must be a BCP 47 tag, such as en, "
@@ -374,15 +329,15 @@ class TrainConfig(_Config):
     def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:
         """Return the decoder's shape for a vocabulary and an encoder."""
         sizes = {"vocabulary_size": vocabulary_size, "encoder_channels": encoder_channels}
-        if taken := sorted(sizes.keys() & self.model.keys()):
-            raise ConfigError(f"model.{taken[0]} follows from data and encoder: leave it away")
+        if fixed := sorted(sizes.keys() & self.model.keys()):
+            raise ConfigError(f"model.{fixed[0]} follows from data and encoder: leave it out")
         return ModelConfig.from_dict({**sizes, **self.model})
 
     @classmethod
     def from_recipe(cls, name: str, /, **changes: Any) -> Self:
         """Return the recipe ``name`` ("seed" or "best") with some fields changed."""
         if name not in RECIPES:
-            raise ConfigError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
+            raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
         return cls.from_dict({"recipe": name, **RECIPES[name], **changes})
 
 

@@ -16,7 +16,7 @@ import captioner
 PACKAGE = Path(captioner.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-GROUND = {"config", "distributed", "environment", "errors", "files", "images"}
+GROUND = {"config", "distributed", "environment", "errors", "files", "images", "options"}
 # What each wing may use beside the ground and itself.
 WINGS: dict[str, set[str]] = {
     "model": set(),
@@ -28,7 +28,8 @@ WINGS: dict[str, set[str]] = {
 # The command line brings both sides together, and the package exports public names.
 ENTRANCES: dict[str, set[str]] = {
     "__init__": {"inference", "model"},
-    "__main__": {"__init__", "data", "inference", "model", "training"},
+    "arguments": {"__init__"},
+    "__main__": {"arguments", "data", "inference", "model", "training"},
 }
 SCRIPTS: dict[str, set[str]] = {"app.py": {"inference", "web"}, "train.py": {"training"}}
 ALLOWED = {name: set[str]() for name in GROUND} | WINGS | ENTRANCES

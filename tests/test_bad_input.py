@@ -345,10 +345,8 @@ def test_a_beam_that_cannot_be_is_refused_by_both_commands(
 def test_what_is_no_value_is_refused(
     option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["caption", "x.jpg", option, value])
-    assert stopped.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    code = main(["caption", "x.jpg", option, value])
+    _assert_refused(code, capsys.readouterr(), value)
 
 
 def test_a_negative_limit_is_refused(

@@ -62,7 +62,7 @@ def test_a_run_trains_stops_nowhere_and_goes_on_on_a_cpu(
     out = tmp_path / "run"
     given = f"""--data {parquet_folder} --encoder timm:test_resnet --encoder-weights {timm_weights}
         --recipe best --out {out} --cache {tmp_path / "cache"} --epochs 2 --reward-epochs 1
-        --batch-size 4 --min-count 2 --set bfloat16={bfloat16}""".split()
+        --batch-size 4 --min-count 2 --bfloat16 {bfloat16}""".split()
     assert train.main([*given, "--device", "cuda"]) == 0
     rows: list[dict[str, Any]] = json.loads((out / "run.json").read_text())["epochs"]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]

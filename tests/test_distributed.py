@@ -46,8 +46,8 @@ def command(data: Path, timm_weights: Path) -> Callable[..., list[str]]:
             start += [f"--nproc-per-node={processes}", "train.py"]
         given = f"""--data {data} --encoder timm:test_resnet --encoder-weights {timm_weights}
             --recipe best --out {out} --cache {out}-features --epochs 3 --reward-epochs 0
-            --batch-size 4 --min-count 2 --device cpu --set model.dropout=0
-            --set model.feature_dropout=0 --set learning_rate=0.002 --set bfloat16=false"""
+            --batch-size 4 --min-count 2 --device cpu --model.dropout 0
+            --model.feature-dropout 0 --learning-rate 0.002 --bfloat16 false"""
         return [*start, *given.split(), *more]
 
     return make
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 def test_two_processes_draw_and_reward(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     out = tmp_path / "rewards"
-    output = _run(command(out, 2, "--set", "reward_epochs=1", "--set", "reward_batch_size=8"))
+    output = _run(command(out, 2, "--reward-epochs", "1", "--reward-batch-size", "8"))
     assert output.count("reward=") == 1
     rows = json.loads((out / "run.json").read_text())["epochs"]
     assert [("reward" in row) for row in rows] == [False, False, False, True]

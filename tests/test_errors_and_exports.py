@@ -15,27 +15,26 @@ from captioner import errors
 ROOT = Path(captioner.__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", captioner.__all__)
-def test_every_public_name_is_there(name: str) -> None:
-    public = getattr(captioner, name)
+def test_public_names_exist_and_are_documented() -> None:
+    for name in captioner.__all__:
+        public = getattr(captioner, name)
+        assert public.__name__ == name
+        assert public.__module__.startswith("captioner.")
+        assert public.__doc__
 
-    assert public.__name__ == name
-    assert public.__module__.startswith("captioner.")
-    assert public.__doc__
 
-
-def test_the_public_names_are_sorted_and_unique() -> None:
+def test_public_names_are_sorted_and_unique() -> None:
     assert list(captioner.__all__) == sorted(set(captioner.__all__))
     assert {"Captioner", "Caption", "DecodingOptions", "CaptionerError"} <= set(captioner.__all__)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(captioner, "Captionist")
     with pytest.raises(AttributeError, match="'captioner' has no attribute 'Captionist'"):
         captioner.Captionist  # noqa: B018
 
 
-def test_every_error_of_the_package_is_public_and_a_captioner_error() -> None:
+def test_errors_are_public_captioner_errors() -> None:
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
     assert kinds == {name for name in captioner.__all__ if name.endswith("Error")}
@@ -43,7 +42,7 @@ def test_every_error_of_the_package_is_public_and_a_captioner_error() -> None:
         assert issubclass(getattr(captioner, name), captioner.CaptionerError)
 
 
-def test_who_catches_one_kind_of_error_catches_no_other() -> None:
+def test_kinds_of_errors_do_not_catch_each_other() -> None:
     kinds = [getattr(captioner, name) for name in captioner.__all__ if name.endswith("Error")]
     children = [kind for kind in kinds if kind is not captioner.CaptionerError]
 
@@ -51,7 +50,7 @@ def test_who_catches_one_kind_of_error_catches_no_other() -> None:
         assert not issubclass(one, other)
 
 
-def test_a_config_error_is_a_value_error_too() -> None:
+def test_config_error_is_a_value_error() -> None:
     assert issubclass(errors.ConfigError, ValueError)
     assert not issubclass(errors.ImageError, ValueError)
 
@@ -76,11 +75,11 @@ HEAVY = ("torch", "torchvision", "timm", "PIL", "datasets", "gensim", "gradio", 
         "from captioner import CaptionerError, DecodingOptions, Vocabulary",
     ],
 )
-def test_importing_the_package_loads_nothing_heavy(statement: str) -> None:
+def test_import_loads_nothing_heavy(statement: str) -> None:
     assert loaded_by(statement, "captioner", *HEAVY) == {"captioner"}
 
 
-def test_a_star_import_gives_the_public_names() -> None:
+def test_star_import_gives_the_public_names() -> None:
     names: dict[str, object] = {}
     exec("from captioner import *", names)
 

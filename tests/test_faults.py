@@ -177,8 +177,8 @@ def command(
     def make(out: Path, cache: Path = cache) -> list[str]:
         return f"""--data {parquet_folder} --encoder timm:test_resnet --recipe seed --epochs 2
             --encoder-weights {timm_weights} --out {out} --cache {cache} --batch-size 8
-            --min-count 2 --device cpu --set learning_rate=0.02 --set model.hidden_size=32
-            --set model.embedding_size=16 --set model.attention_size=16 --resume""".split()
+            --min-count 2 --device cpu --learning-rate 0.02 --model.hidden-size 32
+            --model.embedding-size 16 --model.attention-size 16 --resume""".split()
 
     return make
 

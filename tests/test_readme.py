@@ -14,7 +14,7 @@ import pytest
 
 import train
 from captioner import Captioner
-from captioner.__main__ import build_parser as captioner_parser
+from captioner.arguments import build_parser as captioner_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "http://127.0.0.1:7860"

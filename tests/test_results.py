@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import train
-from captioner.__main__ import build_parser as captioner_parser
+from captioner.arguments import build_parser as captioner_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def test_a_row_s_command_is_the_one_that_made_its_records(row: dict[str, str]) -
         assert record["git_commit"]
     seeds = [record["config"]["seed"] for record in _records(row)]
     assert len(set(seeds)) == len(seeds)
-    assert options["seed"] in seeds
+    assert config["seed"] in seeds
 
 
 # Speed

@@ -123,7 +123,7 @@ def check_lengths(texts: Sequence[str], vocabulary: Vocabulary, max_length: int)
     num_cut = sum(len(vocabulary.encode(text)) > room for text in texts)
     if num_cut > len(texts) / 3:
         log.warning(
-            "%d of %d captions are cut after %d words: raise the limit with --set max_length=N",
+            "%d of %d captions are cut after %d words: raise the limit with --max-length N",
             num_cut,
             len(texts),
             room,

@@ -175,7 +175,7 @@ def test_captions_that_are_mostly_cut_are_noticed(caplog: pytest.LogCaptureFixtu
     assert not caplog.text
     check_lengths(captions[:2], vocabulary, 20)
     assert "1 of 2 captions are cut after 18 words" in caplog.text
-    assert "--set max_length=" in caplog.text
+    assert "--max-length" in caplog.text
 
 
 def test_a_bare_string_is_one_caption(

@@ -99,7 +99,7 @@ def test_the_brightest_pixel_lies_in_the_strongest_cell(
 def test_cells_have_the_colours_of_the_page(colors: str, strength: float) -> None:
     attention = np.zeros((7, 7), dtype=np.float32)
     attention[0, 0], attention[3, 4] = 0.4, 0.6
-    appearance = Appearance(colors=colors, shape="cells", strength=strength)
+    appearance = Appearance(colors=colors, shape="cells", strength=strength)  # type: ignore[arg-type]
     pixels = np.asarray(blend(grey((70, 140)), word("dog", attention), appearance)).astype(float)
     cells = pixels.reshape(7, 20, 7, 10, 3)
     assert (cells == cells[:, :1, :, :1]).all()
