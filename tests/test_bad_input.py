@@ -142,7 +142,7 @@ OTHER_ENCODERS: dict[str, Callable[[Path], object]] = {
     "the weights of timm:test_resnet are not those": lambda folder: _edit(
         folder, lambda config: config["encoder"].update(sha256="0" * 64)
     ),
-    "no encoder is called 'vgg'": lambda folder: _edit(
+    "unknown encoder 'vgg'": lambda folder: _edit(
         folder, lambda config: config["encoder"].update(name="vgg")
     ),
 }

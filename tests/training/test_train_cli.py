@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from captioner.model import checkpoint as checkpoints
-from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import load_encoder
+from captioner.model.fast import FusedForward
 from tests.training.runs import assert_same_run, figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,15 +294,15 @@ def test_captions_without_photos_are_read_first_and_a_stop_there_changes_nothing
     more = ["--limit", "10", "--batch-size", "5", "--epochs", "1"]
     more += ["--text", str(text), "--set", "text_epochs=2"]
     seen = []
-    really_read = CaptionModel.forward
+    really_read = FusedForward.forward
 
-    def look(model: CaptionModel, features: torch.Tensor, captions: torch.Tensor) -> Any:
-        if model.training:
+    def look(fused: FusedForward, features: torch.Tensor, captions: torch.Tensor) -> Any:
+        if fused.model.training:
             seen.append(bool((features != features[:1, :1]).any()))
-        return really_read(model, features, captions)
+        return really_read(fused, features, captions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CaptionModel, "forward", look)
+        patch.setattr(FusedForward, "forward", look)
         assert train.main(arguments(tmp_path / "whole", *more)) == 0
     # 20 rows without photos and 10 with captions of their own are 6 steps, twice.
     assert seen == [False] * 12 + [True] * 2
