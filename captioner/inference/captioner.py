@@ -176,7 +176,7 @@ class Captioner:
                 f"\"{word}\" isn't in the model's vocabulary"
                 + (f". Did you mean {', '.join(near)}?" if near else "; use another word")
             )
-        bad_endings = self.checkpoint.vocabulary.ids(BAD_ENDINGS)
+        bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
             state, memory = self._decoder.start(features)

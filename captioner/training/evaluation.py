@@ -55,14 +55,14 @@ def write_captions(
     """Return the caption that the model writes of each photo of the dataset."""
     model.eval()
     device = model.embedding.weight.device
-    bad_endings = vocabulary.ids(BAD_ENDINGS)
+    bad_endings = vocabulary.known_ids(BAD_ENDINGS)
     texts = []
     for features, _ in tqdm(
         DataLoader(dataset, batch_size=batch_size), desc="captions", unit="batch", leave=False
     ):
         state, memory = model.start(features.to(device).float())
         found = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        texts += [INNER_SPACE.sub("", vocabulary.untokenize(beams[0].ids)) for beams in found]
+        texts += [INNER_SPACE.sub("", vocabulary.decode(beams[0].ids)) for beams in found]
     return texts
 
 
