@@ -251,7 +251,7 @@ def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated.*download"):
         load(folder)
     _seal(folder)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
         load(folder)
 
 
@@ -288,7 +288,7 @@ def test_a_header_that_claims_ten_gigabytes_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes((10 * 2**30).to_bytes(8, "little") + path.read_bytes()[8:])
     _seal(folder)
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(folder)
 
 
@@ -343,7 +343,7 @@ def test_a_format_that_never_was_is_refused(folder: Path, number: int) -> None:
 def test_a_field_that_comes_twice_is_refused(folder: Path) -> None:
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text.replace("{", '{"max_length": 3, ', 1))
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged: it gives a field twice"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged: it has a field twice"):
         load(folder)
 
 
@@ -504,7 +504,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder
         with pytest.raises(CheckpointError, match="of another checkpoint"):
             load(folder)
         _seal(folder)
-        with pytest.raises(CheckpointError, match="no safetensors file"):
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
             load(folder)
     (folder / "config.json").write_bytes(pickle.dumps(Disguise(marker)))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
