@@ -490,7 +490,7 @@ def test_disguised_pickle_is_rejected_and_not_executed(tmp_path: Path, folder: P
 
 # Any damage gives a CheckpointError or a good model
 
-FUZZ = settings(derandomize=True, deadline=None, max_examples=150)
+FUZZ = settings(derandomize=True, deadline=None, max_examples=300)
 
 
 def _load_or_none(folder: Path, encoder: Encoder) -> Checkpoint | None:
@@ -507,6 +507,7 @@ def _load_or_none(folder: Path, encoder: Encoder) -> Checkpoint | None:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["values", "bytes"])
 def test_damaged_config_is_rejected_or_gives_the_same_model(
     folder: Path, encoder: Encoder, kind: str
@@ -534,6 +535,7 @@ def test_damaged_config_is_rejected_or_gives_the_same_model(
     assert min(ends[True], ends[False]) > 4
 
 
+@pytest.mark.slow
 def test_damaged_weights_are_rejected_or_finite(folder: Path, encoder: Encoder) -> None:
     path = folder / "model.safetensors"
     weights, config = path.read_bytes(), (folder / "config.json").read_bytes()

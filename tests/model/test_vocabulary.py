@@ -95,7 +95,7 @@ def test_clean_leaves_only_letters_marks_digits_and_single_spaces(text: str) -> 
     assert cleaned == " ".join(cleaned.split())
 
 
-def test_words_that_differ_by_a_vowel_sign_stay_apart() -> None:
+def test_clean_keeps_words_apart_that_differ_by_a_vowel_sign() -> None:
     assert len({clean(word) for word in ("कम", "काम", "कुम")}) == 3
     assert len({clean(word) for word in ("บ้า", "บา", "บี", "บู")}) == 4
 
@@ -109,7 +109,7 @@ def test_chinese_captions_are_encoded_by_character() -> None:
     assert len(ids) == 4
 
 
-def test_captions_without_spaces_are_refused_but_segmented_ones_are_not() -> None:
+def test_captions_without_spaces_are_rejected_unless_segmented() -> None:
     segmented = ["แมว นั่ง อยู่ บน โซฟา สี แดง", "สุนัข วิ่ง ใน สนาม หญ้า"]
     for captions in (
         [text.replace(" ", "") for text in segmented],
@@ -138,7 +138,7 @@ def test_words_are_numbered_alphabetically_after_the_specials() -> None:
     assert [vocabulary.word2idx[word] for word in SPECIALS] == [PAD, BOS, EOS, UNK] == [0, 1, 2, 3]
 
 
-def test_tokenize_has_the_shape_of_the_report() -> None:
+def test_encode_padded_has_the_shape_of_the_report() -> None:
     """The report shows 1, 19, 1027, 2814, 1690, 3452, 1480, 2, 0, 0 for this sentence."""
     vocabulary = Vocabulary.build(["a dog runs in the grass"] * 5)
 
@@ -151,7 +151,7 @@ def test_tokenize_has_the_shape_of_the_report() -> None:
 
 
 @pytest.mark.parametrize(("words", "padding"), [(17, 1), (18, 0), (19, 0), (60, 0)])
-def test_tokenize_cuts_so_that_the_end_still_comes_last(words: int, padding: int) -> None:
+def test_encode_padded_truncates_before_eos(words: int, padding: int) -> None:
     text = " ".join(f"w{number:02}" for number in range(words))
     vocabulary = Vocabulary.build([text], min_count=1)
 
@@ -161,7 +161,7 @@ def test_tokenize_cuts_so_that_the_end_still_comes_last(words: int, padding: int
     assert ids == [BOS, *range(4, 4 + min(words, 18)), EOS, *[PAD] * padding]
 
 
-def test_tokenize_takes_another_length() -> None:
+def test_encode_padded_with_another_length() -> None:
     assert VOCABULARY.encode_padded("a a a a a", max_length=4) == [
         BOS,
         *VOCABULARY.encode("a a"),
@@ -170,7 +170,7 @@ def test_tokenize_takes_another_length() -> None:
     assert VOCABULARY.encode_padded("", max_length=4) == [BOS, EOS, PAD, PAD]
 
 
-def test_a_word_counts_from_min_count_on() -> None:
+def test_build_includes_words_from_min_count_on() -> None:
     captions = ["dog cat", "Dog, cat", "DOG bird"]
 
     assert Vocabulary.build(captions, min_count=3).idx2word[4:] == ["dog"]
@@ -178,7 +178,7 @@ def test_a_word_counts_from_min_count_on() -> None:
     assert Vocabulary.build(["x " * 5 + "y " * 4]).idx2word[4:] == ["x"]
 
 
-def test_a_min_count_that_no_word_reaches_is_refused() -> None:
+def test_build_rejects_a_min_count_that_no_word_reaches() -> None:
     with pytest.raises(DataError, match="seen 5 times"):
         Vocabulary.build(["a dog", "a cat"])
     with pytest.raises(DataError, match="seen 1 times"):
@@ -196,14 +196,14 @@ def test_unknown_words_become_unk() -> None:
     assert VOCABULARY.encode("<pad> <bos>") == [UNK, UNK]
 
 
-def test_ids_leaves_unknown_words_out() -> None:
+def test_known_ids_omits_unknown_words() -> None:
     assert VOCABULARY.known_ids(["the", "zebra", "a"]) == [
         VOCABULARY.word2idx["the"],
         VOCABULARY.word2idx["a"],
     ]
 
 
-def test_untokenize_stops_at_the_end_and_drops_padding_and_start() -> None:
+def test_decode_stops_at_eos_and_drops_padding_and_bos() -> None:
     dog, runs = VOCABULARY.word2idx["dog"], VOCABULARY.word2idx["runs"]
 
     assert VOCABULARY.decode([BOS, PAD, dog, PAD, runs, EOS, dog, dog]) == "dog runs"
@@ -246,7 +246,7 @@ def test_round_trip_of_ids(ids: list[int]) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(st.lists(st.text()), st.integers(1, 3), st.integers(2, 12))
-def test_any_captions_build_a_vocabulary_that_reads_and_writes_them(
+def test_any_captions_build_a_vocabulary_that_encodes_them(
     captions: list[str], min_count: int, length: int
 ) -> None:
     captions = [*captions, "dog dog dog"]
@@ -267,7 +267,7 @@ def test_any_captions_build_a_vocabulary_that_reads_and_writes_them(
         assert vocabulary.decode(ids).split() == known[: length - 2]
 
 
-def test_json_in_and_out(tmp_path: Path) -> None:
+def test_saved_vocabulary_loads_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
     VOCABULARY.save(path)
 
@@ -302,7 +302,7 @@ def test_vocabularies_differ_by_their_words() -> None:
         (b'["<pad>", "<bos>", "<eos>", "<unk>", "\\ud800"]', "which is not a word"),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_file_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "vocabulary.json"
     path.write_bytes(content)
 
@@ -310,7 +310,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str)
         Vocabulary.load(path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.json"):
         Vocabulary.load(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="cannot read"):
