@@ -42,7 +42,7 @@ def run(
         logits, attention = forward(cells, CAPTIONS)
     targets = CAPTIONS[:, :, 1:][CAPTIONS[:, :, 1:] != PAD]
     loss = cross_entropy(logits.float(), targets) + attention.float().square().sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {"cells": cells.grad, **{name: p.grad for name, p in model.named_parameters()}}
     assert all(gradient is not None for gradient in gradients.values())
     return logits, attention, {name: g.clone() for name, g in gradients.items() if g is not None}
