@@ -102,7 +102,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "is truncated, damaged": lambda folder: _change_weights(folder, lambda data: data.pop()),
     "damaged or of another": lambda folder: _change_weights(folder, _flip_a_bit),
     "fc.bias holds values that are not finite": _not_a_number,
-    "is no safetensors file": _pickle,
+    "is not a safetensors file": _pickle,
     "header too large": _huge_header,
     "10737418240 bytes": lambda folder: os.truncate(folder / "model.safetensors", 10 * 2**30),
     "1073741824 bytes": lambda folder: os.truncate(folder / "config.json", 2**30),
@@ -142,7 +142,7 @@ OTHER_ENCODERS: dict[str, Callable[[Path], object]] = {
     "the weights of timm:test_resnet are not those": lambda folder: _edit(
         folder, lambda config: config["encoder"].update(sha256="0" * 64)
     ),
-    "no encoder is called 'vgg'": lambda folder: _edit(
+    "unknown encoder 'vgg'": lambda folder: _edit(
         folder, lambda config: config["encoder"].update(name="vgg")
     ),
 }

@@ -28,7 +28,7 @@ from captioner.images import (
     full_size,
     open_photo,
 )
-from captioner.model.encoder import preprocess
+from captioner.model.encoder import Transform
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 32, 48
@@ -1029,7 +1029,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_preprocess_gives_channels_first_floats(interpolation: str) -> None:
     image = Image.new("RGB", (57, 91), (255, 127, 0))
 
-    pixels = preprocess(image, size=24, mean=MEAN, std=STD, interpolation=interpolation)
+    pixels = Transform(size=24, mean=MEAN, std=STD, interpolation=interpolation)(image)
 
     assert pixels.shape == (3, 24, 24)
     assert pixels.dtype == np.float32
@@ -1046,9 +1046,8 @@ def test_preprocess_keeps_the_whole_photo(size: tuple[int, int], interpolation: 
     corners = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 0]]], dtype=np.uint8) * 255
     image = Image.fromarray(corners).resize(size, Image.Resampling.NEAREST)
 
-    pixels = preprocess(
-        image, size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
-    ).transpose(1, 2, 0)
+    transform = Transform(size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)
+    pixels = transform(image).transpose(1, 2, 0)
 
     for row in (0, -1):
         for column in (0, -1):
@@ -1059,9 +1058,8 @@ def test_preprocess_keeps_the_whole_photo(size: tuple[int, int], interpolation: 
 
 
 def test_preprocess_does_not_turn_or_mirror() -> None:
-    pixels = preprocess(
-        Image.fromarray(SCENE), size=8, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear"
-    )
+    transform = Transform(size=8, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
+    pixels = transform(Image.fromarray(SCENE))
 
     top_left, top_right = pixels[:, 1, 1], pixels[:, 1, 6]
     np.testing.assert_allclose(top_left, SCENE[0, 0] / 255, atol=0.01)

@@ -91,7 +91,7 @@ class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self.tokens = np.full((len(captions), per_photo, max_length), PAD, dtype=np.int32)
         for photo, texts in enumerate(captions):
             for number, text in enumerate(texts):
-                self.tokens[photo, number] = vocabulary.tokenize(text, max_length)
+                self.tokens[photo, number] = vocabulary.encode_padded(text, max_length)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -179,8 +179,7 @@ def _extract(
         opened = [dataset[row] for row in rows]
         readable = {row: pixels for row, pixels in opened if pixels is not None}
         if readable:
-            grid = encoder(torch.stack(list(readable.values())))
-            cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
+            cells = encoder(torch.stack(list(readable.values()))).half().cpu()  # (B, P, C)
             if not cells.isfinite().all():
                 raise EncoderError(
                     f"{encoder.name} gives values that float16 cannot hold: choose another"

@@ -452,7 +452,7 @@ def load_captions(
 
 def _check_words(what: str, captions: Iterable[Sequence[str]]) -> None:
     """Warn about captions of about one word; ``DataError`` if they need to be segmented."""
-    words = mean_words(text for texts in captions for text in texts)
+    words = mean_words(clean(text) for texts in captions for text in texts)
     if words < ONE_WORD:
         log.warning(
             "%s: the captions have %.1f words on average. Words are split at spaces: if these are "

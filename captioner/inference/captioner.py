@@ -176,7 +176,7 @@ class Captioner:
                 f"\"{word}\" isn't in the model's vocabulary"
                 + (f". Did you mean {', '.join(near)}?" if near else "; use another word")
             )
-        bad_endings = self.checkpoint.vocabulary.ids(BAD_ENDINGS)
+        bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
             state, memory = self._decoder.start(features)
@@ -273,11 +273,11 @@ class Captioner:
             else:
                 results.append(full_size(image))
                 pixels.append(torch.from_numpy(self.encoder.transform(image)))
-        grids = (
+        batches = (
             self.encoder(torch.stack(pixels[at : at + self.encoder.batch_size]))
             for at in range(0, len(pixels), self.encoder.batch_size)
         )
-        cells = (each for grid in grids for each in grid.flatten(2).transpose(1, 2))  # (P, C)
+        cells = (each for batch in batches for each in batch)  # (P, C)
         return [
             EncodedPhoto(next(cells), each) if isinstance(each, tuple) else each for each in results
         ]

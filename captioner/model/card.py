@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, Markdown for a README.md."""
+"""The model card of a checkpoint: Markdown for its README.md."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ if TYPE_CHECKING:
     from captioner.model.checkpoint import Checkpoint
 
 _FLICKR = (
-    "It knows the scenes of its training photos: everyday snapshots, many of people and dogs "
-    "outdoors. ",
+    "It was trained on everyday snapshots, many of people and dogs outdoors. ",
     "The photos of Flickr8k and Flickr30k belong to their owners on Flickr; the data sets are "
-    "given out for research and education. Take this checkpoint under the same terms. ",
+    "released for research and education. Use this checkpoint under the same terms. ",
 )
 _OTHER = (
-    "It knows the scenes of its training photos. ",
+    "It knows only scenes like those of its training photos. ",
     "The terms of the photos and captions that it was trained on apply. ",
 )
 
 
 def model_card(checkpoint: Checkpoint) -> str:
-    """Return the README.md that goes with a checkpoint."""
+    """Return the model card of a checkpoint."""
     recipe = checkpoint.recipe
     language = recipe.get("language", DEFAULT_LANGUAGE)
     kind = "an English caption" if language == "en" else f"a caption (language: {language})"
@@ -40,9 +39,9 @@ def model_card(checkpoint: Checkpoint) -> str:
             "",
             "# Image captions with attention",
             "",
-            f"A frozen `{checkpoint.encoder['name']}` gives 7 x 7 vectors; an LSTM of "
+            f"A frozen `{checkpoint.encoder['name']}` turns a photo into 7 x 7 vectors; an LSTM of "
             f"{checkpoint.model.config.hidden_size} units writes {kind} of at most "
-            f"{checkpoint.max_length - 2} words, looking at the photo anew for each.",
+            f"{checkpoint.max_length - 2} words and attends to the photo anew for each word.",
             "",
             f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
             f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`"
@@ -54,16 +53,17 @@ def model_card(checkpoint: Checkpoint) -> str:
             "",
             "## Limits",
             "",
-            f"{scene}Anything else it describes as the nearest thing it knows, and with "
+            f"{scene}It describes anything else as the most similar thing it knows, with "
             "confidence. It miscounts, mixes up colors, guesses people's sex and age from looks, "
             "and repeats the assumptions of its training captions. Don't use it to identify or "
             "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
-            "read for a word; it doesn't prove that the word came from there.",
+            "attended for a word; it doesn't prove that the word came from there.",
             "",
             "## Scores on the validation photos",
             "",
-            "BLEU, CIDEr (CIDEr-D) and ROUGE-L x 100 of free captions against all references; "
-            "cross-entropy in nats a word, unsmoothed. The epoch was chosen on these photos.",
+            "BLEU, CIDEr (CIDEr-D) and ROUGE-L, times 100, of generated captions against all "
+            "references; cross-entropy in nats per word, unsmoothed. The epoch was chosen on these "
+            "photos.",
             "",
             "| score | value |",
             "| --- | ---: |",

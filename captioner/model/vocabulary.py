@@ -24,26 +24,25 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
     r"\ua980-\ua9ff\uaa60-\uaadf]+"
 )
-ONE_WORD = 1.5  # fewer words per caption than this are about one
+ONE_WORD = 1.5  # a mean of fewer words per caption means about one word each
 
 
 def clean(text: str) -> str:
-    """Lower the case, remove punctuation, keep digits, put one space between words.
+    """Lower the case, remove punctuation, keep digits, separate words by single spaces.
 
-    Han, kana and Bopomofo characters are words of their own. Letters keep the vowel signs and
-    tones of their script, but not accents that have no letter of their own in Unicode, nor Arabic
-    vowel points and their like.
+    Each Han, kana and Bopomofo character is a word. Letters keep the vowel signs and tones of their
+    script; accents without a precomposed letter in Unicode and vowel points (Arabic, Hebrew) go.
 
     "A dog's ball, no. 3!" becomes "a dogs ball no 3".
     """
     text = unicodedata.normalize("NFKC", text).lower()
     if text.isascii():
         return " ".join(_NOT_WORD.sub("", text).split())
-    text = unicodedata.normalize("NFKC", "".join(_kept(text.translate(_SEPARATORS))))
+    text = unicodedata.normalize("NFKC", "".join(_word_characters(text.translate(_SEPARATORS))))
     return " ".join(_CHARACTER_WORD.sub(r" \g<0> ", text).split())
 
 
-def _kept(text: str) -> Iterator[str]:
+def _word_characters(text: str) -> Iterator[str]:
     """Yield letters with their marks, digits and white space."""
     after_letter = False
     for character in text:
@@ -54,16 +53,16 @@ def _kept(text: str) -> Iterator[str]:
         elif character.isalnum() or character.isspace():
             after_letter = category[0] == "L"
             yield character
-        elif category != "Cf":  # joiners stand inside words
+        elif category != "Cf":  # joiners occur inside words
             after_letter = False
 
 
 def _is_spelling(mark: str, category: str) -> bool:
-    """Say whether a mark is part of how a word is spelled.
+    """Return whether a mark is part of a word's spelling.
 
-    Canonical combining classes 6 to 9 are nuktas, viramas and kana's voicing, 84 to 199 the vowels
-    and tones of Telugu, Thai, Lao and Tibetan, and 0 the other vowel signs. 1 strikes letters
-    through, 10 to 36 are Hebrew and Arabic points, and from 200 on there are accents.
+    Canonical combining classes 6 to 9 are nuktas, viramas and kana voicing marks, 84 to 199 the
+    vowels and tones of Telugu, Thai, Lao and Tibetan, and 0 the other vowel signs. Class 1 strikes
+    letters through, 10 to 36 are Hebrew and Arabic points, 200 and above are accents.
     """
     combining = unicodedata.combining(mark)
     if combining == 0:
@@ -71,21 +70,20 @@ def _is_spelling(mark: str, category: str) -> bool:
     return 6 <= combining <= 9 or 84 <= combining <= 199
 
 
-# Marks without a shape: grapheme joiner, Khmer inherent vowels, variation selectors.
+# Invisible marks: grapheme joiner, Khmer inherent vowels, variation selectors.
 _IGNORABLE = re.compile("[\u034f\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 def mean_words(captions: Iterable[str]) -> float:
-    """Return how many words a caption has on average, 0 without captions.
+    """Return the mean number of words of clean captions, 0 if there are none.
 
     Raises:
-        DataError: the script is one without spaces, such as Thai, and the words are not segmented.
+        DataError: the script has no spaces, as Thai, and the words are not segmented.
     """
     num_captions = num_words = 0
     unspaced_captions = unspaced_words = unspaced_letters = 0
     example = ""
-    for caption in captions:
-        text = clean(caption)
+    for text in captions:
         num_captions += 1
         num_words += len(text.split())
         unspaced = [] if text.isascii() else _UNSPACED.findall(text)
@@ -99,7 +97,7 @@ def mean_words(captions: Iterable[str]) -> float:
     if unspaced_captions > num_captions / 10 and unspaced_letters > longest * unspaced_words:
         raise DataError(
             f"the captions have no spaces between words ({reprlib.repr(example)}), so a sentence "
-            "would count as one word: segment them first (PyThaiNLP does so for Thai, ICU for "
+            "would count as one word: segment them first (with PyThaiNLP for Thai, or ICU for "
             "Thai, Lao, Khmer and Burmese) and join the words with spaces"
         )
     return num_words / max(num_captions, 1)
@@ -108,16 +106,19 @@ def mean_words(captions: Iterable[str]) -> float:
 class Vocabulary:
     """The words that a model knows, with their ids.
 
-    ``idx2word`` lists the words by id, the specials ``<pad> <bos> <eos> <unk>`` first;
-    ``word2idx`` is its inverse.
+    ``encode_padded`` and ``decode`` are ``tokenize`` and ``untokenize`` of the original report.
+
+    Attributes:
+        idx2word: the words by id, the specials ``<pad> <bos> <eos> <unk>`` first.
+        word2idx: its inverse.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         """Number ``words``, which must start with the four specials.
 
         Raises:
-            DataError: the specials are not there, a word comes twice, or one is none: empty, or
-                with white space or what cannot be printed in it.
+            DataError: the specials are missing, a word occurs twice, or a word is empty or contains
+                white space or unprintable characters.
         """
         if tuple(words[: len(SPECIALS)]) != SPECIALS:
             raise DataError(
@@ -126,28 +127,28 @@ class Vocabulary:
         self.idx2word = list(words)
         self.word2idx = {word: index for index, word in enumerate(self.idx2word)}
         if len(self.word2idx) != len(self.idx2word):
-            twice = next(word for word, count in Counter(words).items() if count > 1)
-            raise DataError(f"the vocabulary holds {reprlib.repr(twice)} twice; build it again")
+            duplicate = next(word for word, count in Counter(words).items() if count > 1)
+            raise DataError(f"the vocabulary holds {reprlib.repr(duplicate)} twice; build it again")
         for word in self.idx2word:
             if not word or " " in word or not word.isprintable():
-                raise DataError(f"the vocabulary holds {reprlib.repr(word)}, which is no word")
+                raise DataError(f"the vocabulary holds {reprlib.repr(word)}, which is not a word")
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 5) -> Vocabulary:
-        """Take every word seen at least ``min_count`` times, in alphabetical order.
+        """Collect every word that occurs at least ``min_count`` times, in alphabetical order.
 
         Raises:
             DataError: there is no such word, or the captions have no spaces between words.
         """
-        captions = list(captions)
-        words_per_caption = mean_words(captions)
-        counts = Counter(word for caption in captions for word in clean(caption).split())
+        texts = [clean(caption) for caption in captions]
+        words_per_caption = mean_words(texts)
+        counts = Counter(word for text in texts for word in text.split())
         words = sorted(word for word, count in counts.items() if count >= min_count)
         if not words:
-            way_out = "use more captions or a lower --min-count"
-            if captions and words_per_caption < ONE_WORD:
-                way_out = "the captions have about one word each: put spaces between their words"
-            raise DataError(f"no word of the captions is seen {min_count} times: {way_out}")
+            hint = "use more captions or a lower --min-count"
+            if texts and words_per_caption < ONE_WORD:
+                hint = "the captions have about one word each: put spaces between their words"
+            raise DataError(f"no word of the captions is seen {min_count} times: {hint}")
         return cls([*SPECIALS, *words])
 
     def __len__(self) -> int:
@@ -158,23 +159,23 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def ids(self, words: Iterable[str]) -> list[int]:
-        """Return the ids of those ``words`` that it knows."""
+    def known_ids(self, words: Iterable[str]) -> list[int]:
+        """Return the ids of ``words``, without those that are not in the vocabulary."""
         return [self.word2idx[word] for word in words if word in self.word2idx]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the cleaned words alone, without specials, padding or cut."""
+        """Return an id per word of the cleaned text, ``<unk>`` for unknown words."""
         return [self.word2idx.get(word, UNK) for word in clean(text).split()]
 
-    def tokenize(self, text: str, max_length: int = 20) -> list[int]:
+    def encode_padded(self, text: str, max_length: int = 20) -> list[int]:
         """Return ``max_length`` ids: ``<bos>``, the words, ``<eos>``, padding.
 
-        A longer text is cut so that ``<eos>`` still comes last.
+        A longer text is truncated, so that ``<eos>`` still comes last.
         """
         ids = [BOS, *self.encode(text)[: max_length - 2], EOS]
         return ids + [PAD] * (max_length - len(ids))
 
-    def untokenize(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Return the words up to the first ``<eos>``, without ``<pad>`` and ``<bos>``."""
         words = []
         for index in ids:
@@ -185,12 +186,12 @@ class Vocabulary:
         return " ".join(words)
 
     def save(self, path: Path) -> None:
-        """Write the words as a JSON list, in the order of their ids."""
+        """Write the words as a JSON list, ordered by id."""
         path.write_text(json.dumps(self.idx2word, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read what ``save`` wrote; anything else raises ``DataError``."""
+        """Load a file that ``save`` wrote; any other raises ``DataError``."""
         try:
             words = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from captioner.environment import torch_defaults
 from captioner.model.checkpoint import Checkpoint
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import choose_device, load_encoder
+from captioner.model.fast import FusedForward
 from captioner.model.search import decode
 from captioner.model.vocabulary import Vocabulary
 from captioner.training.metrics import score_captions
@@ -31,11 +32,12 @@ def cross_entropy_of(
     """Return the unsmoothed cross-entropy a word, in nats, of the dataset's captions."""
     model.eval()
     device = model.embedding.weight.device
+    forward = FusedForward(model)
     total, words = 0.0, 0
     for features, captions in DataLoader(dataset, batch_size=batch_size):
         captions = captions.to(device)
         targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-        logits, _ = model(features.to(device).float(), captions)
+        logits, _ = forward(features.to(device).float(), captions)
         total += cross_entropy(logits, targets, reduction="sum").item()
         words += len(targets)
     return total / words
@@ -53,14 +55,14 @@ def write_captions(
     """Return the caption that the model writes of each photo of the dataset."""
     model.eval()
     device = model.embedding.weight.device
-    bad_endings = vocabulary.ids(BAD_ENDINGS)
+    bad_endings = vocabulary.known_ids(BAD_ENDINGS)
     texts = []
     for features, _ in tqdm(
         DataLoader(dataset, batch_size=batch_size), desc="captions", unit="batch", leave=False
     ):
         state, memory = model.start(features.to(device).float())
         found = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        texts += [INNER_SPACE.sub("", vocabulary.untokenize(beams[0].ids)) for beams in found]
+        texts += [INNER_SPACE.sub("", vocabulary.decode(beams[0].ids)) for beams in found]
     return texts
 
 

@@ -94,7 +94,7 @@ def facts(prepared: TrainingData, config: TrainConfig) -> str:
             f"{tuple(features.shape)}, captions {tuple(tokens.shape)}",
             f"a caption    {prepared.example!r}",
             f"its ids      {ids}",
-            f"decoded      {prepared.vocabulary.untokenize(ids)!r}",
+            f"decoded      {prepared.vocabulary.decode(ids)!r}",
         ]
     )
 

@@ -30,6 +30,7 @@ from captioner.files import atomic_dir
 from captioner.model import checkpoint as checkpoints
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import choose_device
+from captioner.model.fast import FusedForward
 from captioner.training.self_critical import Reward
 from captioner.training.setup import TrainingData
 
@@ -133,7 +134,7 @@ class Run:
             self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
         # What reads captions: gradients come to ``model`` as means over the processes.
-        self.reader = self.processes.wrap_ddp(self.model)
+        self.reader = self.processes.wrap_ddp(FusedForward(self.model))
         self.reward: Reward | None = None
         self.begin(CAPTIONS if prepared.text is None else TEXT, 0)
         # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)

@@ -1,7 +1,7 @@
-"""What was made fast on one processor must not be slow on another: ours against plain code.
+"""Code that is fast on one processor must not be slow on another: ours against plain code.
 
-Each ratio is plain float32 code / ours, measured in a process of its own: once with all that the
-processor has and once with what an older one, with AVX2 alone, would have.
+Each ratio is plain float32 code / ours, measured in a process of its own: once with all
+instructions of the processor and once with those of an older one that has AVX2 only.
 """
 
 from __future__ import annotations
@@ -34,40 +34,42 @@ from captioner.model.search import decode
 from captioner.model.encoder import load_encoder
 from captioner.images import open_photo
 from captioner.model.decoder import CaptionModel
+from captioner.model.fast import FusedForward
 from captioner.training.state import bfloat16_speedup
 
 captioner = Captioner.load()
 photos = make_photos()
-endings = captioner.checkpoint.vocabulary.ids(BAD_ENDINGS)
-encoders._hasten_lite = lambda module: None
-backbone = load_encoder("efficientnet_lite2").backbone.to(memory_format=torch.contiguous_format)
+endings = captioner.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
+encoders.fuse_for_inference = lambda module: None
+plain_encoder = load_encoder("efficientnet_lite2").backbone
+plain_encoder = plain_encoder.to(memory_format=torch.contiguous_format)
 plain_model = captioner.checkpoint.model
 transform = captioner.encoder.transform
 
 
-def see(some):
-    pixels = torch.stack([torch.from_numpy(transform(open_photo(each))) for each in some])
-    return backbone(pixels).flatten(2).transpose(1, 2)
+def to_pixels(batch):
+    return torch.stack([torch.from_numpy(transform(open_photo(photo))) for photo in batch])
+
+
+def to_cells(batch):
+    return plain_encoder(to_pixels(batch)).flatten(2).transpose(1, 2)
 
 
 @torch.inference_mode()
-def plain(some, at_once=32):
-    for at in range(0, len(some), at_once):
-        state, memory = plain_model.start(see(some[at : at + at_once]))
+def plain(photos, batch_size=32):
+    for at in range(0, len(photos), batch_size):
+        state, memory = plain_model.start(to_cells(photos[at : at + batch_size]))
         decode(plain_model.step, state, memory, DecodingOptions(), bad_endings=endings)
 
 
 @torch.inference_mode()
 def plain_extraction():
     for at in range(0, len(photos), 32):
-        see(photos[at : at + 32])
+        to_cells(photos[at : at + 32])
 
 
 def extraction():
-    def see(some):
-        pixels = [torch.from_numpy(transform(open_photo(each))) for each in some]
-        return captioner.encoder(torch.stack(pixels))
-    for _ in captioner.encoder.map(see, photos):
+    for _ in captioner.encoder.map(lambda batch: captioner.encoder(to_pixels(batch)), photos):
         pass
 
 
@@ -89,24 +91,15 @@ lengths = torch.normal(12.8, 3.5, (32, 5, 1)).round().clamp(6, 20).long()
 places = torch.arange(20)
 captions = captions.where(places != lengths - 1, EOS).where(places < lengths, PAD)
 captions = captions[..., : int(lengths.max())]
-wanted = captions[..., 1:] != PAD
-bfloat16 = bfloat16_speedup(torch.device("cpu"))
+targets = captions[..., 1:][captions[..., 1:] != PAD]
+bfloat16 = bfloat16_speedup(torch.device("cpu")) >= 1.2
+fused = FusedForward(model)
 
 
-def plain_forward():
-    B, K, T = captions.shape
-    state, memory = model.start(features, K)
-    steps = []
-    for t in range(T - 1):
-        logits, _, state = model.step(captions[:, :, t], state, memory)
-        steps.append(logits)
-    return torch.stack(steps, dim=2)[wanted]
-
-
-def learn(forward, low):
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        logits = forward()
-    loss = cross_entropy(logits.float(), captions[..., 1:][wanted])
+def train(forward, bfloat16=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits, _ = forward(features, captions)
+    loss = cross_entropy(logits.float(), targets)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -130,13 +123,12 @@ def ratio(reference, ours, times):
     }
 
 
-one = see(photos[:1])
-fused = lambda: model(features, captions)[0]
+one = to_cells(photos[:1])
 print(json.dumps({
     "training step, float32": ratio(
-        lambda: learn(plain_forward, False), lambda: learn(fused, False), 3),
+        lambda: train(model), lambda: train(fused), 3),
     "training step, precision auto": ratio(
-        lambda: learn(plain_forward, False), lambda: learn(fused, bfloat16 >= 1.2), 3),
+        lambda: train(model), lambda: train(fused, bfloat16), 3),
     "extraction": ratio(plain_extraction, extraction, 3),
     "decoder, one photo": ratio(
         lambda: search(plain_model, one), lambda: search(captioner._decoder, one), 40),

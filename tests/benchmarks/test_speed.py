@@ -22,6 +22,7 @@ from captioner.data.sources import load_captions
 from captioner.images import open_photo
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder
+from captioner.model.fast import FusedForward
 from captioner.model.search import Hypothesis, decode
 from captioner.model.vocabulary import Vocabulary
 from captioner.training.self_critical import Reward
@@ -68,17 +69,16 @@ def test_a_batch(ratios: Ratios, captioner: Captioner, photos: list[bytes]) -> N
 
 @torch.inference_mode()
 def test_batched_beam(ratios: Ratios, captioner: Captioner, photos: list[bytes]) -> None:
-    grid = _in_fours(captioner.encoder, _pixels(captioner.encoder, photos))
-    features = grid.flatten(2).transpose(1, 2)
-    endings = captioner.checkpoint.vocabulary.ids(BAD_ENDINGS)
+    cells = _in_fours(captioner.encoder, _pixels(captioner.encoder, photos))
+    endings = captioner.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
     packed = captioner._decoder
 
     def search(model: CaptionModel, at: int, count: int) -> list[list[Hypothesis]]:
-        state, memory = model.start(features[at : at + count])
+        state, memory = model.start(cells[at : at + count])
         return decode(model.step, state, memory, DecodingOptions(), bad_endings=endings)
 
     def one_by_one(model: CaptionModel) -> list[list[Hypothesis]]:
-        return [search(model, at, 1)[0] for at in range(len(features))]
+        return [search(model, at, 1)[0] for at in range(len(cells))]
 
     plain = captioner.checkpoint.model
     both = list(zip(search(packed, 0, 64), one_by_one(packed), strict=True))
@@ -113,15 +113,16 @@ def captions_for(count: int, length: int = 11) -> list[list[str]]:
 
 
 def _learner(encoder: Encoder, words: int = 2541) -> tuple[CaptionModel, Any]:
-    """Return a decoder as the shipped recipe makes it, and its training step."""
+    """Return a decoder of the shipped recipe, and its training step."""
     config = TrainConfig.from_recipe("best")
     model = CaptionModel(
         config.model_config(vocabulary_size=words, encoder_channels=encoder.channels)
     )
     optimizer = torch.optim.AdamW(model.parameters())
+    forward = FusedForward(model)
 
     def step(features: Tensor, captions: Tensor) -> None:
-        logits, _ = model(features, captions)
+        logits, _ = forward(features, captions)
         loss = cross_entropy(logits, captions[..., 1:][captions[..., 1:] != 0])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -152,16 +153,15 @@ def test_an_epoch(
 
     def cached() -> None:
         loader = torch.utils.data.DataLoader(dataset, batch_size=32)
-        for seen, told in loader:
-            step(seen.float(), told)
+        for cells, token_ids in loader:
+            step(cells.float(), token_ids)
 
     def in_the_loop() -> None:
-        # As the original report does: each caption brings its photo through the backbone.
+        # As the original report does: the backbone runs once per caption.
         for number in range(5):
             for at in range(0, 64, 32):
-                grid = encoder(pixels[at : at + 32])
-                seen = grid.flatten(2).transpose(1, 2).clone()
-                step(seen, tokens[at : at + 32, number : number + 1])
+                cells = encoder(pixels[at : at + 32]).clone()  # for autograd
+                step(cells, tokens[at : at + 32, number : number + 1])
 
     def backbone() -> None:
         for _ in range(5):
@@ -256,13 +256,13 @@ def test_the_reward(ratios: Ratios) -> None:
     reward = Reward(references, vocabulary)
     # Captions as they are drawn: what somebody said of the photo, some words of it changed.
     captions = torch.tensor(
-        [[vocabulary.tokenize(text, 13) for text in some] for some in references]
+        [[vocabulary.encode_padded(text, 13) for text in some] for some in references]
     )
     draw = torch.Generator().manual_seed(0)
     others = torch.randint(4, len(vocabulary), captions.shape, generator=draw)
     changed = torch.rand(captions.shape, generator=draw) < 0.4
     captions = torch.where(changed & (captions != BOS) & (captions != EOS), others, captions)
-    texts = [[vocabulary.untokenize(ids) for ids in some] for some in captions.tolist()]
+    texts = [[vocabulary.decode(ids) for ids in some] for some in captions.tolist()]
     wanted = {(row, k): references[row] for row in range(64) for k in range(5)}
     given = {(row, k): [texts[row][k]] for row in range(64) for k in range(5)}
     ratios.time(

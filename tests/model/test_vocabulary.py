@@ -95,7 +95,7 @@ def test_clean_leaves_only_letters_marks_digits_and_single_spaces(text: str) -> 
     assert cleaned == " ".join(cleaned.split())
 
 
-def test_words_that_differ_by_a_vowel_sign_stay_apart() -> None:
+def test_clean_keeps_words_apart_that_differ_by_a_vowel_sign() -> None:
     assert len({clean(word) for word in ("कम", "काम", "कुम")}) == 3
     assert len({clean(word) for word in ("บ้า", "บา", "บี", "บู")}) == 4
 
@@ -105,11 +105,11 @@ def test_chinese_captions_are_encoded_by_character() -> None:
 
     assert vocabulary.idx2word[4:] == sorted("一只在跑")
     ids = vocabulary.encode("一只在跑")
-    assert vocabulary.encode(vocabulary.untokenize(ids)) == ids
+    assert vocabulary.encode(vocabulary.decode(ids)) == ids
     assert len(ids) == 4
 
 
-def test_captions_without_spaces_are_refused_but_segmented_ones_are_not() -> None:
+def test_captions_without_spaces_are_rejected_unless_segmented() -> None:
     segmented = ["แมว นั่ง อยู่ บน โซฟา สี แดง", "สุนัข วิ่ง ใน สนาม หญ้า"]
     for captions in (
         [text.replace(" ", "") for text in segmented],
@@ -138,11 +138,11 @@ def test_words_are_numbered_alphabetically_after_the_specials() -> None:
     assert [vocabulary.word2idx[word] for word in SPECIALS] == [PAD, BOS, EOS, UNK] == [0, 1, 2, 3]
 
 
-def test_tokenize_has_the_shape_of_the_report() -> None:
+def test_encode_padded_has_the_shape_of_the_report() -> None:
     """The report shows 1, 19, 1027, 2814, 1690, 3452, 1480, 2, 0, 0 for this sentence."""
     vocabulary = Vocabulary.build(["a dog runs in the grass"] * 5)
 
-    ids = vocabulary.tokenize("A dog runs in the grass")
+    ids = vocabulary.encode_padded("A dog runs in the grass")
 
     assert ids == [1, 4, 5, 8, 7, 9, 6, 2, *[0] * 12]
     # The same order of sizes as in the report: a, dog, grass, in, runs, the.
@@ -151,22 +151,26 @@ def test_tokenize_has_the_shape_of_the_report() -> None:
 
 
 @pytest.mark.parametrize(("words", "padding"), [(17, 1), (18, 0), (19, 0), (60, 0)])
-def test_tokenize_cuts_so_that_the_end_still_comes_last(words: int, padding: int) -> None:
+def test_encode_padded_truncates_before_eos(words: int, padding: int) -> None:
     text = " ".join(f"w{number:02}" for number in range(words))
     vocabulary = Vocabulary.build([text], min_count=1)
 
-    ids = vocabulary.tokenize(text)
+    ids = vocabulary.encode_padded(text)
 
     assert len(ids) == 20
     assert ids == [BOS, *range(4, 4 + min(words, 18)), EOS, *[PAD] * padding]
 
 
-def test_tokenize_takes_another_length() -> None:
-    assert VOCABULARY.tokenize("a a a a a", max_length=4) == [BOS, *VOCABULARY.encode("a a"), EOS]
-    assert VOCABULARY.tokenize("", max_length=4) == [BOS, EOS, PAD, PAD]
+def test_encode_padded_with_another_length() -> None:
+    assert VOCABULARY.encode_padded("a a a a a", max_length=4) == [
+        BOS,
+        *VOCABULARY.encode("a a"),
+        EOS,
+    ]
+    assert VOCABULARY.encode_padded("", max_length=4) == [BOS, EOS, PAD, PAD]
 
 
-def test_a_word_counts_from_min_count_on() -> None:
+def test_build_includes_words_from_min_count_on() -> None:
     captions = ["dog cat", "Dog, cat", "DOG bird"]
 
     assert Vocabulary.build(captions, min_count=3).idx2word[4:] == ["dog"]
@@ -174,7 +178,7 @@ def test_a_word_counts_from_min_count_on() -> None:
     assert Vocabulary.build(["x " * 5 + "y " * 4]).idx2word[4:] == ["x"]
 
 
-def test_a_min_count_that_no_word_reaches_is_refused() -> None:
+def test_build_rejects_a_min_count_that_no_word_reaches() -> None:
     with pytest.raises(DataError, match="seen 5 times"):
         Vocabulary.build(["a dog", "a cat"])
     with pytest.raises(DataError, match="seen 1 times"):
@@ -187,36 +191,36 @@ def test_unknown_words_become_unk() -> None:
         UNK,
         VOCABULARY.word2idx["runs"],
     ]
-    assert VOCABULARY.untokenize(VOCABULARY.tokenize("a zebra runs")) == "a <unk> runs"
+    assert VOCABULARY.decode(VOCABULARY.encode_padded("a zebra runs")) == "a <unk> runs"
     # What is written like a special is not one.
     assert VOCABULARY.encode("<pad> <bos>") == [UNK, UNK]
 
 
-def test_ids_leaves_unknown_words_out() -> None:
-    assert VOCABULARY.ids(["the", "zebra", "a"]) == [
+def test_known_ids_omits_unknown_words() -> None:
+    assert VOCABULARY.known_ids(["the", "zebra", "a"]) == [
         VOCABULARY.word2idx["the"],
         VOCABULARY.word2idx["a"],
     ]
 
 
-def test_untokenize_stops_at_the_end_and_drops_padding_and_start() -> None:
+def test_decode_stops_at_eos_and_drops_padding_and_bos() -> None:
     dog, runs = VOCABULARY.word2idx["dog"], VOCABULARY.word2idx["runs"]
 
-    assert VOCABULARY.untokenize([BOS, PAD, dog, PAD, runs, EOS, dog, dog]) == "dog runs"
-    assert VOCABULARY.untokenize([dog, runs]) == "dog runs"
-    assert VOCABULARY.untokenize([EOS, dog]) == ""
+    assert VOCABULARY.decode([BOS, PAD, dog, PAD, runs, EOS, dog, dog]) == "dog runs"
+    assert VOCABULARY.decode([dog, runs]) == "dog runs"
+    assert VOCABULARY.decode([EOS, dog]) == ""
 
 
 @settings(deadline=None)
 @given(st.lists(known_word, max_size=18).map("".join))
 def test_round_trip_of_known_words(text: str) -> None:
-    assert VOCABULARY.untokenize(VOCABULARY.tokenize(text)) == clean(text)
+    assert VOCABULARY.decode(VOCABULARY.encode_padded(text)) == clean(text)
 
 
 @settings(deadline=None)
 @given(st.lists(known_word, min_size=19, max_size=40).map("".join))
 def test_round_trip_of_a_long_text_keeps_its_beginning(text: str) -> None:
-    back = VOCABULARY.untokenize(VOCABULARY.tokenize(text))
+    back = VOCABULARY.decode(VOCABULARY.encode_padded(text))
 
     assert back.split() == clean(text).split()[:18]
 
@@ -228,21 +232,21 @@ def test_round_trip_of_any_text_whose_words_are_known(text: str) -> None:
     vocabulary = Vocabulary.build([text, "dog"], min_count=1)
     length = len(cleaned.split()) + 2
 
-    assert vocabulary.untokenize(vocabulary.tokenize(text, length)) == cleaned
+    assert vocabulary.decode(vocabulary.encode_padded(text, length)) == cleaned
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(4, len(VOCABULARY) - 1), max_size=18))
 def test_round_trip_of_ids(ids: list[int]) -> None:
-    text = VOCABULARY.untokenize(ids)
+    text = VOCABULARY.decode(ids)
 
     assert VOCABULARY.encode(text) == ids
-    assert VOCABULARY.tokenize(text) == [BOS, *ids, EOS, *[PAD] * (18 - len(ids))]
+    assert VOCABULARY.encode_padded(text) == [BOS, *ids, EOS, *[PAD] * (18 - len(ids))]
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(st.lists(st.text()), st.integers(1, 3), st.integers(2, 12))
-def test_any_captions_build_a_vocabulary_that_reads_and_writes_them(
+def test_any_captions_build_a_vocabulary_that_encodes_them(
     captions: list[str], min_count: int, length: int
 ) -> None:
     captions = [*captions, "dog dog dog"]
@@ -257,20 +261,20 @@ def test_any_captions_build_a_vocabulary_that_reads_and_writes_them(
     assert Vocabulary(json.loads(json.dumps(vocabulary.idx2word))) == vocabulary
     for text in captions:
         known = [word if word in words else "<unk>" for word in clean(text).split()]
-        ids = vocabulary.tokenize(text, length)
+        ids = vocabulary.encode_padded(text, length)
         assert len(ids) == length
         assert ids.count(BOS) == ids.count(EOS) == 1
-        assert vocabulary.untokenize(ids).split() == known[: length - 2]
+        assert vocabulary.decode(ids).split() == known[: length - 2]
 
 
-def test_json_in_and_out(tmp_path: Path) -> None:
+def test_saved_vocabulary_loads_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
     VOCABULARY.save(path)
 
     assert json.loads(path.read_text(encoding="utf-8")) == VOCABULARY.idx2word
     loaded = Vocabulary.load(path)
     assert loaded == VOCABULARY
-    assert loaded.tokenize("Cafés 犬") == VOCABULARY.tokenize("Cafés 犬")
+    assert loaded.encode_padded("Cafés 犬") == VOCABULARY.encode_padded("Cafés 犬")
 
 
 def test_vocabularies_differ_by_their_words() -> None:
@@ -292,13 +296,13 @@ def test_vocabularies_differ_by_their_words() -> None:
         (b'["a", "dog"]', "starts with <pad> <bos> <eos> <unk>"),
         (b'["<bos>", "<pad>", "<eos>", "<unk>", "a"]', "starts with <pad> <bos> <eos> <unk>"),
         (b'["<pad>", "<bos>", "<eos>", "<unk>", "dog", "a", "dog"]', "'dog' twice"),
-        (b'["<pad>", "<bos>", "<eos>", "<unk>", "dog", ""]', "'', which is no word"),
-        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a dog"]', "'a dog', which is no word"),
-        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a\\ndog"]', "which is no word"),
-        (b'["<pad>", "<bos>", "<eos>", "<unk>", "\\ud800"]', "which is no word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "dog", ""]', "'', which is not a word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a dog"]', "'a dog', which is not a word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "a\\ndog"]', "which is not a word"),
+        (b'["<pad>", "<bos>", "<eos>", "<unk>", "\\ud800"]', "which is not a word"),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_file_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "vocabulary.json"
     path.write_bytes(content)
 
@@ -306,7 +310,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str)
         Vocabulary.load(path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.json"):
         Vocabulary.load(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="cannot read"):

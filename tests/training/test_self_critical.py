@@ -36,7 +36,7 @@ def features() -> torch.Tensor:
 
 
 def ids_of(*texts: str) -> torch.Tensor:
-    return torch.tensor([VOCABULARY.tokenize(text, 12) for text in texts])[None]
+    return torch.tensor([VOCABULARY.encode_padded(text, 12) for text in texts])[None]
 
 
 def test_drawn_captions_begin_end_and_hold_only_words(features: torch.Tensor) -> None:

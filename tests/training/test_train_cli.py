@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 import train
 from captioner.config import ModelConfig, TrainConfig
 from captioner.model import checkpoint as checkpoints
-from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import load_encoder
+from captioner.model.fast import FusedForward
 from tests.training.runs import assert_same_run, figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,15 +303,15 @@ def test_text_is_learned_first_and_a_stop_there_changes_nothing(
     more = ["--limit", "10", "--batch-size", "5", "--epochs", "1"]
     more += ["--text", str(text), "--text-epochs", "2"]
     uses_photos = []
-    forward = CaptionModel.forward
+    forward = FusedForward.forward
 
-    def record_features(model: CaptionModel, features: torch.Tensor, captions: torch.Tensor) -> Any:
-        if model.training:
+    def record_features(fused: FusedForward, features: torch.Tensor, captions: torch.Tensor) -> Any:
+        if fused.model.training:
             uses_photos.append(bool((features != features[:1, :1]).any()))
-        return forward(model, features, captions)
+        return forward(fused, features, captions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CaptionModel, "forward", record_features)
+        patch.setattr(FusedForward, "forward", record_features)
         assert train.main(arguments(tmp_path / "whole", *more)) == 0
     # 20 rows without photos and 10 with captions of their own are 6 steps, twice.
     assert uses_photos == [False] * 12 + [True] * 2

@@ -141,7 +141,7 @@ def test_a_tied_model_starts_no_worse_than_guessing(
     if start:
         with torch.no_grad():
             model.embedding.weight.copy_(word2vec_matrix(captions, vocabulary))
-    tokens = torch.tensor([[vocabulary.tokenize(text)] for text in captions[::3]])
+    tokens = torch.tensor([[vocabulary.encode_padded(text)] for text in captions[::3]])
     logits, _ = model(torch.randn(len(tokens), 49, 32), tokens)
     targets = tokens[:, :, 1:][tokens[:, :, 1:] != PAD]
     loss = float(cross_entropy(logits, targets).detach())
