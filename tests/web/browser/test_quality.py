@@ -12,7 +12,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from captioner.web import AttentionViewer, Example, View
-from captioner.web.server import RequestFilter, launch_options
+from captioner.web.middleware import RequestFilter
+from captioner.web.server import launch_options
 from tests.web.browser.visits import (
     ASK,
     KNOWN,
