@@ -200,7 +200,7 @@ def serve(
             drained = _drain(requests)
         except KeyboardInterrupt:
             drained = False
-        demo.server.force_exit = True  # open pages end now
+        demo.server.max_connections = 0  # ends open pages, which wait for nothing
         demo.close(verbose=False)
     if not drained:
         sys.stdout.flush()
@@ -224,8 +224,8 @@ def _clean_up_until(received: list[int], demo: gr.Blocks, folder: Path) -> None:
 def _delete_stray_files(folder: Path) -> None:
     """Delete old files that ``delete_cache`` does not know, and empty folders.
 
-    Gradio knows only files of well-formed uploads under the form field "files", and moves them
-    into folders. The parts of any other upload stay directly in ``folder`` for ever.
+    Gradio knows only files that were uploaded under the form field "files", and moves them into
+    folders. Those of any other field stay directly in ``folder``.
     """
     for path in folder.glob("*"):  # nothing if somebody deleted it
         with contextlib.suppress(OSError):  # a folder that is not empty
