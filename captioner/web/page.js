@@ -310,8 +310,8 @@ function mountPage(root, { caption, save, upload }) {
     };
     const url = new URL(location.href);
     for (const [name, parameter] of Object.entries(current)) {
-      if (state.example && parameter !== omitted[name]) url.searchParams.set(name, parameter);
-      else url.searchParams.delete(name);
+      url.searchParams.delete(name);
+      if (state.example && parameter !== omitted[name]) url.searchParams.append(name, parameter);
     }
     try {
       window.history.replaceState(window.history.state, "", url);
@@ -321,7 +321,7 @@ function mountPage(root, { caption, save, upload }) {
   }
 
   function readAddress() {
-    const given = Object.fromEntries(new URLSearchParams(location.search));
+    const given = Object.fromEntries([...new URLSearchParams(location.search)].reverse()); // the first of each
     const words = wordsOf(given.prefix ?? "");
     const yours = given.yours === undefined ? [...words.keys()] : given.yours.split(",").filter(Boolean).map(Number);
     const settings = { ...defaults };
