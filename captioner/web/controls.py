@@ -66,9 +66,9 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
             f"{config.encoder_channels:,} numbers.",
             f"2. **Look.** Before each word, additive attention (width {config.attention_size}) "
             f"compares {query} with each of the {rows * columns} vectors and gives each cell a "
-            "share; the shares sum to 1. They are the heat map.",
+            "share. The shares sum to 1; the heat map shows them.",
             f"3. **Write.** The mean of the vectors, weighted by those shares, goes into an LSTM "
-            f"of {config.hidden_size} units (started from {start}) with the word before, as "
+            f"of {config.hidden_size} units (started from {start}) with the previous word, as "
             f"{config.embedding_size} numbers. From {output} comes a probability for each of "
             f"{config.vocabulary_size:,} words.",
             "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "

@@ -284,7 +284,12 @@ def test_photo_is_opened_once_per_request(
     handlers = Handlers(captioner, {})
     reads: list[Path] = []
     read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+
+    def counted(path: Path) -> bytes:
+        reads.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
     for drawn in (False, False, True, True):
         handlers.caption(request(file=str(path), drawn=drawn))
     # Once for a browser that cannot draw it, once for one that can.

@@ -113,7 +113,7 @@ def test_keyboard_selects_and_clears_cells(
     expect(page.locator(".cells-note")).to_be_empty()
 
 
-def test_keyboard_operates_sliders_selects_play_and_details(
+def test_keyboard_operates_sliders_selects_and_play(
     open_standalone: Callable[[View], Page],
 ) -> None:
     page = open_standalone(KNOWN)
