@@ -9,12 +9,13 @@ from typing import Any
 from captioner.errors import report
 
 try:
-    # First: it imports gradio, whatever proxies are set.
-    from captioner.web.server import LinkPreview, serve  # noqa: I001
+    # First: imports gradio, whatever proxies are set.
+    from captioner import web as viewer  # noqa: I001
     import gradio as gr
 
-    from captioner import web as viewer
     from captioner.inference.captioner import Captioner
+    from captioner.web.link_preview import LinkPreview
+    from captioner.web.server import CLEANUP_SECONDS, FILE_SECONDS, serve
 except (Exception, KeyboardInterrupt) as error:
     sys.exit(report("app.py", error))
 
@@ -31,7 +32,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         data, name = handlers.export(event)
         return page.save(data, name).path
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, delete_cache=(CLEANUP_SECONDS, FILE_SECONDS)
+    ) as demo:
         gr.Markdown(f"# {TITLE}\n{SENTENCE}", elem_id="title")
         page = viewer.AttentionViewer(viewer.View(first.caption, examples=handlers.examples))
         with gr.Accordion("How it works", open=False):
@@ -43,18 +46,18 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         photo = viewer.PhotoInput(visible=False)
         button, json = gr.Button(visible=False), gr.JSON(visible=False)
 
-        # Two at once: unpacking and packing leave a core free.
+        # Two at once: reading and writing files leave a core free.
         button.click(handlers.api, photo, json, api_name="caption", concurrency_limit=2)
         # One at a time, in order: an answer to an older request never comes after a newer one's.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         model |= {"api_visibility": "private", "show_progress": "hidden"}
-        asked = page.caption(
+        caption_event = page.caption(
             handlers.caption, None, page, api_name="page_caption", trigger_mode="multiple", **model
         )
-        asked.failure(None, None, None, js=viewer.ON_REQUEST_FAILED, **model)
-        exported = page.export(export, None, file, api_name="page_export", **model)
-        exported.success(None, file, None, js=viewer.ON_EXPORTED, **model)
-        exported.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)
+        caption_event.failure(None, None, None, js=viewer.ON_REQUEST_FAILED, **model)
+        export_event = page.export(export, None, file, api_name="page_export", **model)
+        export_event.success(None, file, None, js=viewer.ON_EXPORTED, **model)
+        export_event.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)
     return demo
 
 
@@ -62,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Load the checkpoint and serve the page."""
     parser = argparse.ArgumentParser(description="Caption photos in the browser.")
     parser.add_argument("--checkpoint", metavar="PATH|HUB_ID", help="default: the shipped one")
-    parser.add_argument("--encoder-weights", metavar="FILE", help="the encoder's weights")
+    parser.add_argument("--encoder-weights", metavar="FILE", help="weights of the encoder")
     parser.add_argument("--host", help="address to listen on; default: this machine only")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--root-path", help="where a proxy serves the page, such as /captions")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860 on")
+    parser.add_argument("--root-path", help="path on a proxy, such as /captions")
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.load(options.checkpoint, options.encoder_weights)

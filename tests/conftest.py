@@ -43,7 +43,8 @@ from captioner.model.encoder import (  # noqa: E402
     Transform,
     load_encoder,
 )
-from captioner.web.server import MAX_WAITING, RequestFilter, launch_options  # noqa: E402
+from captioner.web.middleware import RequestFilter  # noqa: E402
+from captioner.web.server import MAX_QUEUE, launch_options  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
 
@@ -201,7 +202,7 @@ def example_photos() -> list[Path]:
 @pytest.fixture(scope="session")
 def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
-    demo = app.build_demo(captioner).queue(max_size=MAX_WAITING)
+    demo = app.build_demo(captioner).queue(max_size=MAX_QUEUE)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(RequestFilter()))
     yield url
     demo.close()

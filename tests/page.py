@@ -22,7 +22,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 UPLOAD, CALL = "/gradio_api/upload", "/gradio_api/call/caption"
 
-# Python runs this at its start; it notes every address that is asked for or connected to.
+# Python runs this at its start; it records every address looked up or connected to.
 _NOTE_CONNECTIONS = """
 import sys
 def note(event, values):
@@ -36,13 +36,13 @@ sys.addaudithook(note)
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page that runs.
+    """A running page.
 
     Attributes:
-        address: without a slash at its end.
+        address: without a trailing slash.
         process: ends with the context that started it.
-        folder: where it puts temporary files.
-        ready: seconds from its start to its first answer.
+        folder: of its temporary files.
+        ready: seconds from its start to its first response.
     """
 
     address: str
@@ -52,12 +52,12 @@ class Page:
 
     @property
     def connections(self) -> str:
-        """What it connected to, a line each."""
+        """Its connections and look-ups, one per line."""
         return (self.folder.parent / "connections").read_text()
 
     @property
     def log(self) -> str:
-        """What it printed."""
+        """Its output."""
         return (self.folder.parent / "log").read_text()
 
     def anonymous(self) -> int:
@@ -77,7 +77,7 @@ def running_page(
 ) -> Iterator[Page]:
     """Start ``python app.py`` (or ``python *command``) in ``root``, with its files in ``home``.
 
-    ``settings`` are added to the environment; ``host`` is where it is expected to listen.
+    ``settings`` are added to the environment; the page is expected to listen on ``host``.
     """
     folder, noting = home / "temporary", home / "noting"
     for each in (folder, noting):
@@ -102,13 +102,13 @@ def running_page(
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
-            # Tests that run under nohup hand on that they ignore it.
+            # Under nohup the signal would be ignored.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
     try:
         while True:
             assert process.poll() is None, (home / "log").read_text()
-            # Not ready before its model is: until then nobody answers at all.
+            # It listens only once the model is loaded.
             with contextlib.suppress(httpx.TransportError):
                 health = httpx.get(f"{address}/healthz")
                 assert (health.status_code, health.json()) == (200, {"status": "ready"})
@@ -121,13 +121,13 @@ def running_page(
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run to its end, in a thread: playwright's loop may hold this one."""
+    """Run a coroutine in another thread, as playwright's loop may run in this one."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
 async def ask(client: httpx.AsyncClient, photo: bytes) -> tuple[int, str]:
-    """Send a photo and ask for its caption; return the status and the event's id, or the answer."""
+    """Upload a photo and request its caption; return the status and the event's id or the error."""
     upload = await client.post(UPLOAD, files={"files": ("photo.jpg", photo)})
     if upload.status_code != 200:
         return upload.status_code, upload.text
@@ -145,13 +145,13 @@ async def answer(client: httpx.AsyncClient, event: str) -> str:
 
 @dataclasses.dataclass
 class Visits:
-    """What visitors met with.
+    """Results of simultaneous visits.
 
     Attributes:
-        seconds: how long each caption took, from the upload on.
-        busy: how often they were told to come again.
-        mixed_up: captions that were not those of the visitor's photo.
-        health: how long each answer of ``/healthz`` took meanwhile.
+        seconds: per caption, from the upload on.
+        busy: number of refusals because the queue was full.
+        mixed_up: captions of another visitor's photo.
+        health: seconds per response of ``/healthz`` meanwhile.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -161,7 +161,7 @@ class Visits:
 
 
 async def _visit(address: str, photo: bytes, expected: str, until: float, seen: Visits) -> None:
-    """Send one photo again and again."""
+    """Request captions of one photo repeatedly."""
     async with httpx.AsyncClient(base_url=address, timeout=60) as client:
         while time.monotonic() < until:
             started = time.monotonic()
@@ -178,7 +178,7 @@ async def _visit(address: str, photo: bytes, expected: str, until: float, seen: 
                 seen.mixed_up.append(caption)
 
 
-# A process of its own: what is measured is the server, not the visitors' crowded loop.
+# In a process of its own, so that the visitors' busy loop is not measured.
 _WATCH_HEALTH = """
 import sys, time
 from urllib.request import urlopen
@@ -193,7 +193,7 @@ while True:
 def visits(
     address: str, photos: Sequence[bytes], expected: Sequence[str], seconds: float
 ) -> Visits:
-    """Let a visitor a photo ask at once, each for its own, and check what each gets."""
+    """Let one visitor per photo request captions at the same time, and check their answers."""
     seen = Visits()
 
     async def all_of_them() -> None:
@@ -218,7 +218,7 @@ def visits(
 
 
 def captions(address: str, photos: Sequence[bytes]) -> list[str]:
-    """Return the captions of photos that are sent one after the other, as JSON."""
+    """Return the captions of photos that are sent one after another, as JSON."""
 
     async def one_by_one() -> list[str]:
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:

@@ -28,7 +28,7 @@ from captioner.model.checkpoint import Checkpoint, save
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import load_encoder
 from captioner.model.vocabulary import SPECIALS, Vocabulary
-from captioner.web.settings import setting_values
+from captioner.web.controls import setting_values
 from tests.page import CALL, ROOT, UPLOAD, Page, running_page
 
 Row: TypeAlias = dict[str, Any]

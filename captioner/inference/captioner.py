@@ -197,6 +197,11 @@ class Captioner:
             for found in self._run(photos, search)
         ]
 
+    @staticmethod
+    def words_of(text: str) -> list[str]:
+        """Split a text into words as the model reads them."""
+        return clean(text).split()
+
     def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Read a caption that somebody else wrote: its maps, and how likely each word was.
 

@@ -1,5 +1,8 @@
 """The page's own Gradio component, and the handlers of its events."""
 
+from captioner.web import gradio_setup  # noqa: F401 -- first: see there
+
+# isort: split
 from captioner.web.attention_viewer import (
     ON_EXPORT_FAILED,
     ON_EXPORTED,
@@ -10,8 +13,8 @@ from captioner.web.attention_viewer import (
     ExportRequest,
     View,
 )
+from captioner.web.controls import how_it_works
 from captioner.web.errors import show_errors
-from captioner.web.explanation import how_it_works
 from captioner.web.handlers import Handlers, preview_picture
 from captioner.web.photo_input import ExamplePhoto, PhotoInput, example_photos
 

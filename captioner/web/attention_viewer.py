@@ -1,8 +1,8 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
-Hovering, clicking and playing need no request. The server is asked with two events: ``caption``
-(write or score a caption) and ``export`` (make a file). ``viewer.js`` draws; the standalone page of
-``captioner.overlay`` shares it. ``page.js`` holds the state of the page.
+Hovering, clicking and playing need no request. Two events go to the server: ``caption`` (write or
+score a caption) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
+standalone page of ``inference/render.py``. ``page.js`` holds the state of the page.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from captioner.config import DecodingOptions
 from captioner.errors import ConfigError
 from captioner.images import display_jpeg
 from captioner.inference.caption import Caption
+from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
-from captioner.web.settings import decoding_options, setting_values
 
 _Kind = TypeVar("_Kind")
 _HERE = Path(__file__).parent
+_INFERENCE = _HERE.parent / "inference"
 _THUMBNAIL_SIDE = 128
 
-# Starts the page's script, and hands it every answer.
+# Starts the page's script and passes every answer to it.
 _ON_LOAD = """
 const page = mountPage(element, {
   caption: (request) => trigger("caption", request),
@@ -66,12 +67,12 @@ ON_EXPORTED = f"""(file) => {{
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A photo that the page offers.
+    """An example photo with its caption.
 
     Attributes:
-        name: what links call it.
-        title: what the photo shows.
-        note: what to notice about its caption.
+        name: in links.
+        title: a few words about the photo.
+        note: a remark about its caption.
         photo: upright RGB, scaled for display.
         caption: with the default settings.
     """
@@ -88,9 +89,9 @@ class View:
     """An answer to the browser.
 
     Attributes:
-        caption: its beams; each can be chosen.
+        caption: with all of its beams.
         photo: upright RGB, or None where the browser draws its own copy.
-        request: the number of the request that this answers.
+        request: the number of the answered request.
         examples: only in the page's first value.
     """
 
@@ -101,7 +102,7 @@ class View:
 
 
 class ExampleData(GradioModel):
-    """An ``Example`` as it travels; ``answer`` is a JSON file with its caption."""
+    """An ``Example`` as JSON; ``answer`` is a JSON file with its caption."""
 
     name: str
     title: str
@@ -112,7 +113,7 @@ class ExampleData(GradioModel):
 
 
 class ViewData(GradioModel):
-    """A ``View`` as it travels: photos as JPEG files, captions as JSON."""
+    """A ``View`` as JSON, with its photos as JPEG files."""
 
     caption: dict[str, Any]
     photo: FileData | None = None
@@ -123,18 +124,18 @@ class ViewData(GradioModel):
 
 
 class _ClientEvent(gr.EventData):
-    """The data that the browser sends with an event; a program may send anything."""
+    """An event's data from the browser; a program may send anything."""
 
     def _field(self, name: str, kind: type[_Kind]) -> _Kind:
         value = self._data.get(name) if isinstance(self._data, dict) else None
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"the page sent no valid {name}: reload the page")
+            raise ConfigError(f"the request has no valid {name}: reload the page")
         return value
 
-    def _photo(self) -> None:
-        """Read which photo is meant: ``example`` is its name, else ``file`` an uploaded one's path.
+    def _read_photo(self) -> None:
+        """Read ``example``, the name of an example, or else ``file``, the path of an upload.
 
-        Gradio itself looks at every "path" in an event, and fails with a traceback in the log.
+        Its key is not "path": Gradio checks every "path" in an event, and fails with a traceback.
         """
         data = self._data if isinstance(self._data, dict) else {}
         self.example = None if data.get("example") is None else self._field("example", str)
@@ -142,25 +143,25 @@ class _ClientEvent(gr.EventData):
 
 
 class CaptionRequest(_ClientEvent):
-    """What the event ``caption`` carries.
+    """The data of the event ``caption``.
 
     Attributes:
-        request: its number, sent back with the answer.
+        request: its number, returned with the answer.
         example: name of an example, or None.
         path: of an uploaded photo, or None.
-        text: the words that the caption begins with, or the whole caption to score.
+        text: the beginning of the caption, or the whole caption to score.
         given: indices of the visitor's own words in ``text``.
-        whole: whether to score ``text`` as it is.
+        whole: whether to score ``text`` instead of continuing it.
         options: of the search, without ``text``.
         drawn: whether the browser can draw the photo by itself.
     """
 
     @show_errors
     def __init__(self, target: Any, data: Any) -> None:
-        """Check every field; the browser never sends others."""
+        """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
         self.request = self._field("request", int)
-        self._photo()
+        self._read_photo()
         self.text = self._field("text", str)
         self.given: list[int] = self._field("given", list)
         self.whole = self._field("whole", bool)
@@ -168,27 +169,27 @@ class CaptionRequest(_ClientEvent):
         self.options: DecodingOptions = decoding_options(self._field("settings", dict))
         words = len(self.text.split())
         if not all(type(index) is int and 0 <= index < words for index in self.given):
-            raise ConfigError("the page marked words that are not there: reload the page")
+            raise ConfigError("the request marks words that do not exist: reload the page")
 
 
 class ExportRequest(_ClientEvent):
-    """What the event ``export`` carries.
+    """The data of the event ``export``.
 
     Attributes:
         example: name of an example, or None.
         path: of an uploaded photo, or None.
-        format: "png", "gif", "json" or "html", or another text.
+        format: "png", "gif", "json" or "html"; not checked yet.
         caption: the caption on the screen.
-        beam: index of the chosen beam, or another number.
-        word: index of the chosen word, or another number.
-        appearance: how its maps are drawn.
+        beam: index of the chosen beam; not checked yet.
+        word: index of the chosen word; not checked yet.
+        appearance: of the maps; not checked yet.
     """
 
     @show_errors
     def __init__(self, target: Any, data: Any) -> None:
-        """Check every field; the browser never sends others."""
+        """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
-        self._photo()
+        self._read_photo()
         self.format = self._field("format", str)
         self.caption = Caption.from_dict(self._field("caption", dict))
         self.beam = self._field("beam", int)
@@ -202,10 +203,11 @@ class AttentionViewer(gr.HTML):
     data_model = ViewData
 
     def __init__(self, value: View | None = None, **kwargs: Any) -> None:
-        """Take what ``gr.HTML`` takes, except for template, style and script."""
+        """Take the arguments of ``gr.HTML``, except for template, style and script."""
         parts = {
             path.name: path.read_text(encoding="utf-8")
-            for path in _HERE.glob("*.*")
+            for folder in (_HERE, _INFERENCE)
+            for path in folder.glob("*.*")
             if path.suffix in (".html", ".css", ".js")
         }
         # The template is static: Gradio would run ${...} inside a value that it filled in.
@@ -219,11 +221,11 @@ class AttentionViewer(gr.HTML):
         )
 
     def save(self, data: bytes, name: str) -> FileData:
-        """Keep a file where the page may fetch it."""
+        """Save a file in the folder that Gradio serves to its page."""
         return FileData(path=save_bytes_to_cache(data, name, self.GRADIO_CACHE), orig_name=name)
 
     def postprocess(self, value: View | None) -> ViewData | None:  # type: ignore[override]
-        """Return what the browser draws."""
+        """Return the view as the browser receives it."""
         if value is None:
             return None
         data = ViewData(caption=value.caption.to_dict(), request=value.request)
@@ -246,4 +248,4 @@ class AttentionViewer(gr.HTML):
         )
 
     def preprocess(self, payload: ViewData | None) -> None:  # type: ignore[override]
-        """Return nothing: events carry all that they need."""
+        """Return None: the events' data is complete without the value."""

@@ -1,4 +1,4 @@
-"""The handlers of the page's events. Keeps no photo of any visitor."""
+"""The handlers of the page's events."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
 from captioner.inference.render import Appearance, render
-from captioner.model.vocabulary import clean
 from captioner.web.attention_viewer import CaptionRequest, Example, ExportRequest, View
+from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
 from captioner.web.photo_input import ExamplePhoto, example_photos
-from captioner.web.settings import decoding_options, setting_values
 
 _MAX_CHARACTERS = 2000
-_KEPT_PHOTOS = 64  # encoded, 0.3 MB each
+_MAX_ENCODED = 64  # photos, 0.3 MB each
+_MAX_DISPLAYED = 4  # photos that a browser cannot draw, 3 MB each
 
 
 class Model(Protocol):
@@ -40,46 +40,54 @@ class Model(Protocol):
     def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Score a caption."""
 
+    def words_of(self, text: str) -> list[str]:
+        """Split a text into words as the model reads them."""
+
 
 class Handlers:
-    """What the page's events do."""
+    """The page's events."""
 
     def __init__(self, model: Model, examples: dict[str, ExamplePhoto]) -> None:
-        """Serve a model; ``examples`` by name, captioned at once."""
+        """Serve a model; caption the ``examples`` (by name) now."""
         self._model = model
         self._paths = {name: example.path for name, example in examples.items()}
-        # Steering and settings ask again and again for the same photo: its cells are kept.
-        self._encoded = functools.lru_cache(_KEPT_PHOTOS)(
+        # Steering and new settings request the same photo many times.
+        self._encode = functools.lru_cache(_MAX_ENCODED)(
             lambda path: model.encode(path.read_bytes())  # bytes: errors must not name the path
         )
-        self._caption_example = functools.lru_cache(256)(self._write)
-        defaults = decoding_options(setting_values(DecodingOptions()))  # as a request brings them
+        self._encode_and_display = functools.lru_cache(_MAX_DISPLAYED)(self._open)
+        self._caption_example = functools.lru_cache(256)(
+            lambda path, options: model.caption(self._encode(path), options)
+        )
+        defaults = decoding_options(setting_values(DecodingOptions()))  # as in a request
         self.examples = [
             Example(
                 name,
                 example.title,
                 example.note,
-                _display_copy(example.path),
+                _display_copy(open_photo(example.path)),
                 self._caption_example(example.path, defaults),
             )
             for name, example in examples.items()
         ]
 
-    def _write(self, path: Path, options: DecodingOptions) -> Caption:
-        return self._model.caption(self._encoded(path), options)
+    def _open(self, path: Path) -> tuple[EncodedPhoto, Image.Image]:
+        """Open a photo once, to encode and to display it."""
+        photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
+        return self._model.encode(photo), _display_copy(photo)
 
     def _path(self, request: CaptionRequest | ExportRequest) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
-                raise ImageError("there is no such example: choose one that is shown")
+                raise ImageError("there is no such example: choose one on the page")
             return self._paths[request.example]
         try:
             path = Path(request.path or "").resolve()
-            known = path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()
+            is_upload = path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()
         except (OSError, ValueError):  # not a possible file name
-            known = False
-        if not known:
+            is_upload = False
+        if not is_upload:
             raise ImageError("the photo is no longer stored here: upload it again")
         return path
 
@@ -90,23 +98,41 @@ class Handlers:
             raise ConfigError(
                 f"the text has {len(request.text)} characters; the limit is {_MAX_CHARACTERS}"
             )
-        path = self._path(request)
-        given = _marks(request.text, request.given)
-        if request.whole:
-            caption = self._model.score(self._encoded(path), request.text)
-            given.append(len(caption.words))
+        path, photo = self._path(request), None
+        given = self._word_indices(request.text, request.given)
+        if request.drawn:
+            encoded = self._encode(path)
         else:
-            options = dataclasses.replace(request.options, prefix=request.text)
-            write = self._write if request.example is None else self._caption_example
-            caption = write(path, options)
-        # Most of the kept words are the model's own: only the visitor's are marked.
+            encoded, photo = self._encode_and_display(path)
+        options = dataclasses.replace(request.options, prefix=request.text)
+        if request.whole:
+            caption = self._model.score(encoded, request.text)
+            given.append(len(caption.words))
+        elif request.example is not None:
+            caption = self._caption_example(path, options)
+        else:
+            caption = self._model.caption(encoded, options)
+        # The text before a steered word is the model's own: only the visitor's words are marked.
         caption = dataclasses.replace(caption, given=tuple(given))
-        photo = None if request.drawn else _display_copy(path)
         return View(caption, photo, request.request)
+
+    def _word_indices(self, text: str, given: list[int]) -> list[int]:
+        """Return the indices of the visitor's words among those that the model reads.
+
+        These can be more or fewer than the typed ones: "two - women" has two.
+        """
+        indices: list[int] = []
+        count = 0
+        for index, typed in enumerate(text.split()):
+            num_words = len(self._model.words_of(typed))
+            if index in given:
+                indices += range(count, count + num_words)
+            count += num_words
+        return indices
 
     @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:
-        """Return a file of what is on the screen: its data and its name."""
+        """Return the caption on the screen as a file: its data and its name."""
         photo = open_photo(self._path(request).read_bytes())  # errors must not name the path
         appearance = Appearance.from_dict(request.appearance)
         data = render(
@@ -115,26 +141,11 @@ class Handlers:
         return data, f"caption.{request.format}"
 
     @show_errors
-    def api(self, photo: Image.Image | None) -> dict[str, Any]:
+    def api(self, photo: bytes | None) -> dict[str, Any]:
         """Return a caption as JSON: text, size, and beams with every word's numbers and map."""
         if photo is None:
             raise ImageError("no photo came with the request: send one")
         return self._model.caption(photo).to_dict()
-
-
-def _marks(text: str, given: list[int]) -> list[int]:
-    """Return the indices of the visitor's words among those that the model reads.
-
-    It may read more or fewer than are typed: of "two - women" it reads two.
-    """
-    marked, count = set(given), 0
-    marks: list[int] = []
-    for index, typed in enumerate(text.split()):
-        words = len(clean(typed).split())
-        if index in marked:
-            marks += range(count, count + words)
-        count += words
-    return marks
 
 
 def preview_picture(model: Model) -> bytes:
@@ -143,7 +154,6 @@ def preview_picture(model: Model) -> bytes:
     return render(open_photo(path), model.caption(path), "png")
 
 
-def _display_copy(path: Path) -> Image.Image:
-    photo = open_photo(path)
+def _display_copy(photo: Image.Image) -> Image.Image:
     photo.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
     return photo

@@ -1,20 +1,21 @@
-// The page around the viewer: photos in, steering, settings, undo, links, export, the tour.
-// All of its state is here; the server is asked with one event, "caption", that carries everything.
+// The page around the viewer: photos, steering, settings, undo, links, export, the tour.
+// It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, save, upload, resolve }) returns { start(value), answer(value), fail(), saved(name) }.
+// mountPage(root, { caption, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
 function mountPage(root, { caption, save, upload }) {
   const find = (selector) => root.querySelector(selector);
-  const MAX_BYTES = 1_000_000; // larger files are scaled down before they are sent
+  const onClick = (selector, action) => find(selector).addEventListener("click", action);
+  const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
   const MAX_SIDE = 2048;
 
   let examples = [];
   let defaults = {}; // search settings
   let plain = {};
   let state = null; // { example } or { path, url, name }, with { text, given, whole, settings }
-  let value = null; // what the viewer shows
+  let value = null; // shown by the viewer
   let history = []; // [state, viewer state] before each change of the caption
   let number = 0; // of the latest request; answers to earlier ones are dropped
-  let pending = null; // the state that the latest request asked for
+  let pending = null; // the state and view of the latest request
   let unanswered = 0; // requests
 
   const viewer = mountViewer(find(".viewer"), {
@@ -22,37 +23,46 @@ function mountPage(root, { caption, save, upload }) {
     changed: () => writeAddress(),
   });
 
+  const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
   const samePhoto = (a, b) => a && b && a.example === b.example && a.path === b.path;
   const note = (text) => (find(".note").textContent = text);
   const busy = (is) => root.querySelector(".page").setAttribute("aria-busy", String(is));
+  const release = ({ url }) => url.startsWith("blob:") && URL.revokeObjectURL(url);
 
-  // ---- Asking for a caption.
+  // ---- Requests.
   function request(next, view = {}) {
     pending = { next, view };
     number++;
     unanswered++;
-    const { example, path, text, given, whole, settings, drawn } = next;
+    const { example = null, path: file = null, text, given, whole, settings, drawn = true } = next;
     busy(true);
-    caption({ request: number, example: example ?? null, file: path ?? null, text, given, whole, settings, drawn: drawn ?? true });
+    caption({ request: number, example, file, text, given, whole, settings, drawn });
+  }
+
+  // Ignores the answer to a pending request; returns the number of the action that replaces it.
+  function supersede() {
+    pending = null;
+    busy(false);
+    return ++number;
   }
 
   function answer(next) {
     unanswered--;
     if (!pending || next.request !== number) return;
-    const { next: asked, view } = pending;
+    const { next: answered, view } = pending;
     pending = null;
     busy(false);
-    if (next.photo) asked.url = next.photo.url;
+    if (next.photo) answered.url = next.photo.url;
     // From here on the visitor's words are spelled as the model reads them.
-    if (asked.given.length === asked.text.split(" ").filter(Boolean).length) {
+    if (answered.given.length === wordsOf(answered.text).length) {
       const words = next.caption.beams[0].words.map((word) => word.text);
-      asked.given = next.caption.given.filter((at) => at < words.length);
-      asked.text = words.slice(0, asked.given.length).join(" ");
+      answered.given = next.caption.given.filter((at) => at < words.length);
+      answered.text = words.slice(0, answered.given.length).join(" ");
     }
-    adopt(asked, { caption: next.caption, photo: { url: asked.url } }, view);
+    adopt(answered, { caption: next.caption, photo: { url: answered.url } }, view);
   }
 
-  // A request failed, and Gradio shows why. If a later one is on its way, its answer counts.
+  // A request failed, and Gradio shows why. If a later one is pending, its answer counts.
   function fail() {
     if (--unanswered > 0) return;
     if (pending && !samePhoto(pending.next, state)) release(pending.next);
@@ -62,26 +72,24 @@ function mountPage(root, { caption, save, upload }) {
     fillForms();
     describePhoto();
   }
-  const release = ({ url }) => url.startsWith("blob:") && URL.revokeObjectURL(url);
 
-  // Makes an answered state the current one; the one before can be brought back.
+  // Makes an answered state the current one; Undo brings back the one before.
   function adopt(next, shown, view = {}) {
-    const changed = state && samePhoto(state, next);
-    history = changed ? [...history, [state, { ...viewer.state() }]] : [];
+    history = samePhoto(state, next) ? [...history, [state, viewer.state()]] : [];
     restore(next, { ...shown, ...view });
   }
 
   function restore(next, shown) {
-    const arrived = !samePhoto(state, next);
-    if (state && arrived) release(state);
+    const isNewPhoto = !samePhoto(state, next);
+    if (state && isNewPhoto) release(state);
     [state, value] = [next, shown];
     viewer.show({ appearance: viewer.state().appearance, ...shown });
     fillForms();
     describeChange();
-    if (arrived) {
+    if (isNewPhoto) {
       describePhoto();
-      find(".exported").textContent = "";
-      // On a phone the stage may lie below what was pressed.
+      exported("");
+      // On a phone the photo may be far below the pressed button.
       if (find(".frame").getBoundingClientRect().top > window.innerHeight * 0.6) find(".viewer").scrollIntoView();
     }
     writeAddress();
@@ -89,45 +97,42 @@ function mountPage(root, { caption, save, upload }) {
 
   function describeChange() {
     const { text, given, whole } = state;
-    const count = text.split(" ").filter(Boolean).length;
-    const chosen = given.map((at) => `“${text.split(" ")[at]}”`).join(", ");
-    const own = whole ? "You ended the caption." : "The model wrote the rest.";
+    const words = wordsOf(text);
+    const chosen = given.map((at) => `“${words[at]}”`).join(", ");
+    const ending = whole ? "You ended the caption." : "The model wrote the rest.";
     find(".changed").hidden = !history.length && !given.length && !whole;
     find(".undo").hidden = !history.length;
-    find(".changed-text").textContent = whole && given.length === count
+    find(".changed-text").textContent = whole && given.length === words.length
       ? "The model scored your caption."
-      : given.length ? `You chose ${chosen}. ${own}` : whole ? own : "";
+      : given.length ? `You chose ${chosen}. ${ending}` : whole ? ending : "";
   }
 
-  find(".undo").addEventListener("click", () => {
-    const [earlier, shown] = history.pop();
-    number++; // an answer on its way is too late
-    pending = null;
-    busy(false);
-    restore(earlier, { ...shown.value, beam: shown.beam, word: shown.word });
-    find(".undo").hidden ? find('.word[aria-pressed="true"]').focus() : find(".undo").focus();
+  onClick(".undo", () => {
+    const [earlier, { value, beam, word }] = history.pop();
+    supersede();
+    restore(earlier, { ...value, beam, word });
+    (find(".undo:not([hidden])") ?? find('.word[aria-pressed="true"]')).focus();
   });
 
   // ---- Photos.
   const fresh = (photo) => ({ ...photo, text: "", given: [], whole: false, settings: state?.settings ?? { ...defaults } });
   const isDefault = (settings) => Object.entries(defaults).every(([name, setting]) => settings[name] === setting);
 
-  // Examples with the default settings were captioned when the server started.
+  // The server captioned the examples with the default settings when it started.
   const answers = new Map();
-  const fetchAnswer = (example) => {
-    if (!answers.has(example.name)) {
-      new Image().src = example.photo.url;
-      answers.set(example.name, fetch(example.answer.url).then((response) => response.json()));
-      answers.get(example.name).catch(() => answers.delete(example.name));
+  const fetchAnswer = ({ name, photo, answer }) => {
+    if (!answers.has(name)) {
+      new Image().src = photo.url;
+      answers.set(name, fetch(answer.url).then((response) => response.json()));
+      answers.get(name).catch(() => answers.delete(name));
     }
-    return answers.get(example.name);
+    return answers.get(name);
   };
 
   async function openExample(name, change = {}, view = {}) {
     const example = examples.find((each) => each.name === name) ?? examples[0];
     const next = { ...fresh({ example: example.name, url: example.photo.url }), ...change };
-    const mine = ++number;
-    pending = null;
+    const mine = supersede();
     if (next.text || next.whole || !isDefault(next.settings)) return request(next, view);
     busy(true);
     try {
@@ -140,61 +145,52 @@ function mountPage(root, { caption, save, upload }) {
     }
   }
 
-  function buildExamples() {
-    find(".examples").replaceChildren(
-      ...examples.map((example) => {
-        const node = document.createElement("button");
-        node.type = "button";
-        node.setAttribute("aria-label", `Example: ${example.title}`);
-        node.title = example.title;
-        const image = new Image();
-        image.src = example.thumbnail.url;
-        image.alt = "";
-        node.append(image);
-        node.addEventListener("pointerenter", () => fetchAnswer(example));
-        node.addEventListener("focus", () => fetchAnswer(example));
-        node.addEventListener("click", () => openExample(example.name));
-        return node;
-      }),
-    );
+  function exampleButton(example) {
+    const node = Object.assign(document.createElement("button"), { type: "button", title: example.title });
+    node.ariaLabel = `Example: ${example.title}`;
+    node.append(Object.assign(new Image(), { src: example.thumbnail.url, alt: "" }));
+    for (const event of ["pointerenter", "focus"]) node.addEventListener(event, () => fetchAnswer(example));
+    node.addEventListener("click", () => openExample(example.name));
+    return node;
   }
+
   function describePhoto() {
     const example = examples.find(({ name }) => name === state.example);
     note(example ? example.note : "");
-    [...find(".examples").children].forEach((node, at) => node.setAttribute("aria-pressed", String(examples[at] === example)));
+    [...find(".examples").children].forEach((node, at) => (node.ariaPressed = String(examples[at] === example)));
   }
 
-  // Scales a large photo down, so that one straight from a phone arrives soon, and arrives at all.
+  // Returns a picture or a frame of a video as a JPEG.
+  async function toJpeg(source, width, height) {
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext("2d");
+    context.fillStyle = "white";
+    context.fillRect(0, 0, width, height);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(source, 0, 0, width, height);
+    const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+    return new File([blob], "photo.jpg", { type: "image/jpeg" });
+  }
+
+  // Scales a large photo down, so that one from a phone uploads fast, and is below the server's limit.
   async function shrink(file) {
     if (file.size <= MAX_BYTES) return file;
-    let bitmap;
     try {
-      bitmap = await createImageBitmap(file); // upright: it heeds the EXIF orientation
+      const bitmap = await createImageBitmap(file); // upright: it follows the EXIF orientation
+      const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+      const sides = [bitmap.width, bitmap.height].map((side) => Math.max(Math.round(side * scale), 1));
+      const small = await toJpeg(bitmap, ...sides);
+      bitmap.close();
+      return small.size < file.size ? small : file;
     } catch {
       return file; // the browser can't read it; the server may
     }
-    const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [bitmap.width, bitmap.height].map((side) => Math.max(Math.round(side * scale), 1));
-    const context = canvas.getContext("2d");
-    context.fillStyle = "white";
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.imageSmoothingQuality = "high";
-    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    bitmap.close();
-    const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
-    return blob && blob.size < file.size ? new File([blob], "photo.jpg", { type: "image/jpeg" }) : file;
   }
 
-  const canDraw = async (url) => {
-    const image = new Image();
-    image.src = url;
-    return image.decode().then(() => true, () => false);
-  };
+  const canDraw = (url) => Object.assign(new Image(), { src: url }).decode().then(() => true, () => false);
 
-  async function bring(original) {
-    const mine = ++number;
-    pending = null;
+  async function openFile(original) {
+    const mine = supersede();
     busy(true);
     note("Sending the photo…");
     try {
@@ -203,7 +199,7 @@ function mountPage(root, { caption, save, upload }) {
       const url = URL.createObjectURL(file);
       const [sent, drawn] = await Promise.all([upload(file), canDraw(url)]);
       if (mine !== number) return URL.revokeObjectURL(url);
-      if (!sent?.path) throw new Error("The photo did not arrive: check the connection and try again.");
+      if (!sent?.path) throw new Error();
       note("Writing a caption…");
       request({ ...fresh({ path: sent.path, url, name: original.name }), drawn });
     } catch (error) {
@@ -213,165 +209,141 @@ function mountPage(root, { caption, save, upload }) {
     }
   }
 
-  find(".upload").addEventListener("click", () => find(".file").click());
-  find(".file").addEventListener("change", (event) => {
-    if (event.target.files[0]) bring(event.target.files[0]);
-    event.target.value = ""; // so that the same file can be chosen again
+  onClick(".upload", () => find(".file").click());
+  find(".file").addEventListener("change", ({ target }) => {
+    if (target.files[0]) openFile(target.files[0]);
+    target.value = ""; // so that the same file can be chosen again
   });
-  const photoIn = (items) => [...(items ?? [])].find((file) => file.type.startsWith("image/") || /\.(heic|heif)$/i.test(file.name));
   const onPaste = (event) => {
-    const file = photoIn(event.clipboardData?.files);
+    const files = [...(event.clipboardData?.files ?? [])];
+    const file = files.find(({ type, name }) => type.startsWith("image/") || /\.(heic|heif)$/i.test(name));
     if (!root.isConnected) document.removeEventListener("paste", onPaste);
-    else if (file) bring(file);
+    else if (file) openFile(file);
   };
   document.addEventListener("paste", onPaste);
-  root.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    find(".page").classList.add("dropping");
-  });
-  root.addEventListener("dragleave", () => find(".page").classList.remove("dropping"));
-  root.addEventListener("drop", (event) => {
-    event.preventDefault();
-    find(".page").classList.remove("dropping");
-    const file = event.dataTransfer.files[0];
-    if (file) bring(file);
-  });
+  for (const type of ["dragover", "dragleave", "drop"]) {
+    root.addEventListener(type, (event) => {
+      event.preventDefault();
+      find(".page").classList.toggle("dropping", type === "dragover");
+      if (type === "drop" && event.dataTransfer.files[0]) openFile(event.dataTransfer.files[0]);
+    });
+  }
 
   // ---- The camera.
-  let stream = null;
+  const video = find("video");
   const closeCamera = () => {
-    stream?.getTracks().forEach((track) => track.stop());
-    stream = null;
+    video.srcObject?.getTracks().forEach((track) => track.stop());
+    video.srcObject = null;
     find(".webcam").hidden = true;
   };
   find(".camera").hidden = !navigator.mediaDevices?.getUserMedia;
-  find(".camera").addEventListener("click", async () => {
-    if (stream) return closeCamera();
+  onClick(".camera", async () => {
+    if (video.srcObject) return closeCamera();
     find(".camera").disabled = true; // a second stream would stay on
     try {
-      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch {
       return note("The browser did not give access to a camera.");
     } finally {
       find(".camera").disabled = false;
     }
     find(".webcam").hidden = false;
-    find("video").srcObject = stream;
-    await find("video").play();
+    await video.play();
     find(".shoot").focus();
   });
-  find(".shoot").addEventListener("click", () => {
-    const video = find("video");
+  onClick(".shoot", async () => {
     if (!video.videoWidth) return;
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
-    canvas.getContext("2d").drawImage(video, 0, 0);
-    canvas.toBlob((blob) => bring(new File([blob], "camera.jpg", { type: "image/jpeg" })), "image/jpeg", 0.92);
+    const photo = await toJpeg(video, video.videoWidth, video.videoHeight);
     closeCamera();
     find(".camera").focus();
+    openFile(photo);
   });
-  find(".close").addEventListener("click", closeCamera);
+  onClick(".close", closeCamera);
 
   // ---- Own words and settings.
   const own = find(".own");
   const form = find(".settings");
-  const typed = () => own.elements.text.value.trim().split(/\s+/).filter(Boolean);
+  function requestOwnWords(whole) {
+    const words = wordsOf(own.elements.text.value);
+    if (whole && !words.length) return own.elements.text.focus();
+    request({ ...state, text: words.join(" "), given: [...words.keys()], whole });
+  }
   own.addEventListener("submit", (event) => {
     event.preventDefault();
-    request({ ...state, text: typed().join(" "), given: typed().map((_, at) => at), whole: false });
+    requestOwnWords(false);
   });
-  find(".score").addEventListener("click", () => {
-    if (!typed().length) return own.elements.text.focus();
-    request({ ...state, text: typed().join(" "), given: typed().map((_, at) => at), whole: true });
-  });
+  onClick(".score", () => requestOwnWords(true));
 
-  const readSettings = () =>
-    Object.fromEntries(
-      Object.keys(defaults).map((name) => {
-        const input = form.elements[name];
-        return [name, input.type === "checkbox" ? input.checked : Number(input.value)];
-      }),
-    );
-  // A change keeps the visitor's words; a scored caption is the same whatever the search.
+  const readSetting = ({ type, checked, valueAsNumber }) => (type === "checkbox" ? checked : valueAsNumber);
+  const readSettings = () => Object.fromEntries(Object.keys(defaults).map((name) => [name, readSetting(form.elements[name])]));
+  // A change keeps the visitor's words; the score of a caption does not depend on the search.
   function applySettings(settings) {
-    if (state.whole) {
-      state = { ...state, settings };
-      fillForms();
-      writeAddress();
-    } else {
-      request({ ...state, settings });
-    }
+    if (!state.whole) return request({ ...state, settings });
+    state = { ...state, settings };
+    fillForms();
+    writeAddress();
   }
   form.addEventListener("change", () => form.reportValidity() && applySettings(readSettings()));
   form.addEventListener("submit", (event) => event.preventDefault());
-  find(".plain").addEventListener("click", () => applySettings({ ...state.settings, ...plain }));
-  find(".default").addEventListener("click", () => applySettings({ ...defaults }));
+  onClick(".plain", () => applySettings({ ...state.settings, ...plain }));
+  onClick(".default", () => applySettings({ ...defaults }));
   function fillForms() {
     for (const [name, setting] of Object.entries(state.settings)) {
-      const input = form.elements[name];
-      if (input.type === "checkbox") input.checked = setting;
-      else input.value = setting;
+      form.elements[name][typeof setting === "boolean" ? "checked" : "value"] = setting;
     }
     find(".link").disabled = !state.example;
     find(".link").title = state.example ? "" : "A link can show examples only: your photo is not stored.";
   }
 
   // ---- The address: a link opens the same state.
-  const FLAGS = { example: 1, prefix: 1, whole: 1, yours: 1, beam: 1, word: 1, colors: 1, map: 1, scale: 1, opacity: 1 };
   function writeAddress() {
     if (!state) return;
+    const { beam, word, appearance, defaults: usual } = viewer.state();
+    const words = wordsOf(state.text);
+    const numbers = (settings) => Object.fromEntries(Object.entries(settings).map(([name, setting]) => [name, Number(setting)]));
+    const parameters = (look) => ({ colors: look.colors, map: look.shape, scale: look.scale, opacity: Math.round(100 * look.strength) });
+    const omitted = { prefix: "", whole: 0, yours: String([...words.keys()]), beam: 1, ...parameters(usual), ...numbers(defaults) };
+    const current = {
+      example: state.example, prefix: state.text, whole: Number(state.whole),
+      yours: String(state.given.filter((at) => at < words.length)),
+      beam: beam + 1, word: word + 1, ...parameters(appearance), ...numbers(state.settings),
+    };
     const url = new URL(location.href);
-    for (const name of [...Object.keys(FLAGS), ...Object.keys(defaults)]) url.searchParams.delete(name);
-    if (state.example) {
-      const { beam, word, appearance, defaults: plainLook } = viewer.state();
-      const put = (name, setting, standard) => setting !== standard && url.searchParams.set(name, setting);
-      put("example", state.example);
-      put("prefix", state.text, "");
-      put("whole", Number(state.whole), 0);
-      const all = state.text.split(" ").filter(Boolean).map((_, at) => at).join(",");
-      const yours = state.given.filter((at) => at < state.text.split(" ").length).join(",");
-      put("yours", yours, all);
-      put("beam", beam + 1, 1);
-      put("word", word + 1);
-      put("colors", appearance.colors, plainLook.colors);
-      put("map", appearance.shape, plainLook.shape);
-      put("scale", appearance.scale, plainLook.scale);
-      put("opacity", Math.round(100 * appearance.strength), 100 * plainLook.strength);
-      for (const [name, standard] of Object.entries(defaults)) put(name, Number(state.settings[name]), Number(standard));
+    for (const [name, parameter] of Object.entries(current)) {
+      url.searchParams.delete(name);
+      if (state.example && parameter !== omitted[name]) url.searchParams.append(name, parameter);
     }
     try {
       window.history.replaceState(window.history.state, "", url);
     } catch {
-      // Browsers limit how often the address may change; the next change brings it up to date.
+      // Browsers limit how often the address may change; the next change updates it.
     }
   }
 
   function readAddress() {
-    const given = new URLSearchParams(location.search);
-    const text = (given.get("prefix") ?? "").trim().replace(/\s+/g, " ");
-    const words = text.split(" ").filter(Boolean);
-    const whole = given.get("whole") === "1" && words.length > 0;
-    const yours = given.has("yours") ? given.get("yours").split(",").filter(Boolean).map(Number) : words.map((_, at) => at);
+    const given = Object.fromEntries([...new URLSearchParams(location.search)].reverse()); // the first of each
+    const words = wordsOf(given.prefix ?? "");
+    const yours = given.yours === undefined ? [...words.keys()] : given.yours.split(",").filter(Boolean).map(Number);
     const settings = { ...defaults };
-    for (const name of Object.keys(defaults)) {
+    for (const name of Object.keys(defaults).filter((name) => name in given)) {
       const input = form.elements[name];
-      if (!given.has(name)) continue;
-      if (input.type === "checkbox") settings[name] = given.get(name) !== "0";
-      else input.value = given.get(name);
-      if (input.type === "number" && input.validity.valid) settings[name] = Number(input.value);
+      if (input.type === "checkbox") settings[name] = given[name] !== "0";
+      else input.value = given[name];
+      if (input.type === "number" && input.validity.valid) settings[name] = input.valueAsNumber;
     }
-    const index = (name) => (Number.isInteger(Number(given.get(name))) && Number(given.get(name)) > 0 ? Number(given.get(name)) - 1 : undefined);
-    const opacity = Number(given.get("opacity") ?? 75) / 100;
+    const index = (text) => (/^[1-9]\d{0,3}$/.test(text) ? text - 1 : undefined);
+    const opacity = Number(given.opacity ?? NaN) / 100;
     return {
-      name: given.get("example"),
-      change: { text, whole, given: yours.filter((at) => Number.isInteger(at) && at >= 0 && at < words.length), settings },
+      name: given.example,
+      change: {
+        text: words.join(" "), whole: given.whole === "1" && words.length > 0, settings,
+        given: yours.filter((at) => Number.isInteger(at) && at >= 0 && at < words.length),
+      },
       view: {
-        beam: index("beam"),
-        word: index("word"),
+        beam: index(given.beam),
+        word: index(given.word),
         appearance: {
-          ...(given.has("colors") && { colors: given.get("colors") }),
-          ...(["smooth", "cells"].includes(given.get("map")) && { shape: given.get("map") }),
-          ...(["word", "caption"].includes(given.get("scale")) && { scale: given.get("scale") }),
+          colors: given.colors, shape: given.map, scale: given.scale,
           ...(opacity >= 0 && opacity <= 1 && { strength: opacity }),
         },
       },
@@ -380,35 +352,34 @@ function mountPage(root, { caption, save, upload }) {
 
   // ---- Export.
   const exported = (text) => (find(".exported").textContent = text);
-  const copy = async (text, done) => {
-    try {
-      await navigator.clipboard.writeText(text);
-      exported(done);
-    } catch {
-      exported("The browser did not let the page copy.");
-    }
-  };
-  find(".copy").addEventListener("click", () => copy(viewer.text(), "Caption copied."));
-  find(".link").addEventListener("click", () => copy(location.href, "Link copied."));
-  root.querySelectorAll("[data-format]").forEach((node) =>
-    node.addEventListener("click", () => {
-      exported("Preparing…");
-      const { beam, word, appearance } = viewer.state();
-      save({ format: node.dataset.format, example: state.example ?? null, file: state.path ?? null, caption: value.caption, beam, word, appearance });
-    }),
-  );
+  const copy = (text, done) =>
+    Promise.resolve(navigator.clipboard?.writeText(text) ?? Promise.reject()).then(
+      () => exported(done),
+      () => exported("The browser did not let the page copy."),
+    );
+  onClick(".copy", () => copy(viewer.text(), "Caption copied."));
+  onClick(".link", () => copy(location.href, "Link copied."));
+  onClick(".export", ({ target: { dataset } }) => {
+    if (!dataset.format) return;
+    exported("Preparing…");
+    const { beam, word, appearance } = viewer.state();
+    const { example = null, path: file = null } = state;
+    save({ format: dataset.format, example, file, caption: value.caption, beam, word, appearance });
+  });
 
-  // ---- The tour, on whatever is shown.
+  // ---- The tour, on the current caption.
   const STEPS = [
     [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys: the photo shows where the model looked before it wrote that word."],
     [".panel", "The runners-up", "These words were the most likely at this place. Click another one: the model rewrites the rest of the caption. Undo takes it back."],
-    [".frame", "Ask from the other side", "Click a cell of the photo, or drag over several: each word shows how much of its attention lies there."],
+    [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several: each word shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],
-    [".export", "Take it with you", "Save what is on the screen as a picture, an animation, numbers or a web page that works offline, or copy a link to it."],
+    [".export", "Export", "Save the caption as a picture, an animation, numbers or a web page that works offline, or copy a link to it."],
   ];
   let step = 0;
   const bubble = find(".bubble");
   function showStep(at) {
+    if (at < 0) return;
+    if (at === STEPS.length) return endTour();
     find(".in-tour")?.classList.remove("in-tour");
     step = at;
     const [selector, title, text] = STEPS[at];
@@ -416,7 +387,7 @@ function mountPage(root, { caption, save, upload }) {
     find(".bubble-text").textContent = text;
     find(".previous").disabled = at === 0;
     find(".next").textContent = at === STEPS.length - 1 ? "Done" : "Next";
-    bubble.hidden = false;
+    bubble.show();
     const target = find(selector);
     target.classList.add("in-tour");
     target.scrollIntoView({ block: "center" });
@@ -425,18 +396,18 @@ function mountPage(root, { caption, save, upload }) {
     find(".next").focus({ preventScroll: true });
   }
   function endTour() {
-    bubble.hidden = true;
+    bubble.close();
     find(".in-tour")?.classList.remove("in-tour");
     find(".tour").focus();
   }
-  find(".tour").addEventListener("click", () => showStep(0));
-  find(".next").addEventListener("click", () => (step === STEPS.length - 1 ? endTour() : showStep(step + 1)));
-  find(".previous").addEventListener("click", () => showStep(Math.max(step - 1, 0)));
-  find(".finish").addEventListener("click", endTour);
+  onClick(".tour", () => showStep(0));
+  onClick(".next", () => showStep(step + 1));
+  onClick(".previous", () => showStep(step - 1));
+  onClick(".finish", endTour);
   bubble.addEventListener("keydown", (event) => {
     if (event.key === "Escape") endTour();
-    else if (event.key === "ArrowRight") find(".next").click();
-    else if (event.key === "ArrowLeft") find(".previous").click();
+    else if (event.key === "ArrowRight") showStep(step + 1);
+    else if (event.key === "ArrowLeft") showStep(step - 1);
     else return;
     event.preventDefault();
   });
@@ -444,16 +415,14 @@ function mountPage(root, { caption, save, upload }) {
   // ---- Start.
   function start(first) {
     ({ examples, defaults, plain } = first);
-    buildExamples();
-    answers.set(examples[0].name, Promise.resolve(first.caption));
-    const { name, change, view } = readAddress();
-    const asked = name || change.text || !isDefault(change.settings);
-    // The first example came with the page: nothing has to be waited for.
-    if (!asked || name === examples[0].name) {
-      restore(fresh({ example: examples[0].name, url: examples[0].photo.url }), { caption: first.caption, photo: { url: examples[0].photo.url }, ...view });
-      if (!change.text && isDefault(change.settings)) return;
-    }
-    openExample(name ?? examples[0].name, change, view);
+    find(".examples").replaceChildren(...examples.map(exampleButton));
+    const [{ name: firstName, photo: { url } }] = examples;
+    answers.set(firstName, Promise.resolve(first.caption));
+    const { name = firstName, change, view } = readAddress();
+    const isPlain = !change.text && isDefault(change.settings);
+    // The first example came with the page: it can be shown at once.
+    if (name === firstName) restore(fresh({ example: firstName, url }), { caption: first.caption, photo: { url }, ...view });
+    if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
   return { start, answer, fail, saved: exported };

@@ -9,22 +9,20 @@ from typing import Any, Self
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from PIL import Image
 from pydantic import ValidationError
 
 from captioner.errors import ImageError
-from captioner.images import open_photo
 from captioner.web.errors import show_errors
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplePhoto:
-    """A photo that a package of ``requirements.txt`` brings.
+    """A photo from a package in ``requirements.txt``.
 
     Attributes:
-        path: its file.
-        title: what it shows.
-        note: what to notice about its caption.
+        path: of its file.
+        title: a few words about the photo.
+        note: a remark about its caption.
     """
 
     path: Path
@@ -83,12 +81,12 @@ def example_photos() -> dict[str, ExamplePhoto]:
 
 
 class PhotoData(ImageData):
-    """A photo as it travels: the path of a file that was uploaded."""
+    """The path of an uploaded file."""
 
     @classmethod
     @show_errors
     def model_validate(cls, *args: Any, **kwargs: Any) -> Self:
-        """Validate, with an error that says what to send: Gradio would answer with nothing."""
+        """Validate with a helpful error: Gradio would send none."""
         try:
             return super().model_validate(*args, **kwargs)
         except ValidationError as error:
@@ -100,27 +98,27 @@ class PhotoData(ImageData):
 
 
 class PhotoInput(gr.Image):
-    """``gr.Image`` that opens photos by ``captioner.images.open_photo``.
+    """``gr.Image`` that returns a photo's bytes, so that ``captioner.images`` opens it.
 
-    The stock one opens files before any function of ours runs: a bad file gives a bare "Error", a
-    bomb is decoded whole, and 16-bit and float pictures turn white or black.
+    The stock one opens files itself: a bad file gives a bare "Error", a decompression bomb is
+    decoded, and 16-bit and float pictures turn white or black.
     """
 
     is_template = True  # the browser draws it as the stock image component
     data_model = PhotoData
 
     @show_errors
-    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
-        """Return an upright RGB picture, or show what is wrong with the file."""
+    def preprocess(self, payload: ImageData | None) -> bytes | None:  # type: ignore[override]
+        """Return an uploaded file."""
         if payload is None:
             return None
         try:
             if payload.path is None:
                 raise ImageError("no photo came with the request: send it as a file")
-            # Gradio does not look where a path leads that comes without its mark of a file.
+            # Gradio checks a path only if the payload is marked as a file.
             path = Path(payload.path).resolve()
             if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()):
                 raise ImageError("the photo was not uploaded: send the file first")
-            return open_photo(path.read_bytes())
-        except (OSError, ValueError) as error:  # ValueError: no name that a file has
+            return path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: not a possible file name
             raise ImageError("the photo did not arrive: send it again") from error

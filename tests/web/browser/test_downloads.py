@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -40,9 +41,7 @@ def take(page: Page, kind: str) -> tuple[bytes, dict[str, Any]]:
     return download.value.path().read_bytes(), sent(request.value)
 
 
-def test_files_show_the_caption_the_word_and_the_appearance_on_the_screen(
-    visit: Page, browser: Browser, tmp_path: Path
-) -> None:
+def test_exported_files_match_the_screen(visit: Page, browser: Browser, tmp_path: Path) -> None:
     appearance = {"colors": "viridis", "shape": "cells", "scale": "caption", "strength": 0.4}
     visit.locator(".beam").nth(1).click()
     visit.locator(".word").nth(3).click()
@@ -112,7 +111,7 @@ def test_files_show_the_caption_the_word_and_the_appearance_on_the_screen(
     context.close()
 
 
-def test_files_follow_steering_and_undo_and_the_next_photo(visit: Page) -> None:
+def test_exported_files_follow_steering_undo_and_the_next_photo(visit: Page) -> None:
     words = words_of(visit)
     steer(visit, 1)
     steered, _ = take(visit, "json")
@@ -126,9 +125,8 @@ def test_files_follow_steering_and_undo_and_the_next_photo(visit: Page) -> None:
     assert json.loads(take(visit, "json")[0])["text"].split() == words_of(visit)
 
 
-def test_no_file_carries_what_the_camera_wrote_nor_survives_its_photo(
-    visit: Page, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_exported_files_carry_no_metadata_and_need_their_photo(visit: Page, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     exif = Image.Exif()
     exif[0x010E] = exif[0x013B] = MARK.decode()

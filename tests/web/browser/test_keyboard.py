@@ -33,7 +33,7 @@ def expect_focus_in_the_viewer(page: Page) -> None:
     page.wait_for_function("document.querySelector('.viewer').contains(document.activeElement)")
 
 
-def test_an_example_is_chosen_its_words_walked_steered_and_undone(visit: Page) -> None:
+def test_keyboard_opens_an_example_walks_steers_and_undoes(visit: Page) -> None:
     tab_to(visit, "[aria-label='Example: lion']")
     visit.keyboard.press("Enter")
     expect(visit.get_by_label("Example: lion")).to_have_attribute("aria-pressed", "true")
@@ -63,7 +63,7 @@ def test_an_example_is_chosen_its_words_walked_steered_and_undone(visit: Page) -
     expect(visit.locator(".beam").nth(1)).to_be_focused()
 
 
-def test_words_are_typed_and_settings_changed(visit: Page) -> None:
+def test_keyboard_types_words_and_changes_settings(visit: Page) -> None:
     tab_to(visit, ".own input")
     visit.keyboard.type("two women")
     tab_to(visit, ".continue")
@@ -84,7 +84,7 @@ def test_words_are_typed_and_settings_changed(visit: Page) -> None:
     expect(visit.locator(".beam")).to_have_count(3, timeout=ASK)
 
 
-def test_cells_are_selected_with_arrows_and_space_and_cleared_with_escape(
+def test_keyboard_selects_and_clears_cells(
     open_standalone: Callable[[View], Page],
 ) -> None:
     page = open_standalone(KNOWN)
@@ -113,7 +113,9 @@ def test_cells_are_selected_with_arrows_and_space_and_cleared_with_escape(
     expect(page.locator(".cells-note")).to_be_empty()
 
 
-def test_sliders_selects_play_and_details_work(open_standalone: Callable[[View], Page]) -> None:
+def test_keyboard_operates_sliders_selects_and_play(
+    open_standalone: Callable[[View], Page],
+) -> None:
     page = open_standalone(KNOWN)
     expect_pressed(page, 2)
     tab_to(page, ".play")
@@ -139,7 +141,7 @@ def test_sliders_selects_play_and_details_work(open_standalone: Callable[[View],
     expect(page.locator(".tile")).to_have_count(4)
 
 
-def test_arrow_keys_follow_words_that_are_read_from_the_right(show: Callable[..., Page]) -> None:
+def test_arrow_keys_follow_right_to_left_words(show: Callable[..., Page]) -> None:
     words = [word(text, cells({(0, 0): 1.0})) for text in ("كلب", "بني", "يجري")]
     page = show(augment(words), language="ar")
     page.locator(".word").nth(1).click()

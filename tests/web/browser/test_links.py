@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from captioner import Captioner
@@ -35,7 +36,7 @@ def query(page: Page) -> dict[str, str]:
     return {name: value for name, (value,) in fields.items()}
 
 
-def test_a_link_opens_words_beam_settings_and_appearance(
+def test_link_opens_words_beam_settings_and_appearance(
     open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
     fields = {"example": "tower", "prefix": "a tall", "beam": 2, "word": 3, "beam_size": 4}
@@ -68,7 +69,7 @@ def test_a_link_opens_words_beam_settings_and_appearance(
     assert query(page) == sent
 
 
-def test_the_address_follows_the_visitor_and_brings_the_state_back(
+def test_address_follows_the_visitor_and_restores_the_state(
     visit: Page, captioner: Captioner
 ) -> None:
     assert query(visit) == {"example": "cat", "word": "2"}
@@ -135,7 +136,7 @@ def test_the_address_follows_the_visitor_and_brings_the_state_back(
     expect(visit.locator(".word.given")).to_have_count(4)
 
 
-def test_no_link_leads_to_a_visitor_s_photo(visit: Page) -> None:
+def test_links_never_lead_to_a_visitors_photo(visit: Page) -> None:
     expect(visit.locator(".link")).to_be_enabled()
     bring(visit, CAT)
     assert query(visit) == {}
@@ -164,7 +165,8 @@ NONSENSE = [
 ]
 
 
-def test_nonsense_in_the_address_opens_the_default(
+@pytest.mark.slow
+def test_invalid_address_opens_the_default(
     page: Page, open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
     text = captioner.caption(CAT).text

@@ -81,7 +81,7 @@ def not_for_browsers(path: Path) -> tuple[int, int]:
 KINDS = [sixteen_bit, cmyk, turned_by_exif, transparent, portrait, panorama, not_for_browsers]
 
 
-def test_a_photo_of_any_kind_is_captioned_and_framed_upright(
+def test_photos_of_any_kind_are_captioned_and_framed_upright(
     visit: Page, captioner: Captioner, tmp_path: Path
 ) -> None:
     for save in KINDS:
@@ -110,7 +110,8 @@ def noise(path: Path) -> None:
     assert path.stat().st_size > 10_000_000
 
 
-def test_a_photo_from_a_phone_is_scaled_down_upright_before_it_is_sent(
+@pytest.mark.slow
+def test_large_photo_is_scaled_down_upright_before_the_upload(
     visit: Page, captioner: Captioner, tmp_path: Path
 ) -> None:
     noise(tmp_path / "photo.jpg")
@@ -178,7 +179,7 @@ TRANSFER = """([kind, data]) => {
 }"""
 
 
-def test_a_photo_is_dropped_pasted_chosen_and_taken(
+def test_photo_is_dropped_pasted_chosen_and_taken(
     visit: Page, captioner: Captioner, example_photos: list[Path]
 ) -> None:
     for kind, path in (("drop", example_photos[1]), ("paste", example_photos[3])):
@@ -221,7 +222,7 @@ def test_a_photo_is_dropped_pasted_chosen_and_taken(
 NO_IMAGE = re.compile("can be read|isn't an image")
 
 
-def test_a_refused_photo_leaves_the_page_as_it_was_and_says_why(
+def test_refused_photo_leaves_the_page_unchanged_and_shows_the_reason(
     visit: Page, captioner: Captioner, example_photos: list[Path], tmp_path: Path
 ) -> None:
     broken, huge, text = tmp_path / "broken.jpg", tmp_path / "huge.tif", tmp_path / "notes.txt"
@@ -259,7 +260,8 @@ def test_a_refused_photo_leaves_the_page_as_it_was_and_says_why(
             expect_words(visit, captioner.caption(example_photos[1]).text)
 
 
-def test_a_broken_connection_leaves_the_page_as_it_was(
+@pytest.mark.slow
+def test_broken_connection_leaves_the_page_unchanged(
     visit: Page, example_photos: list[Path]
 ) -> None:
     before = state(visit)
@@ -316,7 +318,8 @@ class Held:
         self._page.wait_for_timeout(500)
 
 
-def test_of_two_requests_in_a_hurry_the_later_one_wins(
+@pytest.mark.slow
+def test_later_of_two_quick_requests_wins(
     visit: Page, captioner: Captioner, example_photos: list[Path]
 ) -> None:
     def expect_unchanged_by(held: Held) -> None:
@@ -373,7 +376,8 @@ def test_of_two_requests_in_a_hurry_the_later_one_wins(
     expect_words(visit, captioner.caption(example_photos[1]).text)
 
 
-def test_two_visitors_never_see_each_others_photo_or_caption(
+@pytest.mark.slow
+def test_visitors_never_see_each_others_photo_or_caption(
     browser: Browser, served_page: str, captioner: Captioner, example_photos: list[Path]
 ) -> None:
     photos = example_photos[1], example_photos[3]

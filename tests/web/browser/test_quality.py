@@ -12,7 +12,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from captioner.web import AttentionViewer, Example, View
-from captioner.web.server import RequestFilter, launch_options
+from captioner.web.middleware import RequestFilter
+from captioner.web.server import launch_options
 from tests.web.browser.visits import (
     ASK,
     KNOWN,
@@ -29,8 +30,6 @@ from tests.web.browser.visits import (
     word,
 )
 
-THEMES = ["light", "dark"]
-
 # ---- Accessible.
 
 
@@ -46,8 +45,8 @@ def expect_no_barrier(page: Page) -> None:
     assert "color-contrast" in {rule["id"] for rule in results["passes"]}
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_the_page_has_no_barrier_fresh_on_tour_or_unfolded(
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+def test_page_is_accessible_fresh_on_tour_and_unfolded(
     page: Page, open_page: Callable[..., Page], theme: str
 ) -> None:
     open_page(f"__theme={theme}")
@@ -70,8 +69,8 @@ def test_the_page_has_no_barrier_fresh_on_tour_or_unfolded(
     page.locator(".close").click()
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_the_standalone_page_has_no_barrier(
+@pytest.mark.parametrize("theme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+def test_standalone_page_is_accessible(
     open_standalone: Callable[[View], Page], page: Page, theme: Any
 ) -> None:
     page.emulate_media(color_scheme=theme)
@@ -82,9 +81,8 @@ def test_the_standalone_page_has_no_barrier(
     expect_no_barrier(page)
 
 
-def test_nothing_moves_for_those_who_asked_for_less_motion(
-    browser: Browser, served_page: str
-) -> None:
+@pytest.mark.slow
+def test_reduced_motion_disables_all_animation(browser: Browser, served_page: str) -> None:
     context = browser.new_context(reduced_motion="reduce")
     page = context.new_page()
     page.goto(served_page)
@@ -108,9 +106,7 @@ def test_nothing_moves_for_those_who_asked_for_less_motion(
 # ---- What goes over the network.
 
 
-def test_nothing_is_asked_of_another_host_in_a_whole_visit(
-    visit: Page, example_photos: list[Path]
-) -> None:
+def test_visit_requests_no_other_host(visit: Page, example_photos: list[Path]) -> None:
     requests: list[str] = []
     visit.on("request", lambda request: requests.append(request.url))
     visit.reload()
@@ -164,7 +160,7 @@ def expect_only_text(page: Page) -> None:
     assert page.evaluate("window.hacked") is None
 
 
-def test_a_hostile_caption_is_shown_as_text(page: Page) -> None:
+def test_page_shows_hostile_caption_as_text(page: Page) -> None:
     # As Gradio's own value, with which the page is built.
     (text, *_) = HOSTILE
     assert HOSTILE_VIEW.photo
@@ -184,13 +180,14 @@ def test_a_hostile_caption_is_shown_as_text(page: Page) -> None:
         demo.close()
 
 
-def test_a_hostile_caption_is_shown_as_text_in_the_standalone_page(
+def test_standalone_page_shows_hostile_caption_as_text(
     open_standalone: Callable[[View], Page],
 ) -> None:
     expect_only_text(open_standalone(HOSTILE_VIEW))
 
 
-def test_hostile_words_of_the_visitor_are_only_words(visit: Page) -> None:
+@pytest.mark.slow
+def test_hostile_visitor_words_are_shown_as_text(visit: Page) -> None:
     type_own(visit, " ".join(HOSTILE), "Score")
     expect(visit.locator(".word.given").nth(1).locator(".text")).to_have_text("srcx", timeout=ASK)
     type_own(visit, " ".join(HOSTILE), "Continue")

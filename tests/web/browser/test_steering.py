@@ -28,7 +28,7 @@ from tests.web.browser.visits import (
 )
 
 
-def test_an_alternative_keeps_the_words_before_it_and_undo_takes_it_back(
+def test_alternative_keeps_earlier_words_and_can_be_undone(
     visit: Page, captioner: Captioner
 ) -> None:
     visit.locator(".beam").nth(2).click()
@@ -57,7 +57,8 @@ def test_an_alternative_keeps_the_words_before_it_and_undo_takes_it_back(
     expect(visit.locator(".beam").nth(2)).to_have_attribute("aria-pressed", "true")
 
 
-def test_settings_keep_the_visitor_s_words_and_undo_goes_back_one_by_one(
+@pytest.mark.slow
+def test_settings_keep_the_visitors_words_and_undo_is_stepwise(
     visit: Page, captioner: Captioner
 ) -> None:
     states = []
@@ -102,9 +103,7 @@ def test_settings_keep_the_visitor_s_words_and_undo_goes_back_one_by_one(
     expect(visit.locator(".undo")).to_be_hidden()
 
 
-def test_a_caption_ends_where_the_visitor_ends_it(
-    open_page: Callable[..., Page], captioner: Captioner
-) -> None:
+def test_visitor_can_end_the_caption(open_page: Callable[..., Page], captioner: Captioner) -> None:
     # The end must be among the alternatives of a word.
     name, text, at = next(
         (name, caption.text, at)
@@ -130,7 +129,7 @@ def test_a_caption_ends_where_the_visitor_ends_it(
     expect_words(page, text)
 
 
-def test_typed_words_are_continued_from_the_button_and_from_the_keyboard(
+def test_typed_words_are_continued_by_button_and_keyboard(
     visit: Page, captioner: Captioner
 ) -> None:
     beginning = "two women in a red"
@@ -162,7 +161,8 @@ def test_typed_words_are_continued_from_the_button_and_from_the_keyboard(
     assert state(visit) == before
 
 
-def test_a_scored_caption_shows_its_end_and_its_unknown_words_and_can_be_steered(
+@pytest.mark.slow
+def test_scored_caption_shows_end_and_unknown_words_and_can_be_steered(
     visit: Page, captioner: Captioner
 ) -> None:
     type_own(visit, "A zorblax on the grass!", "Score")
@@ -196,7 +196,8 @@ def test_a_scored_caption_shows_its_end_and_its_unknown_words_and_can_be_steered
     expect(visit.locator(".beam")).to_have_count(5)
 
 
-def test_presets_are_plain_greedy_decoding_and_the_defaults(
+@pytest.mark.slow
+def test_presets_are_plain_greedy_and_defaults(
     open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
     plain = DecodingOptions.plain_greedy()
@@ -234,8 +235,8 @@ def test_presets_are_plain_greedy_decoding_and_the_defaults(
     assert state(page) == before
 
 
-@pytest.mark.parametrize("photo", ["example", "upload"])
-def test_a_new_photo_drops_the_words_and_keeps_the_settings(
+@pytest.mark.parametrize("photo", ["example", pytest.param("upload", marks=pytest.mark.slow)])
+def test_new_photo_drops_words_and_keeps_settings(
     visit: Page, captioner: Captioner, photo: str
 ) -> None:
     steer(visit, 1)

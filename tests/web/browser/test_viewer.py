@@ -77,7 +77,7 @@ BRIGHTEST = """() => {
 }"""
 
 
-def test_pointing_at_a_word_paints_its_map_in_one_frame_and_a_click_pins_it(visit: Page) -> None:
+def test_hover_paints_the_map_in_one_frame_and_click_pins_it(visit: Page) -> None:
     visit.wait_for_load_state("networkidle")
     requests: list[str] = []
     visit.on("request", lambda request: requests.append(request.url))
@@ -104,8 +104,8 @@ def test_pointing_at_a_word_paints_its_map_in_one_frame_and_a_click_pins_it(visi
     assert drawn(visit) != start
 
 
-@pytest.mark.parametrize("size", [(630, 210), (210, 630)])
-def test_the_brightest_place_is_the_cell_that_the_word_attends_to(
+@pytest.mark.parametrize("size", [(630, 210), pytest.param((210, 630), marks=pytest.mark.slow)])
+def test_brightest_place_is_the_attended_cell(
     show: Callable[..., Page], size: tuple[int, int]
 ) -> None:
     page = show(augment([word(f"{cell}", cells({cell: 1.0})) for cell in CORNERS_AND_MORE], size))
@@ -130,7 +130,7 @@ def test_the_brightest_place_is_the_cell_that_the_word_attends_to(
     assert (place < np.array(cell) + 1.05).all()
 
 
-def test_the_photo_is_seen_through_the_map(show: Callable[..., Page]) -> None:
+def test_photo_is_visible_through_the_map(show: Callable[..., Page]) -> None:
     view = augment([word("left", cells({(3, 0): 1.0}))])
     colors = Image.new("RGB", (420, 280), "blue")
     colors.paste("red", (210, 0, 420, 280))
@@ -158,7 +158,7 @@ def border(page: Page, row: int, column: int) -> str:
     return " ".join(page.locator(".cell").nth(row * 7 + column).evaluate(read))
 
 
-def test_a_cell_shows_each_word_s_share_on_its_chip(show: Callable[..., Page]) -> None:
+def test_selected_cells_show_each_words_share(show: Callable[..., Page]) -> None:
     page = show(KNOWN)
     probabilities = ["50%"] * 4
     assert shares(page) == probabilities
@@ -221,9 +221,7 @@ def percent(share: float) -> float:
     return 0.51 if share >= 0.0995 else 0.051
 
 
-def test_another_caption_brings_its_own_words_and_maps_and_numbers(
-    visit: Page, captioner: Captioner
-) -> None:
+def test_each_caption_has_its_own_words_maps_and_numbers(visit: Page, captioner: Captioner) -> None:
     beams = captioner.caption(CAT).beams
     assert len(beams) == 3
     maps = []
@@ -252,7 +250,8 @@ def test_another_caption_brings_its_own_words_and_maps_and_numbers(
 # ---- Numbers and unknown words.
 
 
-def test_captions_show_the_score_that_they_are_ranked_by(visit: Page, captioner: Captioner) -> None:
+@pytest.mark.slow
+def test_captions_show_their_ranking_score(visit: Page, captioner: Captioner) -> None:
     def number(value: float) -> str:
         return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
@@ -287,7 +286,7 @@ def look(page: Page, at: int) -> tuple[str, str]:
 UNK = "<unk>"
 
 
-def test_an_unknown_word_is_named_and_never_drawn_as_the_chosen_one(
+def test_unknown_word_is_named_and_never_looks_chosen(
     show: Callable[..., Page],
 ) -> None:
     at = cells({(3, 3): 1.0})
@@ -321,6 +320,7 @@ def test_an_unknown_word_is_named_and_never_drawn_as_the_chosen_one(
     expect(page.locator(".alternatives span.bar")).to_contain_text("(unknown word)")
 
 
+@pytest.mark.slow
 def test_unknown_words_of_plain_decoding_are_named(
     open_page: Callable[..., Page], captioner: Captioner
 ) -> None:
@@ -336,7 +336,7 @@ def test_unknown_words_of_plain_decoding_are_named(
     assert UNK not in page.locator("body").inner_text()
 
 
-def test_words_carry_their_language_and_direction(show: Callable[..., Page]) -> None:
+def test_words_have_language_and_direction(show: Callable[..., Page]) -> None:
     page = show(
         augment([word("كلب", cells({(0, 0): 1.0})), word("يجري", cells({(1, 1): 1.0}))]),
         language="ar",
@@ -372,7 +372,7 @@ NOTE = """() => {
 }"""
 
 
-def test_play_steps_through_the_words_and_stops_at_the_end(
+def test_play_steps_through_the_words_and_stops(
     page: Page, open_standalone: Callable[[View], Page]
 ) -> None:
     page.clock.install(time=dt.datetime(2026, 1, 1))
@@ -398,7 +398,7 @@ def test_play_steps_through_the_words_and_stops_at_the_end(
     expect_pressed(page, 0)
 
 
-def test_position_strength_shape_colors_and_scale_change_the_map(
+def test_appearance_settings_change_the_map(
     open_standalone: Callable[[View], Page],
 ) -> None:
     page = open_standalone(KNOWN)
@@ -440,7 +440,7 @@ def test_position_strength_shape_colors_and_scale_change_the_map(
     assert ImageChops.difference(bare, covered).getbbox()
 
 
-def test_the_overview_shows_a_tile_for_every_word_and_the_end(visit: Page) -> None:
+def test_overview_has_a_tile_for_every_word_and_the_end(visit: Page) -> None:
     visit.locator(".overview summary").click()
     expect(visit.locator(".tile")).to_have_count(visit.locator(".word").count())
     texts = visit.locator(".tile").all_inner_texts()

@@ -1,0 +1,78 @@
+"""The settings of the search, as the page shows and sends them; and how the model works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from captioner.config import DecodingOptions, ModelConfig
+from captioner.errors import ConfigError
+
+_BANS = ("ban_repeats", "ban_trigrams", "ban_unknown", "ban_bad_endings")
+# Limits for a visitor; larger requests would delay the others.
+_MAX_BEAMS, _MAX_WORDS = 5, 30
+
+
+def setting_values(options: DecodingOptions) -> dict[str, Any]:
+    """Return the values of the page's form for ``options``."""
+    return {
+        "beam_size": options.beam_size,
+        "length_penalty": options.length_penalty,
+        "max_words": options.max_length - 2,  # <bos> and <eos> are not words
+        "temperature": options.temperature,
+        "seed": options.seed,
+        **{name: getattr(options, name) for name in _BANS},
+    }
+
+
+def decoding_options(values: dict[str, Any]) -> DecodingOptions:
+    """Return the options for the values of the page's form.
+
+    Raises:
+        ConfigError: a value is missing, unknown or out of range.
+    """
+    values = dict(values)
+    if set(values) != set(setting_values(DecodingOptions())):
+        raise ConfigError("the settings do not match the page's form: reload the page")
+    limits = {"beam_size": (1, _MAX_BEAMS), "max_words": (1, _MAX_WORDS)}
+    for name, (low, high) in limits.items():
+        number = values.get(name)
+        if type(number) is not int or not low <= number <= high:
+            raise ConfigError(f"{name} must be a whole number from {low} to {high}")
+    values["samples"] = values["beam_size"]
+    values["max_length"] = values.pop("max_words") + 2
+    return DecodingOptions.from_dict(values)
+
+
+def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
+    """Explain the model in a few sentences of Markdown, with its real sizes.
+
+    Args:
+        config: the decoder's shape.
+        encoder: the encoder's ``spec()``.
+    """
+    rows, columns = encoder["grid"]
+    size = encoder["transform"]["size"]
+    query = "the LSTM's memory"
+    if config.word_query:
+        query += " and the previous word"
+    start = "the mean of the grid" if config.mean_start else "zeros"
+    output = "the LSTM's state"
+    if config.deep_output:
+        output += ", the previous word and that mean"
+    return "\n".join(
+        [
+            f"1. **See.** `{encoder['name']}`, trained on ImageNet and frozen, turns the whole "
+            f"photo, resized to {size} x {size}, into a grid of {rows} x {columns} vectors of "
+            f"{config.encoder_channels:,} numbers.",
+            f"2. **Look.** Before each word, additive attention (width {config.attention_size}) "
+            f"compares {query} with each of the {rows * columns} vectors and gives each cell a "
+            "share. The shares sum to 1; the heat map shows them.",
+            f"3. **Write.** The mean of the vectors, weighted by those shares, goes into an LSTM "
+            f"of {config.hidden_size} units (started from {start}) with the previous word, as "
+            f"{config.embedding_size} numbers. From {output} comes a probability for each of "
+            f"{config.vocabulary_size:,} words.",
+            "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "
+            "decoding (beam size 1) keeps one. Bans prevent stuttering: switch them off under "
+            "*Search settings* to see what the model does without them.",
+        ]
+    )
