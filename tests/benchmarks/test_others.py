@@ -21,7 +21,7 @@ _MAX_TOKENS = 12  # of a caption, with its end token
 
 
 def _sgrvinod() -> Any:
-    """Return the tutorial's model (ResNet101 at 14 x 14, 9,490 words, beam 5), and a photo's side."""
+    """Return the tutorial's model (ResNet101, 14 x 14 cells, 9,490 words), and a photo's side."""
     from torchvision.models import resnet101
 
     backbone = nn.Sequential(*list(resnet101().children())[:-2], nn.AdaptiveAvgPool2d(14)).eval()
