@@ -77,6 +77,14 @@ def test_killed_atomic_dir_leaves_the_old_or_the_new_folder(tmp_path: Path) -> N
     assert (folder / "two").exists()
 
 
+def test_atomic_dir_keeps_the_old_folder_until_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    _replace_folder(folder)
+    with atomic_dir(folder):
+        assert (folder / "one").read_text() == "new"
+    assert list(folder.iterdir()) == []
+
+
 def test_atomic_dir_keeps_the_old_folder_after_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     _replace_folder(folder)
@@ -103,12 +111,12 @@ def test_write_error_names_the_file_the_reason_and_the_way_out(tmp_path: Path) -
     ):
         Path("/dev/full").write_text("anything")
     (tmp_path / "file").touch()
-    for write in (
-        lambda: atomic_write(tmp_path / "file" / "inside", b""),
-        lambda: _replace_folder(tmp_path / "file" / "inside"),
-    ):
-        with pytest.raises(WriteError, match=r"inside: Not a directory; choose another place"):
-            write()
+    inside = tmp_path / "file" / "inside"
+    message = "inside: Not a directory; choose another place"
+    with pytest.raises(WriteError, match=message):
+        atomic_write(inside, b"")
+    with pytest.raises(WriteError, match=message):
+        _replace_folder(inside)
 
 
 def test_user_path_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
