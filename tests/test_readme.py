@@ -192,3 +192,11 @@ def test_pictures_and_links_lead_to_files() -> None:
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
+
+
+def test_figures_of_tables_are_in_results() -> None:
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    figures = set(re.findall(r"\d+\.\d+", "".join(rows)))
+    assert figures
+    assert figures <= set(re.findall(r"\d+\.\d+", results))
