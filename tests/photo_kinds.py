@@ -186,7 +186,7 @@ _KINDS_BY_OUTCOME: dict[str, dict[str, Callable[[], bytes]]] = {
         ),
         "PDF": lambda: encoded(SCENE, "PDF"),
         "zip": zipped,
-        "EPS": lambda: encoded(SCENE, "EPS"),
+        "EPS": lambda: encoded(SCENE.resize((8, 8)), "EPS"),  # larger ones have too many parts
         "PSD": lambda: b"8BPS\0\1" + bytes(6) + struct.pack(">HLLHH", 3, 9, 9, 8, 3),
         "WMF": lambda: struct.pack("<LHhhhhHLH", 0x9AC6CDD7, 0, 0, 0, 9, 9, 72, 0, 0),
         "ICO": lambda: encoded(SCENE, "ICO"),
