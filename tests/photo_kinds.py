@@ -32,7 +32,7 @@ GREY = np.asarray(SCENE.convert("L"))
 
 # Outcomes: any caption, the caption of SCENE, or an error that matches the pattern.
 CAPTION, SAME = "a caption", "the caption of SCENE"
-NOT_AN_IMAGE = "not an image that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
+NOT_AN_IMAGE = "an image .*read.* JPEG, PNG, WebP, GIF, BMP or TIFF"
 BROKEN = "broken: it starts like a"
 TOO_LARGE = "pixels, more than|too many pixels"
 UNREADABLE = f"{NOT_AN_IMAGE}|{BROKEN}"

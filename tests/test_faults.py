@@ -389,7 +389,7 @@ def test_second_run_waits_for_the_features_of_the_first(
     first = start("train.py", command(outs[0], cache), Fault("stop", cache, 6))
     first.read_until("change", "features.npy")  # begun, and about to be filled in
     second = start("train.py", command(outs[1], cache))
-    second.read_until("err", "waiting for another process that makes")
+    second.read_until("err", "waiting for another process")
     first.send(signum)
     results = [first.wait(), second.wait()]
     assert [result.code for result in results] == [0 if signum == signal.SIGCONT else -signum, 0]
@@ -412,7 +412,7 @@ def test_second_process_is_refused_the_same_folder(
         first.read_until("change", "")
         second = start(program, arguments).wait()
         assert second.code == 1
-        assert "another process is writing into" in _error_line(second, program)
+        assert "another process is writing" in _error_line(second, program)
         first.send(signal.SIGCONT)
         assert first.wait().code == 0
     assert_same_run(out, undisturbed_run)

@@ -98,7 +98,7 @@ def test_locked_dir_refuses_a_second_writer(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     with locked_dir(folder):
         assert folder.is_dir()
-        with pytest.raises(WriteError, match="another process is writing into"), locked_dir(folder):
+        with pytest.raises(WriteError, match="another process is writing"), locked_dir(folder):
             pass
     with locked_dir(folder):
         pass
