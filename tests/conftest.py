@@ -1,4 +1,4 @@
-"""Small real data that the tests draw themselves: coloured shapes with captions.
+"""Fixtures: small real data (coloured shapes with captions), the shipped model, the served page.
 
 No test needs the network or writes outside pytest's temporary folders.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-# Before `datasets` and `gradio` are imported, which read them once.
+# `datasets` and `gradio` read these once, when they are imported.
 _HOME = tempfile.mkdtemp(prefix="captioner-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ["HF_HOME"] = _HOME
@@ -35,16 +35,8 @@ from PIL import Image, ImageDraw  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-import app  # noqa: E402
 from captioner import Captioner  # noqa: E402
-from captioner import web as viewer  # noqa: E402
-from captioner.model.encoder import (  # noqa: E402
-    Encoder,
-    Transform,
-    load_encoder,
-)
-from captioner.web.middleware import RequestFilter  # noqa: E402
-from captioner.web.server import MAX_QUEUE, launch_options  # noqa: E402
+from captioner.model.encoder import Encoder, Transform, load_encoder  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
 
@@ -58,10 +50,10 @@ _CORNERS = {"left": (4, 16), "right": (40, 16), "top": (22, 2), "bottom": (22, 3
 
 
 def _draw(number: int, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Return photo ``number`` as PNG; from 32 on the scenes come again on darker ground."""
+    """Return photo ``number`` as PNG; from 32 on the scenes repeat on a darker background."""
     colour, kind, side = _SCENES[number % len(_SCENES)]
-    ground = 255 - number // len(_SCENES)
-    image = Image.new("RGB", (64, 48), (ground, ground, ground))
+    background = 255 - number // len(_SCENES)
+    image = Image.new("RGB", (64, 48), (background,) * 3)
     x, y = _CORNERS[side]
     draw = ImageDraw.Draw(image)
     shape = draw.ellipse if kind == "circle" else draw.rectangle
@@ -110,25 +102,25 @@ def _write_parquet(folder: Path, splits: dict[str, list[Row]]) -> Path:
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., bytes]:
-    """``draw(number, size)``: a photo's PNG."""
+    """``draw(number, size)``: a photo as PNG."""
     return _draw
 
 
 @pytest.fixture(scope="session")
 def captions_of() -> Callable[[int], list[str]]:
-    """``captions_of(number)``: a photo's five captions."""
+    """``captions_of(number)``: the five captions of a photo."""
     return _captions
 
 
 @pytest.fixture(scope="session")
 def hub_row() -> Callable[..., Row]:
-    """``hub_row(number, split)``: a row as the Hub's Flickr30k has them."""
+    """``hub_row(number, split)``: a row in the layout of the Hub's Flickr30k."""
     return _hub_row
 
 
 @pytest.fixture(scope="session")
 def write_parquet() -> Callable[[Path, dict[str, list[Row]]], Path]:
-    """``write_parquet(folder, {split: rows})``: a data set's folder."""
+    """``write_parquet(folder, {split: rows})``: the folder of a data set."""
     return _write_parquet
 
 
@@ -145,7 +137,7 @@ def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 photos beside a captions.csv with five lines each and no splits."""
+    """20 photos beside a captions.csv with five lines per photo and no splits."""
     folder = tmp_path_factory.mktemp("csv")
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -158,7 +150,7 @@ def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_encoder() -> Callable[..., Encoder]:
-    """``tiny_encoder(seed)``: a real ``Encoder`` of one convolution, (B, 8, 7, 7)."""
+    """``tiny_encoder(seed)``: a real ``Encoder`` of one convolution with 8 channels."""
 
     def build(
         seed: int = 0, mean: float = 0.5, interpolation: str = "bilinear", name: str = "tiny"
@@ -178,7 +170,7 @@ def lite2() -> Encoder:
 
 @pytest.fixture(scope="session")
 def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights for ``timm:test_resnet``, a very small model, so that nothing is downloaded."""
+    """A file of random weights for ``timm:test_resnet``, a very small model."""
     import timm
 
     torch.manual_seed(0)
@@ -195,13 +187,19 @@ def captioner() -> Captioner:
 
 @pytest.fixture(scope="session")
 def example_photos() -> list[Path]:
-    """The photos of pip's wheels that the app shows."""
-    return [example.path for example in viewer.example_photos().values()]
+    """The page's example photos, which come with its packages."""
+    from captioner.web import example_photos
+
+    return [example.path for example in example_photos().values()]
 
 
 @pytest.fixture(scope="session")
 def served_page(captioner: Captioner) -> Iterator[str]:
     """The address of the real page, served as ``app.main`` serves it."""
+    import app  # gradio takes seconds, which most tests need not wait for
+    from captioner.web.middleware import RequestFilter
+    from captioner.web.server import MAX_QUEUE, launch_options
+
     demo = app.build_demo(captioner).queue(max_size=MAX_QUEUE)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(RequestFilter()))
     yield url
@@ -210,5 +208,5 @@ def served_page(captioner: Captioner) -> Iterator[str]:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no curves.png, which takes longer than an epoch of a tiny run."""
+    """Skip curves.png, which takes longer than an epoch of a tiny run."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)

@@ -19,7 +19,7 @@ from captioner import Captioner
 from captioner import environment as caches
 from captioner.data.sources import load_captions
 from captioner.errors import DataError, WriteError
-from tests.homeless import use_everything
+from tests.no_home_process import use_everything
 
 _NAMES = (
     *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "HOME"),

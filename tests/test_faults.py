@@ -1,6 +1,6 @@
-"""Kills and full disks at every moment that matters: the next start comes to the same result.
+"""Commands that are killed, or whose disk runs full, before each change: a restart repairs it.
 
-The real command lines run in processes of their own (see ``injector``).
+The real command lines run in processes of their own (see ``command_process``).
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.model import checkpoint as checkpoints
-from tests.injector import Fault, fill, run
+from tests.fault_injection import Fault, fill
 from tests.training.runs import assert_same_run
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a process ended, and before which change the fault struck it."""
+class Result:
+    """How a process ended; ``change`` is the one that the fault preceded."""
 
     code: int
     out: str
     error: str
-    struck: str
+    change: str
 
 
-class Started:
-    """A command that runs."""
+class RunningCommand:
+    """A command in its process."""
 
     def __init__(self, process: BaseProcess, log: Path) -> None:
         self._process, self._log = process, log
         process.start()
 
     def read_until(self, name: str, text: str) -> None:
-        """Wait until ``text`` is in one of the process's files."""
+        """Wait until ``text`` is in a file of the process's log."""
         deadline = time.monotonic() + 120
         while not (path := self._log / name).exists() or text not in path.read_text():
             assert time.monotonic() < deadline
@@ -59,45 +61,47 @@ class Started:
         assert self._process.pid is not None
         os.kill(self._process.pid, signum)
 
-    def end(self) -> Ended:
+    def wait(self) -> Result:
         self._process.join(180)
         assert self._process.exitcode is not None, "it hangs"
-        out, error, struck = (
+        out, error, change = (
             path.read_text() if (path := self._log / name).exists() else ""
-            for name in ("out", "err", "struck")
+            for name in ("out", "err", "change")
         )
-        return Ended(self._process.exitcode, out, error, struck)
+        return Result(self._process.exitcode, out, error, change)
 
 
-Start = Callable[..., Started]
+Start = Callable[..., RunningCommand]
 Kind = Literal["fill", "kill"]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """``start(program, arguments, fault, settings)``: run it in a process of its own."""
+    """``start(program, arguments, fault, settings)``: run a command in its own process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # so that two runs come to the same bits
+        patch.setenv("OMP_NUM_THREADS", "1")  # makes two runs equal to the last bit
         patch.setenv("PYTHONPATH", str(ROOT))
-        _CONTEXT.set_forkserver_preload(["tests.injector"])
+        _CONTEXT.set_forkserver_preload(["tests.command_process"])
         multiprocessing.forkserver.ensure_running()
 
-    begun: list[BaseProcess] = []
+    from tests.command_process import run  # not at the top: it imports every library
+
+    processes: list[BaseProcess] = []
 
     def begin(
         program: str,
         arguments: list[str],
         fault: Fault | None = None,
         settings: dict[str, Any] | None = None,
-    ) -> Started:
+    ) -> RunningCommand:
         log = tmp_path_factory.mktemp("log")
         options = (program, arguments, log, fault, settings or {})
-        begun.append(_CONTEXT.Process(target=run, args=options))
-        return Started(begun[-1], log)
+        processes.append(_CONTEXT.Process(target=run, args=options))
+        return RunningCommand(processes[-1], log)
 
     yield begin
-    for process in begun:
-        process.kill()  # one that a test which failed left, perhaps held
+    for process in processes:
+        process.kill()  # a failed test may have left one, perhaps stopped
 
 
 @pytest.fixture
@@ -113,55 +117,55 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _told(ended: Ended, program: str) -> str:
-    """Return the one line that says what went wrong, the last one of standard error."""
-    lines = [line for line in ended.error.replace("\r", "\n").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(f"{program}: ")]
-    assert told == lines[-1:], ended.error
-    assert "Traceback" not in ended.error
-    return told[0]
+def _error_line(result: Result, program: str) -> str:
+    """Return the only error message, the last line of standard error."""
+    lines = [line for line in result.error.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(f"{program}: ")]
+    assert errors == lines[-1:], result.error
+    assert "Traceback" not in result.error
+    return errors[0]
 
 
-def _full(ended: Ended, program: str, disk: Path) -> None:
-    """Check that a command said which disk is full, and make room there."""
-    assert ended.code == 1, (ended.struck, ended.error)
-    told = _told(ended, program)
-    assert str(disk) in told
-    assert "No space left on device" in told or "GB are free" in told
+def _assert_disk_full(result: Result, program: str, disk: Path) -> None:
+    """Check that the command named the full disk, and make room there."""
+    assert result.code == 1, (result.change, result.error)
+    error = _error_line(result, program)
+    assert str(disk) in error
+    assert "No space left on device" in error or "GB are free" in error
     (disk / "filler").unlink()
 
 
-def _strike(
+def _interrupt_at_each_change(
     start: Start,
     program: str,
     arguments: list[str],
     fault: Fault,
     *,
     progress: Callable[[], int] = lambda: 0,
-    anew: str = "",
+    first_change: str = "",
     settings: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Strike a command before its first change, start it again, strike before the second one, …
+    """Restart a command until it succeeds, with the fault before its first, second, … change.
 
-    Where there is progress it counts anew, from the first change on that names ``anew``: what
-    every start does was struck by then. Return before which changes it was struck.
+    After progress the count restarts at the first change whose name holds ``first_change``; the
+    changes of every start have been tried by then. Return the changes.
     """
-    struck: list[str] = []
+    changes: list[str] = []
     reached, at = 0, 1
     while True:
-        ended = start(program, arguments, dataclasses.replace(fault, at=at), settings).end()
-        if ended.code == 0:
-            return struck
+        result = start(program, arguments, dataclasses.replace(fault, at=at), settings).wait()
+        if result.code == 0:
+            return changes
         if fault.kind == "kill":
-            assert ended.code == -signal.SIGKILL, ended.error
+            assert result.code == -signal.SIGKILL, result.error
         else:
-            _full(ended, program, fault.folder)
-        struck.append(ended.struck)
-        assert len(struck) < 100, struck
+            _assert_disk_full(result, program, fault.folder)
+        changes.append(result.change)
+        assert len(changes) < 100, changes
         at += 1
         if progress() != reached:
             reached = progress()
-            at = 1 + next(number for number, change in enumerate(struck) if anew in change)
+            at = 1 + next(index for index, change in enumerate(changes) if first_change in change)
 
 
 # Training
@@ -171,7 +175,7 @@ def _strike(
 def command(
     parquet_folder: Path, timm_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[str]]:
-    """``command(out, cache)``: a run of two epochs, the second one better, in a second."""
+    """``command(out, cache)``: a run of a second, with two epochs, the second one better."""
     cache = tmp_path_factory.mktemp("features")
 
     def make(out: Path, cache: Path = cache) -> list[str]:
@@ -184,19 +188,19 @@ def command(
 
 
 @pytest.fixture(scope="module")
-def whole(
+def undisturbed_run(
     tmp_path_factory: pytest.TempPathFactory, start: Start, command: Callable[..., list[str]]
 ) -> Path:
-    """The run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    ended = start("train.py", command(out)).end()
-    assert ended.code == 0, ended.error
-    assert ended.out.count("best so far") == 2
+    """A run without faults."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = start("train.py", command(out)).wait()
+    assert result.code == 0, result.error
+    assert result.out.count("best so far") == 2
     return out
 
 
 def _epochs(out: Path) -> int:
-    """Return how many epochs are saved, in the old state too, which the next start brings back."""
+    """Return how many epochs are saved, also in an old state that the next start would recover."""
     paths = [out / name / "state.json" for name in ("state", ".state.old")]
     return max(
         (json.loads(path.read_text())["epoch"] for path in paths if path.exists()), default=0
@@ -204,30 +208,35 @@ def _epochs(out: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", ["kill", "fill"])
-def test_a_training_that_is_struck_before_each_change_comes_to_the_same_bits(
+def test_interrupted_training_ends_with_the_same_bits(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     start: Start,
     command: Callable[..., list[str]],
-    whole: Path,
+    undisturbed_run: Path,
     kind: Kind,
 ) -> None:
     folder: Path = request.getfixturevalue("small_disk") if kind == "fill" else tmp_path
     out = folder / "run"
 
-    def look() -> int:
+    def saved_epochs() -> int:
         if (out / "checkpoint").exists():
             checkpoints.load(out / "checkpoint")
         return _epochs(out)
 
-    struck = _strike(
-        start, "train.py", command(out), Fault(kind, folder), progress=look, anew="checkpoint"
+    changes = _interrupt_at_each_change(
+        start,
+        "train.py",
+        command(out),
+        Fault(kind, folder),
+        progress=saved_epochs,
+        first_change="checkpoint",
     )
     for name in ("model.safetensors", "config.json", "state.safetensors", "state.json"):
-        assert sum(name in place for place in struck) >= 2, struck  # in both epochs
+        assert sum(name in change for change in changes) >= 2, changes  # in both epochs
     for name in ("tensorboard", "metrics.csv", "curves.png", "run.json"):
-        assert any(name in place for place in struck), struck
-    assert_same_run(out, whole)
+        assert any(name in change for change in changes), changes
+    assert_same_run(out, undisturbed_run)
 
 
 # Features
@@ -239,41 +248,41 @@ def _cache(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole_cache(whole: Path, command: Callable[..., list[str]]) -> Path:
-    arguments = command(whole)
+def undisturbed_cache(undisturbed_run: Path, command: Callable[..., list[str]]) -> Path:
+    arguments = command(undisturbed_run)
     return Path(arguments[arguments.index("--cache") + 1])
 
 
 @pytest.mark.parametrize("kind", ["kill", "fill"])
-def test_features_that_are_struck_before_each_change_come_to_the_same_bytes(
+def test_interrupted_features_end_with_the_same_bytes(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     start: Start,
     command: Callable[..., list[str]],
-    whole: Path,
-    whole_cache: Path,
+    undisturbed_run: Path,
+    undisturbed_cache: Path,
     kind: Kind,
 ) -> None:
     folder: Path = request.getfixturevalue("small_disk") if kind == "fill" else tmp_path
     cache, out = folder / "cache", tmp_path / "run"
-    struck = _strike(start, "train.py", command(out, cache), Fault(kind, cache))
-    assert any("features.npy" in place for place in struck)
-    assert any("done.npy" in place for place in struck)
-    assert _cache(cache) == _cache(whole_cache)
-    assert_same_run(out, whole)
+    changes = _interrupt_at_each_change(start, "train.py", command(out, cache), Fault(kind, cache))
+    assert any("features.npy" in change for change in changes)
+    assert any("done.npy" in change for change in changes)
+    assert _cache(cache) == _cache(undisturbed_cache)
+    assert_same_run(out, undisturbed_run)
 
 
-def test_features_for_which_no_room_was_taken_end_in_a_message_too(
+def test_full_disk_is_reported_for_a_sparse_cache(
     small_disk: Path,
     tmp_path: Path,
     start: Start,
     command: Callable[..., list[str]],
-    whole: Path,
-    whole_cache: Path,
+    undisturbed_run: Path,
+    undisturbed_cache: Path,
 ) -> None:
-    # A cache that was copied without its holes, or begun by a version that left them.
+    # As of a cache that was copied without its holes.
     cache, out = small_disk / "cache", tmp_path / "run"
-    shutil.copytree(whole_cache, cache)
+    shutil.copytree(undisturbed_cache, cache)
     (array,) = cache.rglob("features.npy")
     size = array.stat().st_size
     os.truncate(array, 128)
@@ -281,10 +290,10 @@ def test_features_for_which_no_room_was_taken_end_in_a_message_too(
     done = np.load(array.with_name("done.npy"), mmap_mode="r+")
     done[:] = 0
     fill(small_disk)
-    _full(start("train.py", command(out, cache)).end(), "train.py", small_disk)
-    assert start("train.py", command(out, cache)).end().code == 0
-    assert _cache(cache) == _cache(whole_cache)
-    assert_same_run(out, whole)
+    _assert_disk_full(start("train.py", command(out, cache)).wait(), "train.py", small_disk)
+    assert start("train.py", command(out, cache)).wait().code == 0
+    assert _cache(cache) == _cache(undisturbed_cache)
+    assert_same_run(out, undisturbed_run)
 
 
 # Captions
@@ -306,12 +315,12 @@ def _rows(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["kill", "fill"])
-def test_captions_that_are_struck_before_each_change_come_to_the_same_rows(
+def test_interrupted_captions_end_with_the_same_rows(
     tmp_path: Path, request: pytest.FixtureRequest, start: Start, album: Path, kind: Kind
 ) -> None:
     folder: Path = request.getfixturevalue("small_disk") if kind == "fill" else tmp_path
     settings = {"captioner.inference.bulk._BATCH": 2, "captioner.inference.bulk._PART": 2}
-    output, whole = folder / "captions", tmp_path / "whole"
+    output, complete = folder / "captions", tmp_path / "complete"
 
     def arguments(output: Path) -> list[str]:
         return ["caption", str(album), "--output", str(output)]
@@ -320,43 +329,46 @@ def test_captions_that_are_struck_before_each_change_come_to_the_same_rows(
         assert kind == "kill" or not list(output.glob(".*.part"))
         return len(list(output.glob("*.parquet")))
 
-    struck = _strike(
+    changes = _interrupt_at_each_change(
         start,
         "captioner",
         arguments(output),
         Fault(kind, folder),
         progress=files,
-        anew=".part",
+        first_change=".part",
         settings=settings,
     )
-    assert any("os.rename" in change for change in struck) or kind == "fill"
-    assert start("captioner", arguments(whole), settings=settings).end().code == 0
+    assert any("os.rename" in change for change in changes) or kind == "fill"
+    assert start("captioner", arguments(complete), settings=settings).wait().code == 0
     assert len(_rows(output)) == 4
-    assert _rows(output) == _rows(whole)
-    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
+    assert _rows(output) == _rows(complete)
+    assert {path.name for path in output.iterdir()} == {path.name for path in complete.iterdir()}
 
 
-@pytest.mark.parametrize("what", ["--heatmaps", "--json", "--sheet"])
-def test_what_does_not_fit_on_the_disk_is_named_and_written_the_next_time(
+@pytest.mark.parametrize("option", ["--heatmaps", "--json", "--sheet"])
+def test_output_on_a_full_disk_is_named_and_written_later(
     small_disk: Path,
     tmp_path: Path,
     start: Start,
     parquet_folder: Path,
     timm_weights: Path,
     album: Path,
-    whole: Path,
-    what: str,
+    undisturbed_run: Path,
+    option: str,
 ) -> None:
     def arguments(folder: Path) -> list[str]:
-        if what == "--heatmaps":
-            return ["caption", str(album / "0.png"), str(album / "1.png"), what, str(folder)]
-        return f"""evaluate --data {parquet_folder} --encoder-weights {timm_weights} {what}
-            {folder}/file --checkpoint {whole}/checkpoint --cache {tmp_path}/cache""".split()
+        if option == "--heatmaps":
+            return ["caption", str(album / "0.png"), str(album / "1.png"), option, str(folder)]
+        return f"""evaluate --data {parquet_folder} --encoder-weights {timm_weights}
+            --checkpoint {undisturbed_run}/checkpoint --cache {tmp_path}/cache
+            {option} {folder}/file""".split()
 
     full, roomy = small_disk / "full", tmp_path / "roomy"
-    assert start("captioner", arguments(roomy)).end().code == 0
-    struck = _strike(start, "captioner", arguments(full), Fault("fill", small_disk))
-    assert len(struck) == (2 if what == "--heatmaps" else 1)
+    assert start("captioner", arguments(roomy)).wait().code == 0
+    changes = _interrupt_at_each_change(
+        start, "captioner", arguments(full), Fault("fill", small_disk)
+    )
+    assert len(changes) == (2 if option == "--heatmaps" else 1)
     for path in roomy.iterdir():
         assert (full / path.name).read_bytes() == path.read_bytes()
 
@@ -365,72 +377,76 @@ def test_what_does_not_fit_on_the_disk_is_named_and_written_the_next_time(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGCONT, signal.SIGKILL])
-def test_a_second_run_waits_for_the_features_of_the_first_whether_it_ends_or_is_killed(
+def test_second_run_waits_for_the_features_of_the_first(
     tmp_path: Path,
     start: Start,
     command: Callable[..., list[str]],
-    whole: Path,
-    whole_cache: Path,
+    undisturbed_run: Path,
+    undisturbed_cache: Path,
     signum: signal.Signals,
 ) -> None:
     outs, cache = [tmp_path / name for name in ("one", "other")], tmp_path / "cache"
     first = start("train.py", command(outs[0], cache), Fault("stop", cache, 6))
-    first.read_until("struck", "features.npy")  # begun, and about to be filled in
+    first.read_until("change", "features.npy")  # begun, and about to be filled in
     second = start("train.py", command(outs[1], cache))
-    second.read_until("err", "waiting for another process that makes")
+    second.read_until("err", "waiting for another process")
     first.send(signum)
-    ended = [first.end(), second.end()]
-    assert [each.code for each in ended] == [0 if signum == signal.SIGCONT else -signum, 0]
-    assert sum("features, timm:test_resnet" in each.error for each in ended) == 1
-    assert _cache(cache) == _cache(whole_cache)
-    assert_same_run(outs[1], whole)
+    results = [first.wait(), second.wait()]
+    assert [result.code for result in results] == [0 if signum == signal.SIGCONT else -signum, 0]
+    assert sum("features, timm:test_resnet" in result.error for result in results) == 1
+    assert _cache(cache) == _cache(undisturbed_cache)
+    assert_same_run(outs[1], undisturbed_run)
 
 
-def test_a_second_process_is_refused_the_folder_that_the_first_writes_into(
-    tmp_path: Path, start: Start, command: Callable[..., list[str]], whole: Path, album: Path
+def test_second_process_is_refused_the_same_folder(
+    tmp_path: Path,
+    start: Start,
+    command: Callable[..., list[str]],
+    undisturbed_run: Path,
+    album: Path,
 ) -> None:
     out, output = tmp_path / "run", tmp_path / "captions"
     caption = ["caption", str(album), "--output", str(output)]
     for program, arguments in (("train.py", command(out)), ("captioner", caption)):
         first = start(program, arguments, Fault("stop", tmp_path, 2))
-        first.read_until("struck", "")
-        second = start(program, arguments).end()
+        first.read_until("change", "")
+        second = start(program, arguments).wait()
         assert second.code == 1
-        assert "another process is writing into" in _told(second, program)
+        assert "another process is writing" in _error_line(second, program)
         first.send(signal.SIGCONT)
-        assert first.end().code == 0
-    assert_same_run(out, whole)
+        assert first.wait().code == 0
+    assert_same_run(out, undisturbed_run)
     assert len(_rows(output)) == 4
 
 
 # Read-only
 
 
-def test_what_cannot_be_written_is_named_and_a_whole_cache_need_not_be(
+def test_read_only_folder_is_named_and_a_full_cache_needs_no_writing(
     small_disk: Path,
     tmp_path: Path,
     start: Start,
     command: Callable[..., list[str]],
-    whole: Path,
-    whole_cache: Path,
+    undisturbed_run: Path,
+    undisturbed_cache: Path,
     album: Path,
 ) -> None:
-    shutil.copytree(whole_cache, small_disk / "cache")
-    shutil.copytree(whole, small_disk / "run")
+    shutil.copytree(undisturbed_cache, small_disk / "cache")
+    shutil.copytree(undisturbed_run, small_disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     maps = ["caption", str(album / "0.png"), "--heatmaps"]
-    tried = [
+    commands = [
         ("train.py", command(small_disk / "new")),
         ("train.py", command(small_disk / "run")),
         ("train.py", command(tmp_path / "run", small_disk / "more")),
         ("captioner", ["caption", str(album), "--output", str(small_disk / "captions")]),
         ("captioner", [*maps, str(small_disk / "maps")]),
     ]
-    for program, arguments in tried:
-        ended = start(program, arguments).end()
-        assert ended.code == 1
-        told = _told(ended, program)
-        assert str(small_disk) in told
-        assert "Read-only file system" in told
-    assert start("train.py", command(tmp_path / "run", small_disk / "cache")).end().code == 0
-    assert_same_run(tmp_path / "run", whole)
+    for program, arguments in commands:
+        result = start(program, arguments).wait()
+        assert result.code == 1
+        error = _error_line(result, program)
+        assert str(small_disk) in error
+        assert "Read-only file system" in error
+    assert start("train.py", command(tmp_path / "run", small_disk / "cache")).wait().code == 0
+    assert_same_run(tmp_path / "run", undisturbed_run)

@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its tree is the tree, its pins are the pins."""
+"""The README is true: its commands and examples run, its tree and versions are the real ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import app
 import train
 from captioner import Captioner
+from captioner.__main__ import main
 from captioner.arguments import build_parser as captioner_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,67 +30,109 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+PARTS = [
+    words
+    for command in COMMANDS
+    for part in command.split("&&")
+    if (words := shlex.split(part, comments=True))
+]
+CAPTION_COMMANDS = [
+    words[words.index("captioner") + 1 :]
+    for words in PARTS
+    if "captioner" in words and words[0] in ("python", "captioner") and "--data" not in words
+    if words[words.index("captioner") + 1] in ("caption", "score")
+]
 
 
-def test_the_two_commands_are_there() -> None:
+def _check_installation(arguments: list[str]) -> None:
+    """Check the files and the extras that ``pip install`` names."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == "-r":
+            assert (ROOT / value).is_file()
+        if match := re.fullmatch(r"\.\[(.+)\]", option):
+            assert set(match[1].split(",")) <= extras.keys()
+
+
+def _check_command(words: list[str], page_help: str) -> None:
+    """Check that the command exists and takes these arguments."""
+    match words:
+        case ["pip", "install", *rest] | ["uv", "pip", "install", *rest]:
+            _check_installation(rest)
+        case ["python", "app.py", *rest]:
+            for option in rest:
+                assert not option.startswith("--") or f" {option} " in page_help
+        case ["python", "train.py", *rest]:
+            train.build_parser().parse_args(rest)
+        case ["torchrun", "--nproc-per-node", _, "train.py", *rest]:
+            train.build_parser().parse_args(rest)
+        case ["python", "-m", "captioner", *rest] | ["captioner", *rest]:
+            captioner_parser().parse_args(rest)
+        case ["python", "-m", "pytest", *rest]:
+            assert all((ROOT / path).exists() for path in rest if path.startswith("tests"))
+        case ["hf" | "tensorboard" | "docker" | "pre-commit", *_]:
+            pass  # needs the Hub, an engine or a browser
+        case [script] if (ROOT / script).is_file():
+            pass
+        case _:
+            pytest.fail(f"no test knows this command of the README: {shlex.join(words)}")
+
+
+@pytest.fixture
+def photo_folder(
+    tmp_path: Path, example_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The working folder, with the photos that the README's commands name."""
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/photo.jpg"):
+        shutil.copy(example_photos[0], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_has_the_commands_to_try_and_to_test() -> None:
     assert "pip install -r requirements.txt && python app.py" in COMMANDS
     assert "pip install -r tests/requirements.txt && python -m pytest" in COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_shell_command_runs_or_its_arguments_parse(
-    command: str, tmp_path: Path, example_photos: list[Path]
-) -> None:
-    for part in command.split("&&"):
-        words = shlex.split(part, comments=True)
-        match words:
-            case ["pip", "install", "-r", file]:
-                assert (ROOT / file).is_file()
-            case ["pip", "install", "."] | ["hf", "upload", *_]:
-                pass  # tests/test_install.py installs it; the other needs the Hub
-            case ["python", "app.py", *rest]:
-                assert subprocess.run(
-                    [sys.executable, ROOT / "app.py", *rest, "--help"], capture_output=True
-                ).stdout.startswith(b"usage:")
-            case ["python", "-m", "pytest", *_] | ["tensorboard", *_] | [".ci/run"]:
-                pass
-            case ["python", "train.py", *rest] | [
-                "torchrun",
-                "--nproc-per-node",
-                _,
-                "train.py",
-                *rest,
-            ]:
-                train.build_parser().parse_args(rest)
-            case ["python", "-m", "captioner", *rest] if "evaluate" in rest or "--data" in rest:
-                captioner_parser().parse_args(rest)
-            case ["python", "-m", "captioner", ("export" | "score") as verb, *rest]:
-                captioner_parser().parse_args([verb, *rest])
-            case ["python", "-m", "captioner", "caption", *rest] | ["captioner", "caption", *rest]:
-                (tmp_path / "photos").mkdir()
-                for name in ("photo.jpg", "photos/photo.jpg"):
-                    (tmp_path / name).write_bytes(example_photos[0].read_bytes())
-                done = subprocess.run(
-                    [sys.executable, "-m", "captioner", "caption", *rest],
-                    cwd=tmp_path,
-                    env={"PYTHONPATH": str(ROOT), "PATH": ""},
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                assert done.returncode == 0, done.stderr
-            case _:
-                pytest.fail(f"the README holds a command that no test knows: {part}")
+def test_command_arguments_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app.main(["--help"])
+    page_help = capsys.readouterr().out
+    for words in PARTS:
+        _check_command(words, page_help)
 
 
-def test_the_python_examples_run(
-    tmp_path: Path,
-    example_photos: list[Path],
-    served_page: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_caption_commands_run(photo_folder: Path) -> None:
+    assert len(CAPTION_COMMANDS) > 5
+    for arguments in CAPTION_COMMANDS:
+        assert main(arguments) == 0, arguments
+    assert len(list(photo_folder.iterdir())) > 3  # a table and two folders of maps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["-m", "captioner", *CAPTION_COMMANDS[0]], [str(ROOT / "app.py"), "--help"]]
+)
+def test_command_runs_in_a_process_without_environment(
+    photo_folder: Path, command: list[str]
 ) -> None:
-    (tmp_path / "photo.jpg").write_bytes(example_photos[0].read_bytes())
-    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=photo_folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python_examples_run(photo_folder: Path, served_page: str) -> None:
+    assert photo_folder == Path.cwd()
     examples = [block for language, block in BLOCKS if language == "python"]
     assert examples
     for example in examples:
@@ -95,16 +140,14 @@ def test_the_python_examples_run(
         exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_curl_example_answers_with_the_caption(
-    tmp_path: Path, example_photos: list[Path], served_page: str, captioner: Captioner
+def test_curl_example_prints_the_caption(
+    photo_folder: Path, served_page: str, captioner: Captioner
 ) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl: apt-get install curl (Debian, Ubuntu) and run the tests again")
-    (tmp_path / "photo.jpg").write_bytes(example_photos[0].read_bytes())
     (script,) = [block for language, block in BLOCKS if language == "sh"]
     done = subprocess.run(
         ["bash", "-c", script.replace(ADDRESS, served_page.rstrip("/"))],
-        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
@@ -112,17 +155,31 @@ def test_the_curl_example_answers_with_the_caption(
     event, data = done.stdout.strip().splitlines()
     assert event == "event: complete"
     (caption,) = json.loads(data.removeprefix("data: "))
-    assert caption == captioner.caption(example_photos[0]).to_dict()
+    assert caption == captioner.caption(photo_folder / "photo.jpg").to_dict()
 
 
-def test_the_tree_names_every_file_and_no_other() -> None:
+def test_tree_names_every_module() -> None:
     tree = next(block for language, block in BLOCKS if language == "text")
-    named = set(re.findall(r"^\s*([\w./-]+\.py)\b", tree, flags=re.MULTILINE))
-    there = {path.name for path in (ROOT / "captioner").glob("*.py")} | {"app.py", "train.py"}
-    assert named == there
+    named, folders = set[str](), list[tuple[int, str]]()
+    for line in tree.splitlines():
+        if not (match := re.match(r"( *)([\w./-]+)(?:  |$)", line)):
+            continue
+        indent, name = len(match[1]), match[2]
+        folders = [(depth, folder) for depth, folder in folders if depth < indent]
+        path = "".join(folder for _, folder in folders) + name
+        if name.endswith("/"):
+            folders.append((indent, name))
+        elif name.endswith(".py"):
+            named.add(path)
+    modules = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "captioner").rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name == "captioner"
+    }
+    assert named == modules | {"app.py", "train.py"}
 
 
-def test_the_space_takes_the_pinned_gradio() -> None:
+def test_space_has_the_pinned_gradio() -> None:
     version = re.search(r'^sdk_version: "(.+)"$', README, flags=re.MULTILINE)
     pin = re.search(r"^gradio==(.+)$", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
     assert version
@@ -131,5 +188,15 @@ def test_the_space_takes_the_pinned_gradio() -> None:
 
 
 def test_pictures_and_links_lead_to_files() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    for target in targets:
         assert (ROOT / target).exists(), target
+
+
+def test_figures_of_tables_are_in_results() -> None:
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    figures = set(re.findall(r"\d+\.\d+", "".join(rows)))
+    assert figures
+    assert figures <= set(re.findall(r"\d+\.\d+", results))

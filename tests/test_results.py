@@ -1,4 +1,4 @@
-"""RESULTS.md tells the truth: every row is what its records say, and its command made them."""
+"""RESULTS.md is true: every row shows the figures of its records and the command that made them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import train
 from captioner.arguments import build_parser as captioner_parser
 
@@ -19,14 +17,14 @@ RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 RECORDS = ROOT / "assets" / "runs"
 LINK = re.compile(r"\]\((assets/runs/[\w.-]+\.json)\)")
 COMMAND = re.compile(r"`(python [^`]+)`")
-# Columns, and what records call it.
+# Column -> name in the records.
 SCORES = {
     **{name: name for name in ("BLEU-1", "BLEU-4", "CIDEr", "ROUGE-L", "repetition", "epoch")},
     "cross-entropy": "val_loss",
     "words": "mean_length",
 }
-# Where the files lie is the reader's own business, and so is the machine.
-ELSEWHERE = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
+# Depend on the reader's files and machine.
+LOCAL_SETTINGS = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
 
 
 def _rows() -> list[dict[str, str]]:
@@ -49,7 +47,7 @@ ROWS = _rows()
 
 
 def _best(record: dict[str, Any], decoding: str) -> dict[str, float]:
-    """Return the figures of the epoch that was kept, or of an evaluation."""
+    """Return the figures of the saved epoch, or of an evaluation."""
     if "scores" in record:
         scores = record["report_scores" if decoding == "greedy, no bans" else "scores"]
         return {**scores, "val_loss": record["cross_entropy"]}
@@ -64,52 +62,55 @@ def _records(row: dict[str, str]) -> list[dict[str, Any]]:
     return [json.loads((ROOT / link).read_text(encoding="utf-8")) for link in links]
 
 
-def test_there_are_rows_and_every_record_has_one() -> None:
+def test_every_record_has_a_row() -> None:
     assert len(ROWS) > 5
     linked = {Path(link).name for link in LINK.findall(RESULTS)}
     assert linked == {path.name for path in RECORDS.iterdir()}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row.values())))
-def test_a_row_says_what_its_records_say(row: dict[str, str]) -> None:
-    found = [_best(record, row.get("decoding", "")) for record in _records(row)]
-    compared = 0
-    for column, name in SCORES.items():
-        if column not in row or row[column] in ("", "-"):
-            continue
-        values = [each[name] * (100 if name == "repetition" else 1) for each in found]
-        mean, *spread = (float(part.strip(" %")) for part in row[column].split("±"))
-        digits = len(row[column].split("±")[0].strip(" %").partition(".")[2])
-        tolerance = 0.500001 * 10**-digits
-        assert abs(mean - statistics.mean(values)) <= tolerance, column
-        assert bool(spread) == (len(values) > 1)
-        if spread:
-            assert abs(spread[0] - statistics.stdev(values)) <= tolerance, column
-        compared += 1
-    assert compared >= 2
+def test_rows_show_the_figures_of_their_records() -> None:
+    for row in ROWS:
+        figures = [_best(record, row.get("decoding", "")) for record in _records(row)]
+        columns = [name for name in SCORES if row.get(name, "-") not in ("", "-")]
+        assert len(columns) >= 2, row
+        for column in columns:
+            name = SCORES[column]
+            scale = 100 if name == "repetition" else 1
+            values = [figure[name] * scale for figure in figures]
+            mean, *spread = (part.strip(" %") for part in row[column].split("±"))
+            tolerance = 0.500001 * 10 ** -len(mean.partition(".")[2])
+            assert abs(float(mean) - statistics.mean(values)) <= tolerance, (column, row)
+            assert len(spread) == (len(values) > 1), (column, row)
+            for deviation in spread:
+                assert abs(float(deviation) - statistics.stdev(values)) <= tolerance, (column, row)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row.values())))
-def test_a_row_s_command_is_the_one_that_made_its_records(row: dict[str, str]) -> None:
-    match = COMMAND.search(" ".join(row.values()))
-    assert match, row
-    words = shlex.split(match[1])
-    if words[1] != "train.py":
-        captioner_parser().parse_args(words[3:])
-        return
-    if "commit" in row:  # settings that did not pay are gone since
-        assert all(record["git_commit"] == row["commit"] for record in _records(row))
-        return
-    options = vars(train.build_parser().parse_args(words[2:]))
+def test_commands_of_rows_made_their_records() -> None:
+    for row in ROWS:
+        match = COMMAND.search(" ".join(row.values()))
+        assert match, row
+        _, program, *arguments = shlex.split(match[1])
+        records = _records(row)
+        if program != "train.py":
+            captioner_parser().parse_args(arguments[1:])
+        elif "commit" in row:  # made with settings that are removed since
+            assert all(record["git_commit"] == row["commit"] for record in records), row
+        else:
+            _assert_settings(arguments, records)
+
+
+def _assert_settings(arguments: list[str], records: list[dict[str, Any]]) -> None:
+    """Check that a command has the settings of its records, and one of their seeds."""
+    options = vars(train.build_parser().parse_args(arguments))
     config = train.config_of(options).to_dict()
-    for record in _records(row):
-        # May hold a setting that did not pay and is gone since, and lack one that is newer.
-        kept = {"language": "en", **record["config"]}
-        for name in config.keys() - set(ELSEWHERE):
-            assert kept[name] == config[name], name
+    for record in records:
+        # A record may hold a setting that is removed since, and lack a newer one.
+        recorded = {"language": "en", **record["config"]}
+        for name in config.keys() - set(LOCAL_SETTINGS):
+            assert recorded[name] == config[name], (name, arguments)
         assert record["git_commit"]
-    seeds = [record["config"]["seed"] for record in _records(row)]
-    assert len(set(seeds)) == len(seeds)
+    seeds = {record["config"]["seed"] for record in records}
+    assert len(seeds) == len(records)
     assert config["seed"] in seeds
 
 
@@ -123,7 +124,7 @@ def _speed_rows() -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
 
 
-def test_the_table_of_ratios_is_what_the_benchmarks_wrote() -> None:
+def test_ratio_table_shows_the_recorded_benchmarks() -> None:
     record = json.loads((ROOT / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
     rows = _speed_rows()
     for name, values in record["rows"].items():
@@ -133,7 +134,7 @@ def test_the_table_of_ratios_is_what_the_benchmarks_wrote() -> None:
     assert record["machine"]["cores"] == 2
 
 
-def test_every_benchmark_has_its_row() -> None:
+def test_every_benchmark_has_a_row() -> None:
     code = "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "benchmarks").glob("*.py")
     )

@@ -1,7 +1,7 @@
 """Ratios against a reference in the same process, so that a busy machine slows both.
 
-``python -m pytest tests/benchmarks -m benchmark`` prints them and writes BENCHMARKS, a JSON file;
-RESULTS.md has the table that was written from one.
+``python -m pytest tests/benchmarks -m benchmark -s`` prints them and writes them to the JSON file
+BENCHMARKS; the table in RESULTS.md was made from one.
 """
 
 from __future__ import annotations
@@ -21,32 +21,31 @@ import numpy as np
 import pytest
 import torch
 
-from captioner import Captioner
-from captioner import web as viewer
 from captioner.images import open_photo
+from captioner.web import example_photos
 
 BENCHMARKS = Path("runs/benchmarks.json")
 
 
 class Ratios:
-    """The figures of a run of the benchmarks, by name."""
+    """The figures of the benchmarks, by name."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, ratio: float, aim: str, **facts: Any) -> None:
-        """Keep and print a row."""
+        """Record and print a row."""
         self.rows[name] = {"ratio": ratio, "aim": aim, **facts}
-        rest = ", ".join(
+        details = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in facts.items()
         )
-        print(f"\n{name}: {ratio:.2f} (aim {aim}); {rest}")
+        print(f"\n{name}: {ratio:.2f} (aim {aim}); {details}")
 
     def time(
         self,
         name: str,
-        do: Callable[[], object],
+        function: Callable[[], object],
         reference: Callable[[], object],
         *,
         aim: str,
@@ -56,15 +55,15 @@ class Ratios:
     ) -> None:
         """Time the two in turns, after a warm-up of each.
 
-        The ratio is the median over the turns of ``do`` / ``reference``, or with ``inverse`` the
-        other way round; ``ratio_from`` and ``ratio_to`` are its quartiles.
+        The ratio is the median over the turns of ``function`` / ``reference``, or the reverse with
+        ``inverse``; ``ratio_from`` and ``ratio_to`` are its quartiles.
         """
         pairs = []
         for turn in range(times + 1):
             pair = []
-            for each in (do, reference):
+            for timed in (function, reference):
                 started = time.perf_counter()
-                each()
+                timed()
                 pair.append(time.perf_counter() - started)
             if turn:
                 pairs.append(pair)
@@ -84,43 +83,40 @@ class Ratios:
 
 @pytest.fixture(scope="session")
 def ratios() -> Iterator[Ratios]:
-    found = Ratios()
-    yield found
+    measured = Ratios()
+    yield measured
     BENCHMARKS.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(BENCHMARKS.read_text()) if BENCHMARKS.exists() else {"rows": {}}
+    earlier = json.loads(BENCHMARKS.read_text()) if BENCHMARKS.exists() else {"rows": {}}
     packages = ("torch", "torchvision", "timm", "numpy", "pillow", "gradio", "transformers")
     machine = {
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        **{each.name: each.version for each in distributions() if each.name in packages},
+        **{
+            package.name: package.version for package in distributions() if package.name in packages
+        },
     }
-    # Of a run of some benchmarks the others stay.
-    record = {"machine": machine, "rows": kept["rows"] | found.rows}
+    # A run of some benchmarks keeps the rows of the others.
+    record = {"machine": machine, "rows": earlier["rows"] | measured.rows}
     BENCHMARKS.write_text(json.dumps(record, indent=1))
     print(f"\nwritten: {BENCHMARKS.resolve()}")
 
 
-@pytest.fixture(scope="session")
-def captioner() -> Captioner:
-    return Captioner.load()
-
-
 def make_photos() -> list[bytes]:
-    """Return 64 JPEGs of 500 x 375 pixels, as in Flickr8k: the examples, in parts."""
-    made = []
+    """Return 64 JPEGs of 500 x 375 pixels, as in Flickr8k: parts of the example photos."""
+    photos = []
     random = np.random.default_rng(0)
+    examples = [example.path for example in example_photos().values()]
     for number in range(64):
-        examples = [each.path for each in viewer.example_photos().values()]
         photo = open_photo(examples[number % len(examples)])
         left, top = (random.uniform(0, 0.3) * side for side in photo.size)
         width, height = (random.uniform(0.6, 0.7) * side for side in photo.size)
         part = photo.crop((int(left), int(top), int(left + width), int(top + height)))
         file = io.BytesIO()
         part.resize((500, 375)).save(file, "JPEG", quality=90)
-        made.append(file.getvalue())
-    return made
+        photos.append(file.getvalue())
+    return photos
 
 
 @pytest.fixture(scope="session")

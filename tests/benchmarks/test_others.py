@@ -1,4 +1,4 @@
-"""The same photo through other designs, with random weights: what they cost, not what they say."""
+"""The cost of one photo through other designs, with random weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.benchmarks.conftest import Ratios
 
 pytestmark = pytest.mark.benchmark
 
-_WORDS = 12  # a caption with its end
+_MAX_TOKENS = 12  # of a caption, with its end token
 
 
 def _sgrvinod() -> Any:
-    """ResNet101 at 14 x 14, attention and LSTM of 512, 9,490 words, beam 5, as in that tutorial."""
+    """Return the tutorial's model (ResNet101, 14 x 14 cells, 9,490 words), and a photo's side."""
     from torchvision.models import resnet101
 
     backbone = nn.Sequential(*list(resnet101().children())[:-2], nn.AdaptiveAvgPool2d(14)).eval()
@@ -35,7 +35,7 @@ def _sgrvinod() -> Any:
             context_gate=True,
         )
     ).eval()
-    options = DecodingOptions(beam_size=5, max_length=_WORDS + 1)
+    options = DecodingOptions(beam_size=5, max_length=_MAX_TOKENS + 1)
 
     def caption(pixels: Tensor) -> object:
         state, memory = decoder.start(backbone(pixels).flatten(2).transpose(1, 2))
@@ -45,11 +45,11 @@ def _sgrvinod() -> Any:
 
 
 def _transformer(name: str) -> Any:
-    """A design of ``transformers`` in its own base size, without cross-attention kept."""
+    """Return a base-sized model of ``transformers``, without attention maps, and a photo's side."""
     import transformers as t
 
     model: Any
-    told = {"max_new_tokens": _WORDS, "min_new_tokens": _WORDS, "do_sample": False}
+    options = {"max_new_tokens": _MAX_TOKENS, "min_new_tokens": _MAX_TOKENS, "do_sample": False}
     if name == "ViT-GPT2, beam 3":
         config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
             t.ViTConfig(), t.GPT2Config()
@@ -62,7 +62,7 @@ def _transformer(name: str) -> Any:
     else:
         model, size = t.BlipForConditionalGeneration(t.BlipConfig()), 384
     model.eval()
-    return lambda pixels: model.generate(pixel_values=pixels, num_beams=3, **told), size
+    return lambda pixels: model.generate(pixel_values=pixels, num_beams=3, **options), size
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def _transformer(name: str) -> Any:
     ["sgrvinod's shape, beam 5", "ViT-GPT2, beam 3", "GIT-base, beam 3", "BLIP-base, beam 3"],
 )
 @torch.inference_mode()
-def test_another_design(
+def test_cost_of_another_design(
     ratios: Ratios, captioner: Captioner, photos: list[bytes], name: str
 ) -> None:
     if not name.startswith("sgrvinod"):
@@ -81,7 +81,7 @@ def test_another_design(
     caption, size = _sgrvinod() if name.startswith("sgrvinod") else _transformer(name)
 
     def other() -> None:
-        # Opened and resized as ours is, so that only the designs differ.
+        # Opened and resized like ours, so that only the designs differ.
         image = open_photo(photos[0]).resize((size, size))
         pixels = torch.from_numpy(np.asarray(image, np.float32).transpose(2, 0, 1) / 255)
         caption(pixels[None])

@@ -1,4 +1,4 @@
-"""Runs in a new process for a user without a home; imports captioner only once HOME is gone."""
+"""Runs in a new process of a user without a home; imports captioner after HOME is removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _no_entry(uid: int) -> pwd.struct_passwd:
 
 
 def use_everything(pickled: bytes, photo: str, expected: str, data: str, folder: str) -> None:
-    """Caption with a captioner of another process, then run the commands, from ``folder``."""
+    """Caption with a captioner from another process, then run the commands, in ``folder``."""
     pwd.getpwuid = _no_entry
     for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "GRADIO_TEMP_DIR"):
         os.environ.pop(name, None)
