@@ -34,7 +34,7 @@ from captioner.model.search import decode
 from captioner.model.encoder import load_encoder
 from captioner.images import open_photo
 from captioner.model.decoder import CaptionModel
-from captioner.training.state import bfloat16_speedup
+from captioner.training.setup import bfloat16_speedup
 
 captioner = Captioner.load()
 photos = make_photos()

@@ -119,7 +119,7 @@ def test_best_prints_the_facts_and_a_line_an_epoch(whole: tuple[Path, str]) -> N
     assert ids is not None
     assert len(ids[1].split(",")) == 20
     assert ids[1].startswith("1, ")
-    assert "'A red circle on the left.'" in output
+    assert "'a red circle on the left'" in output
     assert "'a red circle on the left'" in output
     lines = [match for line in output.splitlines() if (match := EPOCH_LINE.match(line))]
     assert [match[1] for match in lines] == ["01", "02", "03"]
@@ -222,7 +222,7 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "all saved: go on with --resume" in rest
+    assert "all saved: continue with --resume" in rest
     assert "Traceback" not in rest
     state = json.loads((out / "state" / "state.json").read_text())
     assert state["epoch"] == 1
