@@ -61,7 +61,8 @@ def test_run_trains_and_resumes_on_cpu(
 ) -> None:
     out = tmp_path / "run"
     options = f"""--data {parquet_folder} --encoder timm:test_resnet
-        --encoder-weights {timm_weights} --recipe best --out {out} --cache {tmp_path / "cache"} --epochs 2 --reward-epochs 1
+        --encoder-weights {timm_weights} --recipe best --out {out} --cache {tmp_path / "cache"}
+        --epochs 2 --reward-epochs 1
         --batch-size 4 --min-count 2 --set bfloat16={bfloat16}""".split()
     assert train.main([*options, "--device", "cuda"]) == 0
     rows: list[dict[str, Any]] = json.loads((out / "run.json").read_text())["epochs"]

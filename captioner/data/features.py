@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -191,21 +192,8 @@ def _extract(
     status = np.lib.format.open_memmap(home / _STATUS, mode="r+")
     own_rows = np.array_split(missing, processes.world_size)[processes.rank]
     dataset = PhotoDataset(photos, encoder.transform, view=view)
+    process = functools.partial(_extract_rows, encoder, dataset, array)
     unsaved: list[tuple[int, int]] = []  # rows and their status
-
-    def process(rows: list[int]) -> list[tuple[int, int]]:
-        """Write the features of some rows; return the status of each."""
-        opened = [dataset[row] for row in rows]
-        readable = {row: pixels for row, pixels in opened if pixels is not None}
-        if readable:
-            grid = encoder(torch.stack(list(readable.values())))
-            cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
-            if not cells.isfinite().all():
-                raise EncoderError(
-                    f"{encoder.name} gives values that float16 cannot hold: choose another"
-                )
-            array[list(readable)] = cells.numpy()
-        return [(row, _READ if row in readable else _UNREADABLE) for row in rows]
 
     def save() -> None:
         # The features must be on disk before their status.
@@ -236,3 +224,20 @@ def _extract(
                     save()
         finally:
             save()  # also when interrupted
+
+
+def _extract_rows(
+    encoder: Encoder, dataset: PhotoDataset, array: np.ndarray, rows: list[int]
+) -> list[tuple[int, int]]:
+    """Write the features of some rows to ``array``; return each row with its status."""
+    opened = [dataset[row] for row in rows]
+    readable = {row: pixels for row, pixels in opened if pixels is not None}
+    if readable:
+        grid = encoder(torch.stack(list(readable.values())))
+        cells = grid.flatten(2).transpose(1, 2).half().cpu()  # (B, P, C)
+        if not cells.isfinite().all():
+            raise EncoderError(
+                f"{encoder.name} gives values that float16 cannot hold: choose another"
+            )
+        array[list(readable)] = cells.numpy()
+    return [(row, _READ if row in readable else _UNREADABLE) for row in rows]

@@ -134,22 +134,35 @@ def caption_loss(
     return cross_entropy(logits.float(), targets, label_smoothing=label_smoothing), len(targets)
 
 
-def _reward_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the self-critical loss of sampled captions, and their rewards (B, K)."""
-    assert state.reward is not None
+def _compute_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, float, int]:
+    """Return the loss, its sum over the tokens, and their number.
+
+    In self-critical training, the last two are the sum of the rewards and the number of captions.
+    """
     config = state.config
-    captions = sample_captions(
-        state.model,
-        batch.features,
-        samples=config.reward_samples,
-        temperature=config.reward_temperature,
-        max_length=config.max_length,
-    )
-    rewards = state.reward(batch.indices, captions)
-    loss = self_critical_loss(
-        state.ddp_model, batch.features, captions, rewards, temperature=config.reward_temperature
-    )
-    return loss, rewards
+    with state.autocast():
+        if state.stage != REWARDS:
+            loss, num_tokens = caption_loss(
+                state.ddp_model,
+                batch.features,
+                batch.captions,
+                label_smoothing=config.label_smoothing,
+            )
+            return loss, loss.item() * num_tokens, num_tokens
+        assert state.reward is not None
+        temperature = config.reward_temperature
+        captions = sample_captions(
+            state.model,
+            batch.features,
+            samples=config.reward_samples,
+            temperature=temperature,
+            max_length=config.max_length,
+        )
+        rewards = state.reward(batch.indices, captions)
+        loss = self_critical_loss(
+            state.ddp_model, batch.features, captions, rewards, temperature=temperature
+        )
+    return loss, rewards.sum().item(), rewards.numel()
 
 
 def _set_learning_rate(state: TrainingState) -> None:
@@ -207,18 +220,7 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
         torch.manual_seed(config.seed * 1_000_003 + state.stage_step + (processes.rank << 40))
         _set_learning_rate(state)
         state.optimizer.zero_grad()
-        with state.autocast():
-            if use_rewards:
-                loss, rewards = _reward_loss(state, batch)
-                loss_sum, num_tokens = rewards.sum().item(), rewards.numel()
-            else:
-                loss, num_tokens = caption_loss(
-                    state.ddp_model,
-                    batch.features,
-                    batch.captions,
-                    label_smoothing=config.label_smoothing,
-                )
-                loss_sum = loss.item() * num_tokens
+        loss, loss_sum, num_tokens = _compute_loss(state, batch)
         if not batch.is_counted:
             loss_sum, num_tokens = 0.0, 0
         loss_sum, all_tokens = processes.all_reduce_sum(loss_sum, num_tokens)

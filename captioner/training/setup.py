@@ -84,29 +84,16 @@ def prepare(
     check_lengths(training_texts, vocabulary, config.max_length)
     encoder = load_encoder(config.encoder, config.encoder_weights)
     encoder.to(choose_device(config.device))
-
-    def extract(photos: CaptionedPhotos, view: int = 0) -> Features:
-        return cache_features(encoder, photos, cache, view=view, processes=processes)
-
+    extract = functools.partial(cache_features, encoder, folder=cache, processes=processes)
     views = [extract(photos)]
     validation = views[0] if validation_photos is photos else extract(validation_photos)
-    views += [extract(photos, view) for view in range(1, config.views)]
-    train_rows = _keep(train_rows, views[0].readable)
-    validation_rows = _keep(validation_rows, validation.readable)
-    if len(validation_rows) < 2:
-        raise DataError(
-            f"{len(validation_rows)} photos are too few to validate on, at least 2 are needed: "
-            "use more photos"
-        )
+    views += [extract(photos, view=view) for view in range(1, config.views)]
+    train_rows = _readable_rows(train_rows, views[0], "train", at_least=1)
+    validation_rows = _readable_rows(validation_rows, validation, "validate", at_least=2)
     captions = [photos.captions[row][:per_photo] for row in train_rows]
     references = [validation_photos.captions[row] for row in validation_rows]
     captions_by_view = [_captions_of_view(view, train_rows, captions) for view in range(len(views))]
-
-    def pair(
-        array: np.ndarray, rows: Sequence[int], captions: Sequence[Sequence[str]]
-    ) -> CaptionDataset:
-        return CaptionDataset(array, rows, captions, vocabulary, max_length=config.max_length)
-
+    pair = functools.partial(CaptionDataset, vocabulary=vocabulary, max_length=config.max_length)
     text = None
     if texts and config.text_epochs:
         all_texts = texts + captions
@@ -163,10 +150,18 @@ def _load_splits(config: TrainConfig) -> tuple[Rows, Rows]:
     return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
 
 
-def _keep(rows: Sequence[int], readable: Sequence[int]) -> list[int]:
-    """Return the rows whose photo is readable."""
-    known = set(readable)
-    return [row for row in rows if row in known]
+def _readable_rows(
+    rows: Sequence[int], features: Features, purpose: str, *, at_least: int
+) -> list[int]:
+    """Return the rows whose photo is readable, ``DataError`` if they are too few."""
+    readable = set(features.readable)
+    rows = [row for row in rows if row in readable]
+    if len(rows) < at_least:
+        raise DataError(
+            f"{len(rows)} photos are too few to {purpose} on, at least {at_least} are needed: "
+            "use more photos"
+        )
+    return rows
 
 
 def _captions_of_view(

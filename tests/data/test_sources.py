@@ -169,7 +169,9 @@ def test_stream_photos_reads_captions_file(tmp_path: Path, draw: Draw) -> None:
 
 
 def test_check_lengths_warns_about_long_captions(caplog: pytest.LogCaptureFixture) -> None:
-    captions = ["一只黑色的狗在绿色的草地上快速地奔跑着", "一只狗", "一只猫"]
+    captions = [
+        clean(text) for text in ("一只黑色的狗在绿色的草地上快速地奔跑着", "一只狗", "一只猫")
+    ]
     vocabulary = Vocabulary.build(captions, min_count=1)
     check_lengths(captions, vocabulary, 20)
     assert not caplog.text

@@ -113,7 +113,9 @@ def test_self_critical_loss_uses_mean_of_other_rewards_as_baseline() -> None:
     logits[:, [PAD, BOS, UNK]] = -torch.inf
     log_probs = (logits / 0.5).log_softmax(-1)
     targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-    sums = torch.stack([part.sum() for part in log_probs[range(9), targets].split([3, 4, 2])])
+    sums = torch.stack(
+        [part.sum() for part in torch.split(log_probs[range(9), targets], [3, 4, 2])]
+    )
     advantages = torch.tensor([3 - (1 + 0) / 2, 1 - (3 + 0) / 2, 0 - (3 + 1) / 2])
     loss = self_critical_loss(
         lambda *_: (logits, logits),
