@@ -20,7 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
-from captioner.config import BOS, EOS, PAD, RECIPES, DecodingOptions, TrainConfig
+from captioner.config import (
+    BOS,
+    EOS,
+    PAD,
+    RECIPES,
+    DecodingOptions,
+    ModelConfig,
+    TrainConfig,
+)
 from captioner.data.dataset import CaptionDataset
 from captioner.data.features import cache_features
 from captioner.data.sources import load_captions
@@ -28,6 +36,7 @@ from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, TrainingError
 from captioner.inference.captioner import Captioner
 from captioner.model import checkpoint as checkpoints
+from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder, choose_device
 from captioner.model.vocabulary import Vocabulary
 from captioner.training import loop as training
@@ -135,10 +144,10 @@ _SMALL = {"hidden_size": 16, "embedding_size": 8, "attention_size": 8}
 
 
 def test_caption_loss_is_cross_entropy_of_targets_without_padding() -> None:
-    captions = torch.tensor([[[BOS, 5, 6, EOS], [BOS, 7, EOS, PAD]]])
+    captions = torch.tensor([[[BOS, 7, EOS, PAD], [BOS, 5, 6, EOS]]])
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     log_probs = logits.log_softmax(-1)
-    expected = -log_probs[range(5), [5, 6, EOS, 7, EOS]].mean()
+    expected = -log_probs[range(5), [7, EOS, 5, 6, EOS]].mean()
     loss, num_tokens = caption_loss(lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions)
     assert num_tokens == 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -147,6 +156,22 @@ def test_caption_loss_is_cross_entropy_of_targets_without_padding() -> None:
     )
     expected = 0.9 * expected - 0.1 * log_probs.mean()
     assert smoothed.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
+    captions = [["a dog runs in the snow", "a cat"], ["dog"], ["the cat sits", "a dog runs"]]
+    features = np.random.default_rng(0).standard_normal((3, 49, 6)).astype(np.float16)
+    dataset = _data(features, captions, {}).validation
+    torch.manual_seed(0)
+    config = ModelConfig(vocabulary_size=12, encoder_channels=6, **_SMALL)
+    model = CaptionModel(config).eval()
+    cells, token_ids = (torch.stack(part) for part in zip(*dataset, strict=True))
+    with torch.no_grad():
+        expected, num_tokens = caption_loss(model, cells.float(), token_ids)
+    assert num_tokens == 6 + 2 + 1 + 3 + 3 + 5  # with <eos>
+    assert cross_entropy_of(model, dataset, batch_size=2) == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
