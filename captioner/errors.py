@@ -116,26 +116,28 @@ def hub_reason(error: BaseException, path: str) -> str:
     from huggingface_hub import errors as hub
 
     causes = causes_of(error)
+    # datasets raises errors of its own, and not always from the client's.
+    text = " ".join(f"{type(each).__name__} {each}" for each in causes)
 
     def is_due_to(kind: type[BaseException]) -> bool:
         return any(isinstance(each, kind) for each in causes)
 
-    if is_due_to(hub.GatedRepoError):
+    if is_due_to(hub.GatedRepoError) or "gated dataset" in text:
         return (
             f"it is gated: accept its terms on {constants.ENDPOINT}/{path}, then log in with "
             "`hf auth login`"
         )
     if is_due_to(hub.RevisionNotFoundError):
         return "the Hub has no such revision of it: check what stands after the @"
-    if is_due_to(hub.RepositoryNotFoundError):
-        return (
-            "the Hub has no repository of this name, or a private one: check the name, or log in "
-            "with `hf auth login`"
-        )
-    if is_due_to(hub.OfflineModeIsEnabled):
+    if is_due_to(hub.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in text:
         return (
             "HF_HUB_OFFLINE is set, and the cache lacks it: unset it and use your internet "
             "connection, or give a local folder"
+        )
+    if is_due_to(hub.RepositoryNotFoundError) or "DatasetNotFoundError" in text:
+        return (
+            "the Hub has no repository of this name, or a private one: check the name, or log in "
+            "with `hf auth login`"
         )
     for each in causes:
         if isinstance(each, hub.HfHubHTTPError):

@@ -1,4 +1,4 @@
-"""The same on a GPU as on a CPU. These tests skip where there is none."""
+"""A GPU gives the same results as a CPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_gpu() -> Captioner:
     return Captioner.load(device="cuda")
 
 
-def test_photos_get_the_captions_that_they_get_on_a_cpu(
+def test_captions_match_cpu(
     captioner: Captioner, on_gpu: Captioner, example_photos: list[Path]
 ) -> None:
     assert on_gpu.encoder.device.type == "cuda"
@@ -32,45 +32,46 @@ def test_photos_get_the_captions_that_they_get_on_a_cpu(
         here = captioner.caption_batch(example_photos, options)
         there = on_gpu.caption_batch(example_photos, options)
         same = [one.text == other.text for one, other in zip(here, there, strict=True)]
-        assert sum(same) >= len(same) - 1  # TF32 may turn a close choice
+        assert sum(same) >= len(same) - 1  # TF32 may change a close choice
         for one, other in zip(here, there, strict=True):
             if one.text == other.text:
                 assert np.abs(one.attention - other.attention).max() < 0.02
                 assert one.log_probability == pytest.approx(other.log_probability, abs=0.1)
 
 
-def test_drawing_is_repeatable(on_gpu: Captioner, example_photos: list[Path]) -> None:
+def test_sampling_is_repeatable(on_gpu: Captioner, example_photos: list[Path]) -> None:
     options = DecodingOptions(temperature=1.0, samples=2, seed=3)
     first, second = (on_gpu.caption(example_photos[0], options) for _ in range(2))
     assert first.to_dict() == second.to_dict()
 
 
-def test_features_are_those_of_a_cpu(parquet_folder: Path, tmp_path: Path) -> None:
+def test_features_match_cpu(parquet_folder: Path, tmp_path: Path) -> None:
     photos = load_captions(str(parquet_folder), "train")
-    found = [
+    features = [
         cache_features(load_encoder("efficientnet_lite2").to(device), photos, tmp_path / device)
         for device in ("cpu", "cuda")
     ]
-    assert found[0].readable == found[1].readable
-    assert np.abs(found[0].array - found[1].array).mean() < 0.01
+    assert features[0].readable == features[1].readable
+    assert np.abs(features[0].array - features[1].array).mean() < 0.01
 
 
 @pytest.mark.parametrize("bfloat16", ["true", "false"])
-def test_a_run_trains_stops_nowhere_and_goes_on_on_a_cpu(
+def test_run_trains_and_resumes_on_cpu(
     parquet_folder: Path, timm_weights: Path, tmp_path: Path, bfloat16: str
 ) -> None:
     out = tmp_path / "run"
-    given = f"""--data {parquet_folder} --encoder timm:test_resnet --encoder-weights {timm_weights}
-        --recipe best --out {out} --cache {tmp_path / "cache"} --epochs 2 --reward-epochs 1
+    options = f"""--data {parquet_folder} --encoder timm:test_resnet
+        --encoder-weights {timm_weights} --recipe best --out {out} --cache {tmp_path / "cache"}
+        --epochs 2 --reward-epochs 1
         --batch-size 4 --min-count 2 --bfloat16 {bfloat16}""".split()
-    assert train.main([*given, "--device", "cuda"]) == 0
+    assert train.main([*options, "--device", "cuda"]) == 0
     rows: list[dict[str, Any]] = json.loads((out / "run.json").read_text())["epochs"]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
     assert 0 <= rows[2]["reward"] <= 10
-    assert train.main([*given, "--device", "cpu", "--resume"]) == 0
+    assert train.main([*options, "--device", "cpu", "--resume"]) == 0
 
 
-def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
     load: Callable[..., Captioner] = Captioner.load
     with pytest.raises(Exception, match="device"):

@@ -1,4 +1,4 @@
-"""Training beyond one process: torchrun on one machine, two processes over gloo."""
+"""Training with two processes: torchrun on one machine, over gloo."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from captioner.distributed import DistributedContext, process_group
 from captioner.errors import ConfigError
 
@@ -28,27 +29,27 @@ Write = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, hub_row: MakeRow, write_parquet: Write) -> Path:
-    """21 photos that open: the last batch of 4 holds one, fewer than there are processes."""
+    """21 readable photos: the last batch of 4 holds one, fewer than there are processes."""
     rows = [hub_row(number) for number in range(22)]
     rows[3]["image"]["bytes"] = b"broken"
-    folder = tmp_path_factory.mktemp("spread") / "data"
+    folder = tmp_path_factory.mktemp("distributed") / "data"
     return write_parquet(folder, {"train": rows, "validation": [hub_row(n) for n in range(32, 40)]})
 
 
 @pytest.fixture
 def command(data: Path, timm_weights: Path) -> Callable[..., list[str]]:
-    """``command(out, processes)``: a small run without dropout, which processes draw each alone."""
+    """``command(out, processes)``: a small run without dropout, which differs between processes."""
 
-    def make(out: Path, processes: int, *more: str) -> list[str]:
+    def make(out: Path, processes: int, *extra: str) -> list[str]:
         start = [sys.executable, "train.py"]
         if processes > 1:
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             start += [f"--nproc-per-node={processes}", "train.py"]
-        given = f"""--data {data} --encoder timm:test_resnet --encoder-weights {timm_weights}
+        options = f"""--data {data} --encoder timm:test_resnet --encoder-weights {timm_weights}
             --recipe best --out {out} --cache {out}-features --epochs 3 --reward-epochs 0
             --batch-size 4 --min-count 2 --device cpu --model.dropout 0
             --model.feature-dropout 0 --learning-rate 0.002 --bfloat16 false"""
-        return [*start, *given.split(), *more]
+        return [*start, *options.split(), *extra]
 
     return make
 
@@ -66,15 +67,15 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _figures(out: Path) -> list[list[float]]:
-    """Return the losses of each epoch."""
+def _losses(out: Path) -> list[list[float]]:
+    """Return the training and validation loss of each epoch."""
     with (out / "metrics.csv").open(encoding="utf-8") as file:
         return [[float(row["train_loss"]), float(row["val_loss"])] for row in csv.DictReader(file)]
 
 
-def _assert_alike(one: Path, other: Path) -> None:
-    """Compare two runs up to the order in which sums were taken."""
-    assert np.allclose(_figures(one), _figures(other), atol=2e-4)
+def _assert_close(one: Path, other: Path) -> None:
+    """Compare two runs up to rounding."""
+    assert np.allclose(_losses(one), _losses(other), atol=2e-4)
     for name in ("checkpoint/model.safetensors", "state/state.safetensors"):
         left, right = load_file(one / name), load_file(other / name)
         assert left.keys() == right.keys()
@@ -83,18 +84,19 @@ def _assert_alike(one: Path, other: Path) -> None:
                 assert torch.allclose(left[key].float(), right[key].float(), atol=5e-3), key
 
 
-def test_two_processes_come_to_what_one_comes_to(
+def test_two_processes_match_a_single_process(
     tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
     alone, both = tmp_path / "alone", tmp_path / "both"
-    _run(command(alone, 1))
-    output = _run(command(both, 2))
-    _assert_alike(alone, both)
-    assert output.count("Epoch 01 |") == 1  # one of them prints
+    short = ["--epochs", "1"]
+    assert train.main(command(alone, 1, *short)[2:]) == 0
+    output = _run(command(both, 2, *short))
+    _assert_close(alone, both)
+    assert output.count("Epoch 01 |") == 1
     assert output.count("precision    ") == 1
     assert json.loads((both / "run.json").read_text())["processes"] == 2
     assert {path.name for path in alone.iterdir()} == {path.name for path in both.iterdir()}
-    # Each of them made a part of the features, which are those of one process.
+    # Each process extracted a part of the features.
     for one in (tmp_path / "alone-features").iterdir():
         two = tmp_path / "both-features" / one.name
         assert np.array_equal(np.load(one / "done.npy"), np.load(two / "done.npy"))
@@ -103,7 +105,8 @@ def test_two_processes_come_to_what_one_comes_to(
         assert np.abs(left).max() > 0.1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+@pytest.mark.slow
+def test_run_resumes_with_another_number_of_processes(
     tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -123,17 +126,18 @@ def test_a_run_goes_on_with_another_number_of_processes(
             break
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "all saved: go on with --resume" in error
+    assert "all saved: continue with --resume" in error
     state = json.loads((stopped / "state" / "state.json").read_text())
     assert (state["epoch"], state["step"]) < (3, 0)
     _run(command(stopped, 1, "--resume"))
-    _assert_alike(whole, stopped)
-    # And the other way round: what one process began goes on with two.
+    _assert_close(whole, stopped)
+    # A run of one process resumes with two.
     (stopped / "metrics.csv").unlink()
     assert "Epoch" not in _run(command(stopped, 2, "--resume"))  # it is finished
 
 
-def test_two_processes_draw_and_reward(tmp_path: Path, command: Callable[..., list[str]]) -> None:
+@pytest.mark.slow
+def test_two_processes_train_on_rewards(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     out = tmp_path / "rewards"
     output = _run(command(out, 2, "--reward-epochs", "1", "--reward-batch-size", "8"))
     assert output.count("reward=") == 1
@@ -142,9 +146,8 @@ def test_two_processes_draw_and_reward(tmp_path: Path, command: Callable[..., li
     assert 0 <= rows[-1]["reward"] <= 10
 
 
-def test_what_one_process_refuses_ends_all(
-    tmp_path: Path, command: Callable[..., list[str]]
-) -> None:
+@pytest.mark.slow
+def test_error_in_one_process_ends_all(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     out = tmp_path / "taken"
     out.mkdir()
     (out / "something").touch()
@@ -163,7 +166,7 @@ def test_what_one_process_refuses_ends_all(
     assert [path.name for path in out.iterdir()] == ["something"]
 
 
-def test_alone_nothing_is_sent() -> None:
+def test_single_process_needs_no_group() -> None:
     with process_group(torch.device("cpu")) as processes:
         assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
         assert processes.all_reduce_sum(2, 3.5) == [2, 3.5]
@@ -175,12 +178,12 @@ def test_alone_nothing_is_sent() -> None:
     assert DistributedContext(1, 2).is_main is False
 
 
-def test_processes_need_a_device_that_they_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_group_refuses_devices_it_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
-    for device, why in (("mps", "do not train on mps"), ("cuda", "at most one process for each")):
+    for device, reason in (("mps", "cannot share mps"), ("cuda", "at most one process per GPU")):
         with (
-            pytest.raises(ConfigError, match=f"{why}.* --device cpu"),
+            pytest.raises(ConfigError, match=f"{reason}.* --device cpu"),
             process_group(torch.device(device)),
         ):
             pass

@@ -15,31 +15,31 @@ from captioner.config import PAD
 from captioner.data.sources import CaptionedPhotos
 from captioner.errors import ImageError
 from captioner.model.encoder import Transform
-from captioner.model.vocabulary import Vocabulary, clean
+from captioner.model.vocabulary import Vocabulary
 
 _SIDES = {"left": "right", "right": "left"}
-# torch draws from one generator, whatever the thread.
-_DRAWING = threading.Lock()
+# All threads share torch's random generator.
+_RANDOM_LOCK = threading.Lock()
 
 
 def mirror_text(text: str) -> str:
-    """Swap "left" and "right", as in the caption of a mirrored photo."""
-    return " ".join(_SIDES.get(word, word) for word in clean(text).split())
+    """Return a cleaned caption with "left" and "right" swapped, for the mirrored photo."""
+    return " ".join(_SIDES.get(word, word) for word in text.split())
 
 
 def is_mirrored(view: int, row: int) -> bool:
-    """Say whether ``augment`` mirrors the photo in this row: view 1 all of them, crops half."""
+    """Return whether ``augment`` mirrors the photo: always in view 1, half of them after that."""
     return view == 1 or (view > 1 and np.random.default_rng((view, row)).random() < 0.5)
 
 
 def augment(image: Image.Image, view: int, row: int) -> Image.Image:
-    """Return the photo as it is (view 0), mirrored (1), or a random part of it (2 and on).
+    """Return the photo unchanged (view 0), mirrored (view 1) or cropped at random (from view 2 on).
 
-    A part has 55 to 95 % of the area and three quarters to four thirds of the shape. The same view
-    of the same row is always the same part.
+    A crop has 55 to 95 % of the area and 3/4 to 4/3 of the aspect ratio. It depends only on
+    ``view`` and ``row``.
     """
     if view > 1:
-        with _DRAWING, torch.random.fork_rng(devices=[]):
+        with _RANDOM_LOCK, torch.random.fork_rng(devices=[]):
             torch.manual_seed(view * 1_000_003 + row)
             top, left, height, width = RandomResizedCrop.get_params(
                 image, scale=[0.55, 0.95], ratio=[3 / 4, 4 / 3]
@@ -52,7 +52,7 @@ class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
     """Photos as an encoder's input; an unreadable one is (row, None)."""
 
     def __init__(self, photos: CaptionedPhotos, transform: Transform, *, view: int = 0) -> None:
-        """Serve the photos as ``augment`` shows them."""
+        """Serve the photos in one view (see ``augment``)."""
         self.photos = photos
         self.transform = transform
         self.view = view
@@ -69,9 +69,10 @@ class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
 
 
 class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Features (P, C) of a photo with K tokenized captions (K, T), for training.
+    """The cells (P, C) of each photo with the ids (K, T) of its captions.
 
-    A photo with fewer than K captions is filled up with rows of ``<pad>``, which no loss counts.
+    K is the largest number of captions per photo. Missing captions are rows of ``<pad>``, which
+    no loss counts.
     """
 
     def __init__(
@@ -83,15 +84,15 @@ class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         *,
         max_length: int,
     ) -> None:
-        """Join ``features[rows[i]]`` with ``captions[i]``."""
+        """Pair ``features[rows[i]]`` with the cleaned captions ``captions[i]``."""
         self.features = features
         self.rows = np.asarray(rows)
         per_photo = max((len(texts) for texts in captions), default=1)
-        # One small array for all captions: a list of lists would grow by kilobytes a photo.
+        # One array for all captions: lists of ids would take kilobytes per photo.
         self.tokens = np.full((len(captions), per_photo, max_length), PAD, dtype=np.int32)
-        for photo, texts in enumerate(captions):
-            for number, text in enumerate(texts):
-                self.tokens[photo, number] = vocabulary.encode_padded(text, max_length)
+        for photo_index, texts in enumerate(captions):
+            for caption_index, text in enumerate(texts):
+                self.tokens[photo_index, caption_index] = vocabulary.encode_padded(text, max_length)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,17 +1,20 @@
-"""Photos to grids, once a data set, kept on disk and memory-mapped.
+"""The encoder's cells of each photo, extracted once and memory-mapped from disk.
 
-The backbone is frozen, so every photo passes it once. Knows nothing of captions.
+The backbone is frozen, so every photo needs to pass through it only once. Knows nothing of
+captions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -29,8 +32,11 @@ from captioner.model.encoder import GRID, Encoder
 
 log = logging.getLogger(__name__)
 
-_ARRAY, _DONE = "features.npy", "done.npy"
-# What ``done.npy`` says of a photo.
+# Part of the cache key. Raise it when the same file gives the encoder other pixels.
+# 2: photos with an ICC profile are converted to sRGB.
+_PREPROCESSING_VERSION = 2
+_ARRAY, _STATUS = "features.npy", "done.npy"
+# The values of the status array.
 _MISSING, _READ, _UNREADABLE = range(3)
 _SAVE_EVERY = 512
 
@@ -41,8 +47,8 @@ class Features:
 
     Attributes:
         array: float16 (N, P, C), memory-mapped and read-only.
-        readable: the rows whose photo could be opened, in order.
-        folder: where they lie.
+        readable: the rows of the readable photos, in order.
+        folder: of the cache.
     """
 
     array: np.ndarray
@@ -50,16 +56,21 @@ class Features:
     folder: Path
 
 
-def _home(encoder: Encoder, photos: CaptionedPhotos, folder: Path, view: int) -> Path:
-    """Return the folder of a cache."""
-    key = {"photos": photos.fingerprint, "encoder": encoder.spec(), "view": view}
+def _cache_folder(encoder: Encoder, photos: CaptionedPhotos, parent: Path, view: int) -> Path:
+    """Return the folder for these features, named after everything they depend on."""
+    key = {
+        "preprocessing": _PREPROCESSING_VERSION,
+        "photos": photos.fingerprint,
+        "encoder": encoder.spec(),
+        "view": view,
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = encoder.name.replace(":", "-").replace("/", "-")
-    return folder / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
+    return parent / f"{name}-{photos.split}{f'-view{view}' if view else ''}-{digest}"
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Map an array into memory, read-only; None where there is none of this shape."""
+def _load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Map an array into memory, read-only; None if there is no array of this shape."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -75,12 +86,12 @@ def cache_features(
     view: int = 0,
     processes: DistributedContext | None = None,
 ) -> Features:
-    """Return the features of ``photos``, extracting only what is not on disk yet.
+    """Return the features of ``photos``, extracting those that are not on disk yet.
 
     The cache is keyed by the photos' contents and order, the encoder with its weights and
-    transform, and ``view`` (see ``augment``); a change of any makes a new one. A killed run
-    goes on where it last saved, and a second one waits for the first; a whole cache is only read.
-    Of several ``processes`` each extracts a part; all must call this.
+    transform, ``view`` (see ``augment``) and the version of the preprocessing. A killed run
+    resumes from its last save, and a second run waits for the first; a complete cache is only
+    read. All ``processes`` must call this; each extracts its share.
 
     Raises:
         DataError: no photo can be opened.
@@ -88,73 +99,82 @@ def cache_features(
         WriteError: the disk is too small or read-only.
     """
     processes = processes or DistributedContext()
-    home = _home(encoder, photos, folder, view)
+    home = _cache_folder(encoder, photos, folder, view)
     shape = (len(photos), GRID * GRID, encoder.channels)
-    if not processes.broadcast(_is_whole(home, shape)):
+    if not processes.broadcast(_is_complete(home, shape)):
         with contextlib.ExitStack() as stack:
             if processes.is_main:
+                stack.enter_context(_lock(home))
                 with reraise_os_errors(home):
-                    home.mkdir(parents=True, exist_ok=True)
-                    lock = filelock.FileLock(home / ".lock")
-                    try:
-                        stack.enter_context(lock.acquire(timeout=0))
-                    except filelock.Timeout:
-                        log.warning("waiting for another process that makes %s", home)
-                        stack.enter_context(lock.acquire())
-                    _begin(home, shape)
+                    _create_files(home, shape)
             processes.barrier()
-            left = np.flatnonzero(np.load(home / _DONE, mmap_mode="r") == _MISSING)
-            processes.barrier()  # or this one would count what another has done already
-            if len(left):
-                _extract(encoder, photos, home, left, view, processes)
+            missing = np.flatnonzero(np.load(home / _STATUS, mmap_mode="r") == _MISSING)
+            processes.barrier()  # until all have read the status that extraction changes
+            if len(missing):
+                _extract(encoder, photos, home, missing, view, processes)
             processes.barrier()
-    done = np.load(home / _DONE, mmap_mode="r")
-    if (done == _MISSING).any():
+    status = np.load(home / _STATUS, mmap_mode="r")
+    if (status == _MISSING).any():
         raise DataError(
-            f"{home} lacks features that were just made, as where several machines write into one "
-            "file: start once more on one machine, and then on all"
+            f"{home} lacks features that were just extracted; several machines may have written "
+            "to the same file: extract on one machine first, then start all"
         )
-    readable = np.flatnonzero(done == _READ).tolist()
+    readable = np.flatnonzero(status == _READ).tolist()
     if not readable:
         raise DataError(f"none of the {len(photos)} photos of {photos.source} can be opened")
     if len(readable) < len(photos) and processes.is_main:
-        log.warning(
-            "%s: skipped %d photos that cannot be opened", home.name, len(photos) - len(readable)
-        )
+        log.warning("%s: skipped %d unreadable photos", home.name, len(photos) - len(readable))
     return Features(np.load(home / _ARRAY, mmap_mode="r"), readable, home)
 
 
-def _is_whole(home: Path, shape: tuple[int, int, int]) -> bool:
-    """Say whether nothing is left to be extracted."""
-    done = _mapped(home / _DONE, shape[:1])
+@contextlib.contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    """Hold a cache folder's lock, waiting for another run if necessary."""
+    with reraise_os_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(home / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.warning("waiting for another process that extracts %s", home)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_complete(home: Path, shape: tuple[int, int, int]) -> bool:
+    """Return whether every photo has been processed."""
+    status = _load_array(home / _STATUS, shape[:1])
     return (
-        done is not None
-        and _mapped(home / _ARRAY, shape) is not None
-        and not (done == _MISSING).any()
+        status is not None
+        and _load_array(home / _ARRAY, shape) is not None
+        and not (status == _MISSING).any()
     )
 
 
-def _begin(home: Path, shape: tuple[int, int, int]) -> None:
-    """Make the two files, unless they are there, and take the room that they need."""
-    if _mapped(home / _DONE, shape[:1]) is None or _mapped(home / _ARRAY, shape) is None:
-        if (home / _DONE).exists():
-            log.warning("%s is damaged: extracting the features anew", home)
-            (home / _DONE).unlink()
+def _create_files(home: Path, shape: tuple[int, int, int]) -> None:
+    """Create the two files, unless they exist, and reserve their disk space."""
+    if _load_array(home / _STATUS, shape[:1]) is None or _load_array(home / _ARRAY, shape) is None:
+        if (home / _STATUS).exists():
+            log.warning("%s is damaged: extracting the features again", home)
+            (home / _STATUS).unlink()
         (home / _ARRAY).unlink(missing_ok=True)
         needed = int(np.prod(shape)) * 2
         free = shutil.disk_usage(home).free
         if free < needed:
             raise WriteError(
-                f"the features of {shape[0]} photos need {needed / 1e9:.3f} GB in {home} and only "
+                f"the features of {shape[0]} photos need {needed / 1e9:.3f} GB in {home}, but only "
                 f"{free / 1e9:.3f} GB are free: make room, or choose another --cache or a --limit"
             )
         open_memmap = np.lib.format.open_memmap
         open_memmap(home / _ARRAY, mode="w+", dtype=np.float16, shape=shape).flush()
-        # Zero, that is _MISSING.
-        open_memmap(home / _DONE, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
+        # Zero is _MISSING.
+        open_memmap(home / _STATUS, mode="w+", dtype=np.uint8, shape=shape[:1]).flush()
     if hasattr(os, "posix_fallocate"):
-        # On a full disk, writing into a mapped hole would end the process without a word.
-        for path in (home / _ARRAY, home / _DONE):
+        # On a full disk, writing to a hole in a mapped file would kill the process silently.
+        for path in (home / _ARRAY, home / _STATUS):
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
@@ -163,58 +183,60 @@ def _extract(
     encoder: Encoder,
     photos: CaptionedPhotos,
     home: Path,
-    left: np.ndarray,
+    missing: np.ndarray,
     view: int,
     processes: DistributedContext,
 ) -> None:
-    """Extract this process's part of the rows that are ``left``."""
+    """Extract this process's share of the ``missing`` rows."""
     array = np.lib.format.open_memmap(home / _ARRAY, mode="r+")
-    done = np.lib.format.open_memmap(home / _DONE, mode="r+")
-    own = np.array_split(left, processes.world_size)[processes.rank]
+    status = np.lib.format.open_memmap(home / _STATUS, mode="r+")
+    own_rows = np.array_split(missing, processes.world_size)[processes.rank]
     dataset = PhotoDataset(photos, encoder.transform, view=view)
-    seen: list[tuple[int, int]] = []  # rows, and what is to be said of them
-
-    def see(rows: list[int]) -> tuple[list[int], list[int]]:
-        """Fill in rows; return those whose photo could be opened, and those whose could not."""
-        opened = [dataset[row] for row in rows]
-        readable = {row: pixels for row, pixels in opened if pixels is not None}
-        if readable:
-            cells = encoder(torch.stack(list(readable.values()))).half().cpu()  # (B, P, C)
-            if not cells.isfinite().all():
-                raise EncoderError(
-                    f"{encoder.name} gives values that float16 cannot hold: choose another"
-                )
-            array[list(readable)] = cells.numpy()
-        return list(readable), [row for row in rows if row not in readable]
+    process = functools.partial(_extract_rows, encoder, dataset, array)
+    unsaved: list[tuple[int, int]] = []  # rows and their status
 
     def save() -> None:
-        # The features must be on disk before the count says so.
+        # The features must be on disk before their status.
         array.flush()
-        for row, state in seen:
-            done[row] = state
-        done.flush()
-        seen.clear()
+        for row, value in unsaved:
+            status[row] = value
+        status.flush()
+        unsaved.clear()
 
     label = f"features, {encoder.name}, {photos.split}{f', view {view}' if view else ''}"
     with (
         tqdm(
-            total=len(done),
-            initial=len(done) - len(left),
+            total=len(status),
+            initial=len(status) - len(missing),
             desc=label,
             unit="photo",
             smoothing=0.05,
             disable=not processes.is_main,
         ) as bar,
-        contextlib.closing(encoder.map(see, own.tolist())) as found,
+        contextlib.closing(encoder.map(process, own_rows.tolist())) as batches,
     ):
         try:
-            for readable, unreadable in found:
-                seen += [(row, _READ) for row in readable]
-                seen += [(row, _UNREADABLE) for row in unreadable]
-                # The others are about as far.
-                count = (len(readable) + len(unreadable)) * processes.world_size
-                bar.update(min(count, len(done) - bar.n))
-                if len(seen) >= _SAVE_EVERY:
+            for batch in batches:
+                unsaved += batch
+                # The other processes have done about as much.
+                bar.update(min(len(batch) * processes.world_size, len(status) - bar.n))
+                if len(unsaved) >= _SAVE_EVERY:
                     save()
         finally:
-            save()  # also when it is stopped
+            save()  # also when interrupted
+
+
+def _extract_rows(
+    encoder: Encoder, dataset: PhotoDataset, array: np.ndarray, rows: list[int]
+) -> list[tuple[int, int]]:
+    """Write the features of some rows to ``array``; return each row with its status."""
+    opened = [dataset[row] for row in rows]
+    readable = {row: pixels for row, pixels in opened if pixels is not None}
+    if readable:
+        cells = encoder(torch.stack(list(readable.values()))).half().cpu()  # (B, P, C)
+        if not cells.isfinite().all():
+            raise EncoderError(
+                f"{encoder.name} gives values that float16 cannot hold: choose another"
+            )
+        array[list(readable)] = cells.numpy()
+    return [(row, _READ if row in readable else _UNREADABLE) for row in rows]

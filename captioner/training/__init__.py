@@ -1,1 +1,1 @@
-"""What makes a checkpoint, and what scores it."""
+"""Training a decoder, and scoring it."""

@@ -1,8 +1,9 @@
-"""Scoring a decoder on photos that it was not trained on: the captions it writes by itself."""
+"""Scores of a checkpoint on photos that it was not trained on."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,25 @@ from captioner.model.encoder import choose_device, load_encoder
 from captioner.model.fast import FusedForward
 from captioner.model.search import decode
 from captioner.model.vocabulary import Vocabulary
-from captioner.training.metrics import score_captions
+from captioner.training.metrics import score_cleaned_captions
 
 
 @torch.inference_mode()
 def cross_entropy_of(
     model: CaptionModel, dataset: CaptionDataset, *, batch_size: int = 64
 ) -> float:
-    """Return the unsmoothed cross-entropy a word, in nats, of the dataset's captions."""
+    """Return the mean unsmoothed cross-entropy per token, in nats, of the dataset's captions."""
     model.eval()
     device = model.embedding.weight.device
     forward = FusedForward(model)
-    total, words = 0.0, 0
+    loss_sum, num_tokens = 0.0, 0
     for features, captions in DataLoader(dataset, batch_size=batch_size):
         captions = captions.to(device)
         targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
         logits, _ = forward(features.to(device).float(), captions)
-        total += cross_entropy(logits, targets, reduction="sum").item()
-        words += len(targets)
-    return total / words
+        loss_sum += cross_entropy(logits, targets, reduction="sum").item()
+        num_tokens += len(targets)
+    return loss_sum / num_tokens
 
 
 @torch.inference_mode()
@@ -52,7 +53,7 @@ def write_captions(
     *,
     batch_size: int = 64,
 ) -> list[str]:
-    """Return the caption that the model writes of each photo of the dataset."""
+    """Return the caption that the model writes for each photo, as cleaned text."""
     model.eval()
     device = model.embedding.weight.device
     bad_endings = vocabulary.known_ids(BAD_ENDINGS)
@@ -61,26 +62,31 @@ def write_captions(
         DataLoader(dataset, batch_size=batch_size), desc="captions", unit="batch", leave=False
     ):
         state, memory = model.start(features.to(device).float())
-        found = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        texts += [INNER_SPACE.sub("", vocabulary.decode(beams[0].ids)) for beams in found]
+        results = decode(model.step, state, memory, options, bad_endings=bad_endings)
+        texts += [vocabulary.decode(beams[0].ids) for beams in results]
     return texts
+
+
+def _display(texts: Sequence[str]) -> list[str]:
+    """Return cleaned texts as people write them: no spaces between Chinese characters."""
+    return [INNER_SPACE.sub("", text) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The scores of a checkpoint, and the captions behind them.
+    """The scores of a checkpoint, and its captions.
 
     Attributes:
-        conditions: data, split, photos, references a photo, tokenization and decoding.
-        cross_entropy: unsmoothed, in nats a word, over all references.
+        conditions: data, split, photos, references per photo, tokenization and decoding.
+        cross_entropy: unsmoothed, in nats per token, over all references.
         scores: of ``captions``, by the names of ``metrics.score_captions``.
-        report_scores: of ``report_captions``: greedy, without bans, as the original report decodes.
+        report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
         photos: the split.
-        rows: of those photos that could be opened.
-        names: of the photos.
-        captions: one a photo, by the decoding of ``conditions``.
-        report_captions: one a photo.
-        references: all of each photo.
+        rows: of the readable photos in the split.
+        names: of the readable photos.
+        captions: one per photo, by the decoding of ``conditions``.
+        report_captions: one per photo.
+        references: of each photo, cleaned.
     """
 
     conditions: dict[str, Any]
@@ -95,7 +101,7 @@ class Evaluation:
     references: list[list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, the captions a photo at a time."""
+        """Return plain values for JSON, the captions grouped by photo."""
         photos = [
             {"name": name, "caption": caption, "report_caption": report, "references": references}
             for name, caption, report, references in zip(
@@ -128,21 +134,17 @@ def evaluate_checkpoint(
     checkpoint.check_encoder(encoder.spec())
     checkpoint.model.to(encoder.to(choose_device(device)).device)
     features = cache_features(encoder, photos, cache)
-    all_references, all_names = list(photos.captions()), photos.names()
-    references = [all_references[row] for row in features.readable]
-    # The loss goes as far as the model was trained to write; the references stay whole.
+    references = [photos.captions[row] for row in features.readable]
+    names = photos.names()
+    model, vocabulary, max_length = checkpoint.model, checkpoint.vocabulary, checkpoint.max_length
+    # The cross-entropy is of captions cut to the model's length; the references stay whole.
     dataset = CaptionDataset(
-        features.array,
-        features.readable,
-        references,
-        checkpoint.vocabulary,
-        max_length=checkpoint.max_length,
+        features.array, features.readable, references, vocabulary, max_length=max_length
     )
-    report = dataclasses.replace(DecodingOptions.plain_greedy(), max_length=checkpoint.max_length)
-    model, vocabulary = checkpoint.model, checkpoint.vocabulary
+    report = dataclasses.replace(DecodingOptions.plain_greedy(), max_length=max_length)
     captions = write_captions(model, dataset, vocabulary, options)
     report_captions = write_captions(model, dataset, vocabulary, report)
-    counts = sorted({len(some) for some in references})
+    counts = sorted({len(texts) for texts in references})
     return Evaluation(
         conditions={
             "data": source,
@@ -154,12 +156,12 @@ def evaluate_checkpoint(
             "report_decoding": report.to_dict(),
         },
         cross_entropy=cross_entropy_of(model, dataset),
-        scores=score_captions(captions, references),
-        report_scores=score_captions(report_captions, references),
+        scores=score_cleaned_captions(captions, references),
+        report_scores=score_cleaned_captions(report_captions, references),
         photos=photos,
         rows=features.readable,
-        names=[all_names[row] for row in features.readable],
-        captions=captions,
-        report_captions=report_captions,
-        references=references,
+        names=[names[row] for row in features.readable],
+        captions=_display(captions),
+        report_captions=_display(report_captions),
+        references=[_display(texts) for texts in references],
     )

@@ -1,4 +1,4 @@
-"""A training run's record (run.json) and figures: CSV, TensorBoard and curves.png."""
+"""The record of a training run: run.json, metrics.csv, TensorBoard and curves.png."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from captioner.files import atomic_write, reraise_os_errors
 RECORD = "run.json"
 
 _PANELS = {
-    "Cross-entropy, nats a word": ("train_loss", "val_loss"),
+    "Cross-entropy, nats per token": ("train_loss", "val_loss"),
     "Validation scores x 100": ("CIDEr", "ROUGE-L", "BLEU-4"),
     "Learning rate": ("learning_rate",),
-    "Reward: mean CIDEr-D of drawn captions": ("reward",),
+    "Reward: mean CIDEr-D of samples": ("reward",),
 }
 
 
 class MetricsLogger:
-    """Writes each row at once, so that a killed run leaves its figures.
+    """Writes each row immediately, so that a killed run leaves its figures.
 
-    Both methods raise ``WriteError`` where the disk is full.
+    Both methods raise ``WriteError`` if the disk is full.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, float]]) -> None:
-        """Start in ``folder`` after the ``rows`` of an earlier part of the run."""
+        """Log to ``folder``, continuing after the ``rows`` of an earlier part of the run."""
         self.rows = list(rows)
         self._folder = folder
         self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
         with reraise_os_errors(self._events):
             self._events.parent.mkdir(exist_ok=True)
-        self._note(file_version="brain.Event:2")
-        # What TensorBoard has of later epochs a killed run did not come to save.
-        self._note(session_log=SessionLog(status=SessionLog.START), step=len(rows) + 1)
+        self._write_event(file_version="brain.Event:2")
+        # Discards later epochs, which a killed run has logged but not saved.
+        self._write_event(session_log=SessionLog(status=SessionLog.START), step=len(rows) + 1)
 
     def add(self, row: dict[str, float]) -> None:
-        """Keep one epoch; ``row["epoch"]`` counts from 1."""
+        """Log one epoch; ``row["epoch"]`` counts from 1."""
         self.rows.append(row)
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in row.items()
             if name != "epoch"
         ]
-        self._note(summary=Summary(value=values), step=int(row["epoch"]))
+        self._write_event(summary=Summary(value=values), step=int(row["epoch"]))
         table = io.StringIO(newline="")
-        # What a stage has no figure for stays empty.
+        # Stages have different figures; missing ones stay empty.
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(table, fieldnames=names)
         writer.writeheader()
@@ -70,15 +70,15 @@ class MetricsLogger:
         curves(self.rows).savefig(image, dpi=120)
         atomic_write(self._folder / "curves.png", image.getvalue())
 
-    def _note(self, **event: Any) -> None:
-        """Add to TensorBoard's file; its own writer has a thread, which would fail alone."""
+    def _write_event(self, **event: Any) -> None:
+        """Append to TensorBoard's file; errors in its own writer's thread would go unnoticed."""
         record = Event(wall_time=time.time(), **event).SerializeToString()
         with reraise_os_errors(self._events), self._events.open("ab") as file:
             RecordWriter(file).write(record)
 
 
 def curves(rows: list[dict[str, float]]) -> Figure:
-    """Draw losses, scores, learning rate and, where there is one, the reward over the epochs."""
+    """Plot losses, scores, learning rate and, if there is one, the reward over the epochs."""
     panels = {
         title: names
         for title, names in _PANELS.items()
@@ -99,9 +99,9 @@ def curves(rows: list[dict[str, float]]) -> Figure:
     return figure
 
 
-@functools.cache  # a run goes on with the code it started with, whatever is committed meanwhile
+@functools.cache  # a run keeps the code that it started with
 def _git_commit() -> str | None:
-    """Return the commit that the code stood at when first asked, if it is a git checkout."""
+    """Return the commit of the code, if it is a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -116,7 +116,7 @@ def write_record(
     processes: int,
     precision: str,
 ) -> None:
-    """Write settings, versions and commit beside what comes of them, and each epoch's figures."""
+    """Write run.json: settings, versions, commit and each epoch's figures."""
     packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
     record = {
         "config": config.to_dict(),

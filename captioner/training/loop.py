@@ -1,7 +1,7 @@
-"""Training the decoder on cached features: ``train_one_epoch`` and ``fit``.
+"""Training the decoder on cached features: ``train_one_epoch``, ``evaluate`` and ``fit``.
 
-Knows nothing of the app. A run can be killed at any moment: it goes on from its last save, and
-comes to what it would have come to without the stop.
+Knows nothing of the app. A run can be killed at any moment: it resumes from its last save, with
+the same result as without the interruption.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +30,15 @@ from captioner.errors import ConfigError, TrainingError
 from captioner.files import locked_dir, recover_dir
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import choose_device
-from captioner.training import self_critical
 from captioner.training.evaluation import cross_entropy_of, write_captions
 from captioner.training.logger import RECORD, MetricsLogger, write_record
-from captioner.training.metrics import score_captions
-from captioner.training.setup import Batch, facts, prepare
-from captioner.training.state import CAPTIONS, REWARDS, TEXT, Run, choose_precision
+from captioner.training.metrics import score_cleaned_captions
+from captioner.training.self_critical import sample_captions, self_critical_loss
+from captioner.training.setup import choose_precision, describe, prepare
+from captioner.training.state import REWARDS, TEXT, TrainingState
 
 _SAVE_SECONDS = 120
-# What a checkpoint remembers of its epoch's row.
+# The figures of its epoch that a checkpoint keeps.
 _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
     *("repetition", "distinct_words", "distinct_captions", "mean_length"),
@@ -46,7 +46,7 @@ _METRICS = (
 
 
 class Stopped(TrainingError):
-    """The run was asked to stop, and has saved; ``signum`` is the signal that asked."""
+    """The run was interrupted by the signal ``signum``, and has saved its state."""
 
     def __init__(self, message: str, signum: int) -> None:
         """Keep ``signum`` for the exit code."""
@@ -54,176 +54,269 @@ class Stopped(TrainingError):
         self.signum = signum
 
 
-def learning_rate_at(step: int, total: int, highest: float, warmup: float = 0.0) -> float:
-    """Return the cosine schedule's rate: a linear warm-up, then half a cosine to zero.
+# The parts of a step
+
+
+class Batch(NamedTuple):
+    """This process's share of a batch.
+
+    Attributes:
+        indices: in the training set.
+        features: (B, P, C).
+        captions: ids (B, K, T).
+        is_counted: False for the stand-in share of a process for which there are no photos left.
+    """
+
+    indices: list[int]
+    features: Tensor
+    captions: Tensor
+    is_counted: bool
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float = 0.0) -> float:
+    """Return the learning rate of the cosine schedule: linear warm-up, then half a cosine to zero.
 
     Args:
-        step: steps done.
-        total: steps in all.
-        highest: the rate after the warm-up.
-        warmup: share of all steps.
+        step: completed steps.
+        num_steps: of the whole schedule.
+        peak: the rate after the warm-up.
+        warmup: share of all steps, 0 to 1.
     """
-    warmup *= total
+    warmup *= num_steps
     if step < warmup:
-        return highest * min(1.0, (step + 1) / warmup)
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return peak * min(1.0, (step + 1) / warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
 
 
-def epoch_order(photos: int, views: int, *, seed: int, epoch: int) -> list[int]:
-    """Return the order in which an epoch goes through a training set.
+def epoch_order(num_photos: int, views: int, *, seed: int, epoch: int) -> list[int]:
+    """Return the training indices of an epoch: each photo once, in a random one of its views.
 
-    Each photo once, in one of its views (``photos`` places apart).
+    View v of photo i has the index ``v * num_photos + i``.
     """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(photos)
+    order = random.permutation(num_photos)
     if views > 1:
-        order = order + photos * random.integers(0, views, photos)
+        order = order + num_photos * random.integers(0, views, num_photos)
     return order.tolist()
 
 
-def _batches(run: Run) -> Iterator[tuple[list[int], bool, Batch]]:
-    """Yield this process's share of what is left of the epoch.
+def _batches(state: TrainingState) -> Iterator[Batch]:
+    """Yield this process's share of the rest of the epoch."""
+    order = epoch_order(state.num_photos, state.views, seed=state.config.seed, epoch=state.epoch)
+    size = state.batch_size
+    batches = [order[at : at + size] for at in range(state.step * size, len(order), size)]
+    rank, world_size = state.processes.rank, state.processes.world_size
+    shares = [batch[rank::world_size] or batch[:1] for batch in batches]
+    is_cuda = state.device.type == "cuda"
+    loader = DataLoader(state.dataset, batch_sampler=shares, pin_memory=is_cuda)
+    for batch, share, (features, captions) in zip(batches, shares, loader, strict=True):
+        features = features.to(state.device, non_blocking=is_cuda).float()
+        yield Batch(share, features, captions.to(state.device), len(batch) > rank)
 
-    Numbers in the training set, whether they count, and what is there. Where there are fewer
-    photos than processes, a share is a photo that does not count.
+
+def caption_loss(
+    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    features: Tensor,
+    captions: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, int]:
+    """Return the mean cross-entropy per token, in nats, and the number of tokens.
+
+    Args:
+        model: the ``forward`` of a ``CaptionModel``.
+        features: (B, P, C).
+        captions: ids (B, K, T); padding is not counted.
+        label_smoothing: 0 to 1.
     """
-    order = epoch_order(run.photos, run.views, seed=run.config.seed, epoch=run.epoch)
-    left = order[run.step * run.batch_size :]
-    batches = [left[at : at + run.batch_size] for at in range(0, len(left), run.batch_size)]
-    rank, count = run.processes.rank, run.processes.world_size
-    shares = [batch[rank::count] or batch[:1] for batch in batches]
-    loader = DataLoader(run.dataset, batch_sampler=shares, pin_memory=run.device.type == "cuda")
-    counts = [len(batch) > rank for batch in batches]
-    yield from zip(shares, counts, loader, strict=True)
-
-
-def _read(run: Run, features: Tensor, captions: Tensor) -> tuple[Tensor, float, int]:
-    """Return the cross-entropy of captions, its sum over their words, and the words."""
-    config = run.config
+    logits, _ = model(features, captions)  # (N, V), one row per target
     targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-        logits, _ = run.reader(features, captions)
-    loss = cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-    return loss, loss.item() * len(targets), len(targets)
+    return cross_entropy(logits.float(), targets, label_smoothing=label_smoothing), len(targets)
 
 
-def _write(run: Run, features: Tensor, numbers: list[int]) -> tuple[Tensor, float, int]:
-    """Return the self-critical loss of drawn captions, their summed reward, and how many."""
-    assert run.reward is not None
-    config = run.config
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-        captions = self_critical.draw(
-            run.model,
-            features,
+def _compute_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, float, int]:
+    """Return the loss, its sum over the tokens, and their number.
+
+    In self-critical training, the last two are the sum of the rewards and the number of captions.
+    """
+    config = state.config
+    with state.autocast():
+        if state.stage != REWARDS:
+            loss, num_tokens = caption_loss(
+                state.ddp_model,
+                batch.features,
+                batch.captions,
+                label_smoothing=config.label_smoothing,
+            )
+            return loss, loss.item() * num_tokens, num_tokens
+        assert state.reward is not None
+        temperature = config.reward_temperature
+        captions = sample_captions(
+            state.model,
+            batch.features,
             samples=config.reward_samples,
-            temperature=config.reward_temperature,
+            temperature=temperature,
             max_length=config.max_length,
         )
-        rewards = run.reward(numbers, captions)
-        loss = self_critical.loss(
-            run.reader, features, captions, rewards, temperature=config.reward_temperature
+        rewards = state.reward(batch.indices, captions)
+        loss = self_critical_loss(
+            state.ddp_model, batch.features, captions, rewards, temperature=temperature
         )
     return loss, rewards.sum().item(), rewards.numel()
 
 
-def train_one_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> float:
-    """Train from ``run.step`` to the end of the epoch.
+def _set_learning_rate(state: TrainingState) -> None:
+    """Set the learning rate of the next step; the plateau schedule sets its own."""
+    config, num_steps = state.config, state.num_epochs * state.steps_per_epoch
+    if state.stage == REWARDS:
+        rate = learning_rate_at(state.stage_step, num_steps, config.reward_learning_rate)
+    elif config.schedule == "cosine" or state.stage == TEXT:
+        rate = learning_rate_at(state.stage_step, num_steps, config.learning_rate, config.warmup)
+    else:
+        return
+    state.optimizer.param_groups[0]["lr"] = rate
+
+
+def _check_finite(state: TrainingState, loss: Tensor, norm: Tensor) -> None:
+    """Raise ``TrainingError`` if the loss or its gradient is infinite or NaN."""
+    if torch.isfinite(loss + norm):
+        return
+    checkpoint = state.folder / "checkpoint"
+    raise TrainingError(
+        f"the loss became {loss.item()} and its gradient {norm.item()} in epoch "
+        f"{state.epoch + 1}: lower --learning-rate"
+        + (f"; the best checkpoint so far is {checkpoint}" if checkpoint.exists() else "")
+    )
+
+
+# Epochs
+
+
+def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambda: None) -> float:
+    """Train from ``state.step`` to the end of the epoch.
 
     Args:
-        run: is changed.
+        state: is changed.
         after_step: called after each step; may save, and may raise to stop.
 
     Returns:
-        the epoch's mean cross-entropy a word, in nats, label smoothing included; in self-critical
-        training the mean reward of a drawn caption.
+        the epoch's mean cross-entropy per token, in nats, label smoothing included; in
+        self-critical training the mean reward of a sampled caption.
     """
-    config, device = run.config, run.device
-    rewarded = run.stage == REWARDS
-    run.model.train(not rewarded)  # what is drawn is what would be written: without dropout
-    total = run.stage_epochs * run.steps_an_epoch
-    name = "reward" if rewarded else "loss"
+    config, processes = state.config, state.processes
+    use_rewards = state.stage == REWARDS
+    state.model.train(not use_rewards)  # captions are sampled without dropout
     bar = tqdm(
-        _batches(run),
-        total=run.steps_an_epoch,
-        initial=run.step,
-        desc=f"epoch {run.epoch + 1:02}",
+        _batches(state),
+        total=state.steps_per_epoch,
+        initial=state.step,
+        desc=f"epoch {state.epoch + 1:02}",
         unit="step",
         leave=False,
-        disable=not run.processes.is_main,
+        disable=not processes.is_main,
     )
-    for numbers, counts, (features, captions) in bar:
-        done = (run.epoch - run.stage_from) * run.steps_an_epoch + run.step
-        # Seeded a step, so that a resumed run draws the dropout that it would have drawn; each
-        # process its own.
-        torch.manual_seed(config.seed * 1_000_003 + done + (run.processes.rank << 40))
-        features = features.to(device, non_blocking=device.type == "cuda").float()
-        if rewarded:
-            rate = learning_rate_at(done, total, config.reward_learning_rate)
-            run.optimizer.param_groups[0]["lr"] = rate
-            loss, summed, count = _write(run, features, numbers)
-        else:
-            if config.schedule == "cosine" or run.stage == TEXT:
-                rate = learning_rate_at(done, total, config.learning_rate, config.warmup)
-                run.optimizer.param_groups[0]["lr"] = rate
-            loss, summed, count = _read(run, features, captions.to(device))
-        own = count if counts else 0
-        summed, total_count = run.processes.all_reduce_sum(summed if counts else 0.0, own)
-        run.optimizer.zero_grad()
-        # The mean over all words (or captions) from the mean of the processes' gradients.
-        (loss * (own * run.processes.world_size / total_count)).backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip or math.inf)
-        if not torch.isfinite(loss + norm):
-            kept = run.folder / "checkpoint"
-            raise TrainingError(
-                f"the loss became {loss.item()} and its gradient {norm.item()} in epoch "
-                f"{run.epoch + 1}: lower --learning-rate"
-                + (f"; the best checkpoint so far is {kept}" if kept.exists() else "")
-            )
-        run.optimizer.step()
-        if run.average is not None:
-            run.average.update_parameters(run.model)
-        run.step += 1
-        run.summed += summed
-        run.count += int(total_count)
-        bar.set_postfix({name: f"{run.summed / run.count:.3f}"})
+    for batch in bar:
+        # Seeded per step, so that a resumed run has the same dropout; each process has its own.
+        torch.manual_seed(config.seed * 1_000_003 + state.stage_step + (processes.rank << 40))
+        _set_learning_rate(state)
+        state.optimizer.zero_grad()
+        loss, loss_sum, num_tokens = _compute_loss(state, batch)
+        if not batch.is_counted:
+            loss_sum, num_tokens = 0.0, 0
+        loss_sum, all_tokens = processes.all_reduce_sum(loss_sum, num_tokens)
+        # DDP averages the gradients of the processes; this makes it the mean over all tokens.
+        (loss * (num_tokens * processes.world_size / all_tokens)).backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip or math.inf)
+        _check_finite(state, loss, norm)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.step += 1
+        state.loss_sum += loss_sum
+        state.num_tokens += int(all_tokens)
+        name = "reward" if use_rewards else "loss"
+        bar.set_postfix({name: f"{state.loss_sum / state.num_tokens:.3f}"})
         after_step()
-    return run.summed / run.count
+    return state.loss_sum / state.num_tokens
 
 
-class _Watch:
-    """Saves every two minutes and, when asked to stop by SIGINT or SIGTERM, saves and stops."""
+def evaluate(state: TrainingState) -> dict[str, float]:
+    """Return the validation loss and the scores of the captions that the model writes now."""
+    config, data = state.config, state.data
+    # Runs that are selected by the loss report the decoding of the original report.
+    by_cider = config.select_by == "cider"
+    options = DecodingOptions() if by_cider else DecodingOptions.plain_greedy()
+    options = dataclasses.replace(options, max_length=config.max_length)
+    captions = write_captions(state.eval_model, data.validation, data.vocabulary, options)
+    return {
+        "val_loss": cross_entropy_of(state.eval_model, data.validation),
+        **score_cleaned_captions(captions, data.references),
+    }
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+
+def selection_loss(config: TrainConfig, row: dict[str, float]) -> float:
+    """Return the figure by which the best epoch is selected; lower is better."""
+    return row["val_loss"] if config.select_by == "loss" else -row["CIDEr"]
+
+
+def save_best(state: TrainingState) -> None:
+    """Save the checkpoint of the last completed epoch."""
+    # Without paths of this machine.
+    recipe = state.config.to_dict()
+    for name in ("data", "text"):
+        if recipe[name] is not None and Path(recipe[name]).exists():
+            recipe[name] = Path(recipe[name]).resolve().name
+    del recipe["encoder_weights"]
+    checkpoints.save(
+        state.folder / "checkpoint",
+        checkpoints.Checkpoint(
+            state.eval_model,
+            state.data.vocabulary,
+            state.config.max_length,
+            state.data.encoder,
+            recipe,
+            {name: value for name, value in state.rows[-1].items() if name in _METRICS},
+        ),
+    )
+
+
+class _SaveOnSignal:
+    """Saves every two minutes; on SIGINT or SIGTERM saves and stops."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
         self._saved = time.monotonic()
         self._signum = 0
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _SaveOnSignal:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[signum] = signal.signal(signum, self._ask)
+                self._handlers[signum] = signal.signal(signum, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 
-    def _ask(self, signum: int, _: object) -> None:
+    def _record(self, signum: int, _: object) -> None:
         self._signum = signum
 
     def after_step(self) -> None:
-        """Save if it is time; stop if this process or another was asked to, all at one step."""
-        (asked,) = self._run.processes.all_reduce_sum(self._signum)
-        if asked or time.monotonic() - self._saved > _SAVE_SECONDS:
-            self._run.save()
+        """Save if it is time; stop if any process received a signal, all after the same step."""
+        (is_stopping,) = self._state.processes.all_reduce_sum(self._signum)
+        if is_stopping or time.monotonic() - self._saved > _SAVE_SECONDS:
+            self._state.save()
             self._saved = time.monotonic()
-        if asked:
-            self._run.processes.barrier()  # torchrun ends all when one has ended
+        if is_stopping:
+            self._state.processes.barrier()  # torchrun ends all processes when one has ended
             raise Stopped(
-                f"stopped in epoch {self._run.epoch + 1}, all saved: go on with --resume",
+                f"stopped in epoch {self._state.epoch + 1}, all saved: continue with --resume",
                 self._signum or signal.SIGTERM,
             )
+
+
+# The run
 
 
 @torch_defaults()
@@ -233,157 +326,100 @@ def fit(
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 
     Beside it: run.json (settings, versions, commit, figures), metrics.csv, curves.png,
-    tensorboard/, and state/, from which ``resume`` goes on, on any number of processes. Where
-    torchrun started several they share the photos of each batch; all of them need to see
-    ``folder`` and ``cache``, and on several machines the features need to be there already.
+    tensorboard/, and state/, from which ``resume`` continues, on any number of processes. Several
+    processes, started by torchrun, share the photos of each batch. All of them need access to
+    ``folder`` and ``cache``; on several machines the features must already be cached.
 
     Returns:
         the figures of the best epoch.
 
     Raises:
-        ConfigError: the folder is taken, what is to be resumed does not fit the settings, there
-            is no such device, or there are more processes than GPUs.
-        TrainingError: the loss became NaN, or what is to be resumed is damaged.
+        ConfigError: the folder is not empty, the run to resume has other settings, the device does
+            not exist, or there are more processes than GPUs.
+        TrainingError: the loss became NaN, or the run to resume is damaged.
         WriteError: the folder cannot be written.
-        Stopped: SIGINT or SIGTERM came; everything is saved.
+        Stopped: interrupted by SIGINT or SIGTERM; everything is saved.
     """
     with process_group(choose_device(config.device)) as processes, contextlib.ExitStack() as stack:
         if processes.is_main:
-            _check(folder, resume)
+            _check_folder(folder, resume)
             stack.enter_context(locked_dir(folder))
             for name in ("state", "checkpoint"):
                 recover_dir(folder / name)
-        return _load_state_dict(config, folder, resume, cache, processes)
+        bfloat16, reason = choose_precision(config, processes)
+        precision = "bfloat16" if bfloat16 else "float32"
+        _print(processes, f"precision    {precision} ({reason})")
+
+        def record(rows: Sequence[dict[str, float]]) -> None:
+            if processes.is_main:
+                write_record(folder, config, rows, processes.world_size, precision)
+
+        if not (folder / RECORD).exists():
+            record([])  # a run that is killed before its first save can be resumed
+        processes.barrier()  # until the folder is locked
+        data = prepare(config, cache, processes)
+        _print(processes, describe(data, config))
+        state = TrainingState(config, data, folder, processes, bfloat16=bfloat16)
+        if resume:
+            state.restore()
+            processes.barrier()  # until all have read the files that the main process replaces
+            record(state.rows)
+        _train(state, record)
+    return min(state.rows, key=lambda row: selection_loss(config, row))
 
 
-def _check(folder: Path, resume: bool) -> None:
-    """Refuse a folder that is taken, or is not what ``resume`` expects."""
+def _train(state: TrainingState, record: Callable[[Sequence[dict[str, float]]], None]) -> None:
+    """Train until the last stage ends, recording each epoch."""
+    config, processes = state.config, state.processes
+    logger = MetricsLogger(state.folder, state.rows) if processes.is_main else None
+    with _SaveOnSignal(state) as saver:
+        while state.should_continue() or state.advance_stage():
+            started = time.monotonic()
+            figure = "reward" if state.stage == REWARDS else "train_loss"
+            mean = train_one_epoch(state, saver.after_step)
+            row = {
+                "epoch": state.epoch + 1,
+                figure: mean,
+                **processes.broadcast(evaluate(state) if processes.is_main else None),
+                "learning_rate": state.optimizer.param_groups[0]["lr"],
+                "seconds": time.monotonic() - started,
+            }
+            is_best = state.finish_epoch(row, selection_loss(config, row))
+            if is_best and processes.is_main:
+                save_best(state)
+            if logger is not None:
+                logger.add(row)
+            record(state.rows)
+            state.save()
+            _print(processes, _epoch_line(row, figure, is_best))
+            saver.after_step()
+    if state.bad_epochs >= config.patience:
+        _print(processes, f"no better epoch for {config.patience} epochs: stopped")
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that is not empty, or, to resume, one without a run."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: choose another --out")
-    # Hidden: a lock, or what a kill at the very start left.
-    taken = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if taken and not resume:
-        raise ConfigError(f"{folder} is not empty: choose another --out, or go on with --resume")
-    if taken and not (folder / RECORD).exists():
+    # Hidden files: a lock, or left by a kill at the very start.
+    is_used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if is_used and not resume:
+        raise ConfigError(f"{folder} is not empty: choose another --out, or continue with --resume")
+    if is_used and not (folder / RECORD).exists():
         raise ConfigError(f"{folder} holds no run to resume: check --out")
 
 
-def _load_state_dict(
-    config: TrainConfig, folder: Path, resume: bool, cache: Path, processes: DistributedContext
-) -> dict[str, float]:
-    """Do what ``fit`` says, alone in ``folder`` or one of ``processes``."""
-
-    def say(text: str) -> None:
-        if processes.is_main:
-            print(text, flush=True)
-
-    bfloat16, why = choose_precision(config, processes)
-    precision = "bfloat16" if bfloat16 else "float32"
-
-    def record(rows: Sequence[dict[str, float]]) -> None:
-        if processes.is_main:
-            write_record(folder, config, rows, processes.world_size, precision)
-
-    say(f"precision    {precision} ({why})")
-
-    if not (folder / RECORD).exists():
-        # A run that is killed before its first save can be resumed.
-        record([])
-    processes.barrier()  # until the folder is claimed
-    prepared = prepare(config, cache, processes)
-    say(facts(prepared, config))
-    run = Run(config, prepared, folder, processes, bfloat16=bfloat16)
-    if resume:
-        run.restore()
-        processes.barrier()  # until all have read what the first one will replace
-        record(run.rows)
-    free = config.select_by == "cider"
-    options = dataclasses.replace(
-        DecodingOptions() if free else DecodingOptions.plain_greedy(), max_length=config.max_length
-    )
-    logbook = MetricsLogger(folder, run.rows) if processes.is_main else None
-
-    def score() -> dict[str, float]:
-        """Return what an epoch's row says of the captions that are written now."""
-        captions = write_captions(run.scored, prepared.validation, prepared.vocabulary, options)
-        return {
-            "val_loss": cross_entropy_of(run.scored, prepared.validation),
-            **score_captions(captions, prepared.references),
-        }
-
-    with _Watch(run) as watch:
-        while run.goes_on():
-            started = time.monotonic()
-            figure = "reward" if run.stage == REWARDS else "train_loss"
-            trained = train_one_epoch(run, watch.after_step)
-            learning_rate = run.optimizer.param_groups[0]["lr"]
-            scores = processes.broadcast(score() if processes.is_main else None)
-            row = {
-                "epoch": run.epoch + 1,
-                figure: trained,
-                **scores,
-                "learning_rate": learning_rate,
-                "seconds": time.monotonic() - started,
-            }
-            _finish_epoch(run, row)
-            if logbook is not None:
-                logbook.add(row)
-            record(run.rows)
-            run.save()
-            say(_line(row, run.bad_epochs))
-            watch.after_step()
-    if run.bad_epochs >= config.patience:
-        say(f"no better epoch for {config.patience} epochs: stopped")
-    return min(run.rows, key=lambda row: _badness(config, row))
+def _print(processes: DistributedContext, text: str) -> None:
+    """Print from the main process alone."""
+    if processes.is_main:
+        print(text, flush=True)
 
 
-def _badness(config: TrainConfig, row: dict[str, float]) -> float:
-    """Return what the best epoch has least of."""
-    return row["val_loss"] if config.select_by == "loss" else -row["CIDEr"]
-
-
-def _finish_epoch(run: Run, row: dict[str, float]) -> None:
-    """Keep the row and, if it is the best so far, the checkpoint; move on to the next epoch."""
-    run.rows.append(row)
-    if run.config.schedule == "plateau" and run.stage == CAPTIONS:
-        run.plateau.step(row["val_loss"])
-    badness = _badness(run.config, row)
-    if badness < run.best:
-        run.best, run.bad_epochs = badness, 0
-        if run.processes.is_main:
-            _keep(run, row)
-    else:
-        run.bad_epochs += 1
-    run.epoch, run.step, run.summed, run.count = run.epoch + 1, 0, 0.0, 0
-
-
-def _keep(run: Run, row: dict[str, float]) -> None:
-    """Write the checkpoint of an epoch."""
-    # Where the files lay on this machine is nobody else's business.
-    recipe = run.config.to_dict()
-    for name in ("data", "text"):
-        if recipe[name] is not None and Path(recipe[name]).exists():
-            recipe[name] = Path(recipe[name]).resolve().name
-    del recipe["encoder_weights"]
-    checkpoints.save(
-        run.folder / "checkpoint",
-        checkpoints.Checkpoint(
-            run.scored,
-            run.prepared.vocabulary,
-            run.config.max_length,
-            run.prepared.encoder,
-            recipe,
-            {name: value for name, value in row.items() if name in _METRICS},
-        ),
-    )
-
-
-def _line(row: dict[str, float], bad_epochs: int) -> str:
-    """Return an epoch's line."""
-    name = "train_loss" if "train_loss" in row else "reward"
+def _epoch_line(row: dict[str, float], figure: str, is_best: bool) -> str:
+    """Return the line that is printed after an epoch."""
     return (
-        f"Epoch {row['epoch']:02} | {name}={row[name]:.4f} | "
+        f"Epoch {row['epoch']:02} | {figure}={row[figure]:.4f} | "
         f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f} | "
         f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
-        + ("" if bad_epochs else " | best so far")
+        + (" | best so far" if is_best else "")
     )

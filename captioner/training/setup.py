@@ -1,12 +1,14 @@
-"""What a training run trains and scores on: vocabulary, features with captions, references."""
+"""From a source and an encoder to the data and the precision that a run trains with."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,58 +16,125 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from captioner.config import FEATURES_FOLDER, TrainConfig
-from captioner.data.dataset import CaptionDataset, PhotoDataset, is_mirrored, mirror_text
+from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
 from captioner.data.sources import CaptionedPhotos, load_captions, load_texts
 from captioner.distributed import DistributedContext
 from captioner.errors import DataError
-from captioner.model.encoder import Encoder, check_encoder_name, choose_device, load_encoder
+from captioner.model.encoder import check_encoder_name, choose_device, load_encoder
 from captioner.model.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
-Part: TypeAlias = tuple[CaptionedPhotos, list[int]]
+Rows: TypeAlias = tuple[CaptionedPhotos, list[int]]
+
+# Below this, bfloat16 is not worth its rounding.
+_MIN_SPEEDUP = 1.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run trains and scores on.
+    """The data that a run trains and validates on.
 
     Attributes:
         vocabulary: of the training captions.
-        train: the training photos, once for each of their views.
-        photos: how many photos an epoch goes through.
+        train: the training photos, view after view.
+        num_photos: the number of training photos.
         text: captions with the mean cell in place of their photo, or None.
-        train_references: the captions of each photo of ``train``.
-        example: the first photo's first caption.
-        validation: the validation photos with the captions that the loss is taken on.
+        train_references: the captions of each item of ``train``.
+        validation: the validation photos with the captions of the validation loss.
         references: all captions of each validation photo.
-        matrix: start of the embedding, or None.
+        embedding: initial values of the embedding (V, E), or None.
         encoder: the encoder's ``spec()``.
-        sources: what was read, in names that change with the photos, the encoder and the text.
-        pixels: shape of a batch of photos as the encoder takes them.
+        sources: names that change with the photos, the encoder and the text.
     """
 
     vocabulary: Vocabulary
-    train: Dataset[Batch]
-    photos: int
+    train: Dataset[tuple[Tensor, Tensor]]
+    num_photos: int
     text: CaptionDataset | None
     train_references: list[list[str]]
-    example: str
     validation: CaptionDataset
     references: list[list[str]]
-    matrix: Tensor | None
+    embedding: Tensor | None
     encoder: dict[str, Any]
     sources: list[str]
-    pixels: tuple[int, ...]
 
 
-def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
-    """Return the training and the validation photos, each with the rows that count."""
+def prepare(
+    config: TrainConfig,
+    cache: Path = FEATURES_FOLDER,
+    processes: DistributedContext | None = None,
+) -> TrainingData:
+    """Load the photos, build the vocabulary, and extract the features that are not cached.
+
+    All ``processes`` of a run call this; each extracts its share of the features.
+    """
+    check_encoder_name(config.encoder)
+    (photos, train_rows), (validation_photos, validation_rows) = _load_splits(config)
+    texts = [] if config.text is None else load_texts(config.text)
+    per_photo = 1 if config.captions == "first" else None
+    # Before the features, which can take hours: captions without a vocabulary fail here.
+    training_texts = [text for row in train_rows for text in photos.captions[row][:per_photo]]
+    vocabulary = Vocabulary.build(training_texts, config.min_count)
+    check_lengths(training_texts, vocabulary, config.max_length)
+    encoder = load_encoder(config.encoder, config.encoder_weights)
+    encoder.to(choose_device(config.device))
+    extract = functools.partial(cache_features, encoder, folder=cache, processes=processes)
+    views = [extract(photos)]
+    validation = views[0] if validation_photos is photos else extract(validation_photos)
+    views += [extract(photos, view=view) for view in range(1, config.views)]
+    train_rows = _readable_rows(train_rows, views[0], "train", at_least=1)
+    validation_rows = _readable_rows(validation_rows, validation, "validate", at_least=2)
+    captions = [photos.captions[row][:per_photo] for row in train_rows]
+    references = [validation_photos.captions[row] for row in validation_rows]
+    captions_by_view = [_captions_of_view(view, train_rows, captions) for view in range(len(views))]
+    pair = functools.partial(CaptionDataset, vocabulary=vocabulary, max_length=config.max_length)
+    text = None
+    if texts and config.text_epochs:
+        all_texts = texts + captions
+        text = pair(_mean_cell(views[0], train_rows), [0] * len(all_texts), all_texts)
+    return TrainingData(
+        vocabulary=vocabulary,
+        train=ConcatDataset(
+            pair(features.array, train_rows, captions)
+            for features, captions in zip(views, captions_by_view, strict=True)
+        ),
+        num_photos=len(train_rows),
+        text=text,
+        train_references=[texts for captions in captions_by_view for texts in captions],
+        validation=pair(validation.array, validation_rows, [r[:per_photo] for r in references]),
+        references=references,
+        embedding=_embedding(config, captions + texts, vocabulary),
+        encoder=encoder.spec(),
+        sources=[features.folder.name for features in (validation, *views)] + _digest(texts),
+    )
+
+
+def describe(data: TrainingData, config: TrainConfig) -> str:
+    """Return the facts to check before training: sizes, shapes, one caption there and back."""
+    features, captions = next(iter(DataLoader(data.train, batch_size=config.batch_size)))
+    token_ids = captions[0, 0].tolist()
+    size = data.encoder["transform"]["size"]
+    return "\n".join(
+        [
+            f"photos       train {data.num_photos:,}, validation {len(data.validation):,}",
+            f"vocabulary   {len(data.vocabulary):,} entries, 4 specials included",
+            f"a batch      photos {(len(features), 3, size, size)} -> features "
+            f"{tuple(features.shape)}, captions {tuple(captions.shape)}",
+            f"a caption    {data.train_references[0][0]!r}",
+            f"its ids      {token_ids}",
+            f"decoded      {data.vocabulary.decode(token_ids)!r}",
+        ]
+    )
+
+
+def _load_splits(config: TrainConfig) -> tuple[Rows, Rows]:
+    """Return the training and the validation photos, each with the rows to use."""
     photos = load_captions(config.data, "train", limit=config.limit)
     if config.validation == "split":
         try:
@@ -81,144 +150,106 @@ def _load_parts(config: TrainConfig) -> tuple[Part, Part]:
     return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
 
 
-def facts(prepared: TrainingData, config: TrainConfig) -> str:
-    """Return what the report checks before it trains: sizes, shapes, one caption there and back."""
-    loader = DataLoader(prepared.train, batch_size=config.batch_size)
-    features, tokens = next(iter(loader))
-    ids = tokens[0, 0].tolist()
-    return "\n".join(
-        [
-            f"photos       train {prepared.photos:,}, validation {len(prepared.validation):,}",
-            f"vocabulary   {len(prepared.vocabulary):,} entries, 4 specials included",
-            f"a batch      photos {prepared.pixels} -> features "
-            f"{tuple(features.shape)}, captions {tuple(tokens.shape)}",
-            f"a caption    {prepared.example!r}",
-            f"its ids      {ids}",
-            f"decoded      {prepared.vocabulary.decode(ids)!r}",
-        ]
-    )
+def _readable_rows(
+    rows: Sequence[int], features: Features, purpose: str, *, at_least: int
+) -> list[int]:
+    """Return the rows whose photo is readable, ``DataError`` if they are too few."""
+    readable = set(features.readable)
+    rows = [row for row in rows if row in readable]
+    if len(rows) < at_least:
+        raise DataError(
+            f"{len(rows)} photos are too few to {purpose} on, at least {at_least} are needed: "
+            "use more photos"
+        )
+    return rows
 
 
-def _batch_of_photos(
-    photos: CaptionedPhotos, rows: Sequence[int], encoder: Encoder, batch_size: int
-) -> tuple[int, ...]:
-    """Return the shape of the first batch of photos."""
-    opened = PhotoDataset(photos, encoder.transform)
-    pixels = [pixels for row in rows[:batch_size] if (pixels := opened[row][1]) is not None]
-    return tuple(torch.stack(pixels).shape)
+def _captions_of_view(
+    view: int, rows: Sequence[int], captions: Sequence[list[str]]
+) -> list[list[str]]:
+    """Return the captions of the photos in one view: mirrored where the photo is."""
+    return [
+        [mirror_text(text) for text in texts] if is_mirrored(view, row) else texts
+        for row, texts in zip(rows, captions, strict=True)
+    ]
 
 
-def _nothing(features: Features, rows: Sequence[int]) -> np.ndarray:
-    """Return features (1, 1, C) that show nothing: the mean cell of a thousand photos.
+def _mean_cell(features: Features, rows: Sequence[int]) -> np.ndarray:
+    """Return features (1, 1, C) without content: the mean cell of up to a thousand photos.
 
-    One cell does: attention over P alike ones comes to the same, at P times the work.
+    One cell is enough: attention over P equal ones gives the same, at P times the work.
     """
-    some = features.array[rows[:: max(1, len(rows) // 1000)]]
-    return some.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
+    sample = features.array[rows[:: max(1, len(rows) // 1000)]]
+    return sample.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
+
+
+def _embedding(
+    config: TrainConfig, captions: Sequence[Sequence[str]], vocabulary: Vocabulary
+) -> Tensor | None:
+    """Return the initial embedding by Word2Vec, if the settings ask for it."""
+    if not config.word2vec:
+        return None
+    from captioner.training.word2vec import word2vec_matrix  # gensim takes a second to import
+
+    size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
+    texts = [text for texts in captions for text in texts]
+    return word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
+
+
+def _digest(texts: list[list[str]]) -> list[str]:
+    """Return the SHA-256 of captions without photos, in a list; an empty list without any."""
+    return [hashlib.sha256(json.dumps(texts).encode()).hexdigest()] if texts else []
 
 
 def check_lengths(texts: Sequence[str], vocabulary: Vocabulary, max_length: int) -> None:
-    """Warn if more than a third of the captions have to be cut to ``max_length`` ids."""
-    room = max_length - 2  # without <bos> and <eos>
-    num_cut = sum(len(vocabulary.encode(text)) > room for text in texts)
+    """Warn if more than a third of the captions are longer than ``max_length`` ids."""
+    max_words = max_length - 2  # without <bos> and <eos>
+    num_cut = sum(len(vocabulary.encode(text)) > max_words for text in texts)
     if num_cut > len(texts) / 3:
         log.warning(
             "%d of %d captions are cut after %d words: raise the limit with --max-length N",
             num_cut,
             len(texts),
-            room,
+            max_words,
         )
 
 
-def prepare(
-    config: TrainConfig,
-    cache: Path = FEATURES_FOLDER,
-    processes: DistributedContext | None = None,
-) -> TrainingData:
-    """Load the photos, build the vocabulary, and extract what features are not cached yet.
+@functools.cache
+def bfloat16_speedup(device: torch.device) -> float:
+    """Return how many times faster this machine multiplies matrices in bfloat16 than in float32.
 
-    All ``processes`` of a run call this; each extracts a part of the features.
+    Processors without bfloat16 instructions emulate them, up to 200 times slower, and torch has no
+    flag that says so for all of them, so one small product is timed. A GPU is queried instead: a
+    product this small would only measure the launch. Its answer is 0 or infinity.
     """
-    processes = processes or DistributedContext()
-    check_encoder_name(config.encoder)
-    (photos, train_rows), (validation_photos, validation_rows) = _load_parts(config)
-    encoder = load_encoder(config.encoder, config.encoder_weights)
-    encoder.to(choose_device(config.device))
-    same = validation_photos is photos
-    more = [] if config.text is None else load_texts(config.text)
-    all_captions = list(photos.captions())
-    count = 1 if config.captions == "first" else None
-    # Captions of which no vocabulary can be made fail now, not after hours of extraction.
-    Vocabulary.build(itertools.chain(*all_captions), config.min_count)
+    if device.type == "cuda":
+        return math.inf if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
+    if device.type != "cpu":
+        return 0.0
+    inputs = torch.rand(256, 512, generator=torch.Generator().manual_seed(0))
+    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    end = time.perf_counter() + 0.2
+    for turn in range(20):
+        if turn > 1 and time.perf_counter() > end:
+            break
+        for dtype in best:  # in turns: a busy moment slows both
+            x = inputs.to(dtype)
+            started = time.perf_counter()
+            linear(x, x)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return best[torch.float32] / best[torch.bfloat16]
 
-    def features_of(photos: CaptionedPhotos, view: int = 0) -> Features:
-        return cache_features(encoder, photos, cache, view=view, processes=processes)
 
-    features = features_of(photos)
-    validation_features = features if same else features_of(validation_photos)
-    sources = [features.folder.name, validation_features.folder.name]
-    sources += [hashlib.sha256(json.dumps(more).encode()).hexdigest()] if more else []
-    validation_captions = all_captions if same else list(validation_photos.captions())
-    readable, validation_readable = set(features.readable), set(validation_features.readable)
-    train_rows = [row for row in train_rows if row in readable]
-    validation_rows = [row for row in validation_rows if row in validation_readable]
-    if len(validation_rows) < 2:
-        raise DataError(
-            f"{len(validation_rows)} photos to validate on are too few, at least 2 are needed: "
-            "use more photos"
-        )
-    captions = [all_captions[row][:count] for row in train_rows]
-    references = [validation_captions[row] for row in validation_rows]
-    texts = [text for some in captions for text in some]
-    vocabulary = Vocabulary.build(texts, config.min_count)
-    check_lengths(texts, vocabulary, config.max_length)
-    matrix = None
-    if config.word2vec:
-        from captioner.training.word2vec import word2vec_matrix
+def choose_precision(config: TrainConfig, processes: DistributedContext) -> tuple[bool, str]:
+    """Return whether to train in bfloat16, and the reason in a few words.
 
-        size = config.model_config(vocabulary_size=5, encoder_channels=1).embedding_size
-        read = [*texts, *(text for some in more for text in some)]
-        matrix = word2vec_matrix(read, vocabulary, size=size, seed=config.seed)
-
-    def join(
-        features: Features, rows: Sequence[int], captions: Sequence[Sequence[str]]
-    ) -> CaptionDataset:
-        return CaptionDataset(
-            features.array, rows, captions, vocabulary, max_length=config.max_length
-        )
-
-    train, train_references = [join(features, train_rows, captions)], list(captions)
-    for view in range(1, config.views):
-        seen = features_of(photos, view)
-        sources.append(seen.folder.name)
-        told = [
-            [mirror_text(text) for text in some] if is_mirrored(view, row) else some
-            for row, some in zip(train_rows, captions, strict=True)
-        ]
-        train.append(join(seen, train_rows, told))
-        train_references += told
-    text = None
-    if more and config.text_epochs:
-        told = more + captions
-        text = CaptionDataset(
-            _nothing(features, train_rows),
-            [0] * len(told),
-            told,
-            vocabulary,
-            max_length=config.max_length,
-        )
-    validation = join(validation_features, validation_rows, [some[:count] for some in references])
-    return TrainingData(
-        vocabulary=vocabulary,
-        train=ConcatDataset(train),
-        photos=len(train_rows),
-        text=text,
-        train_references=train_references,
-        example=captions[0][0],
-        validation=validation,
-        references=references,
-        matrix=matrix,
-        encoder=encoder.spec(),
-        sources=sources,
-        pixels=_batch_of_photos(photos, train_rows, encoder, config.batch_size),
-    )
+    All processes use the same precision: bfloat16 only if it is faster for each of them.
+    """
+    speedup = bfloat16_speedup(choose_device(config.device))
+    (num_slower,) = processes.all_reduce_sum(speedup < _MIN_SPEEDUP)
+    if config.bfloat16 == "auto":
+        reason = "bfloat16 is no faster here" if num_slower else "faster than float32 here"
+        return not num_slower, reason
+    if config.bfloat16 and num_slower:
+        log.warning("bfloat16 is slow on this machine: leave bfloat16 at auto")
+    return bool(config.bfloat16), "as set"

@@ -1,17 +1,13 @@
-"""A training run: all that changes while it goes on, its stages, and its way to disk and back.
+"""What changes while training, and its way to disk and back.
 
-Knows no loop and no loss. Captions are read (cross-entropy), after captions without photos where
-there are any, and then, where the settings ask for it, written and rewarded (self-critical
-training).
+A run has up to three stages: captions without photos, captions of photos (both cross-entropy),
+and self-critical training on rewards. Knows nothing of the loop and its losses.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -34,227 +29,206 @@ from captioner.model.fast import FusedForward
 from captioner.training.self_critical import Reward
 from captioner.training.setup import TrainingData
 
-log = logging.getLogger(__name__)
-
 # The stages of a run.
 TEXT, CAPTIONS, REWARDS = "text", "captions", "rewards"
 
+# Fields saved as they are.
+_PROGRESS = (
+    *("epoch", "step", "loss_sum", "num_tokens", "best_loss", "bad_epochs"),
+    *("stage", "first_epoch", "rows"),
+)
+# Settings that may change on resume: the same files may be in another place, and the tag of the
+# language does not affect training.
+_FREE_SETTINGS = ("device", "data", "text", "encoder_weights", "language")
 
-# Below this bfloat16 is not worth its rounding.
-_MIN_SPEEDUP = 1.2
 
+class TrainingState:
+    """Everything that changes while training.
 
-@functools.cache
-def bfloat16_speedup(device: torch.device) -> float:
-    """Return how many times as fast this machine multiplies matrices in bfloat16 as in float32.
-
-    Processors without bfloat16 instructions emulate them, up to 200 times slower, and no flag of
-    torch's says so for all of them: one small product is timed instead. A GPU is asked, since a
-    product this small measures only how fast it is launched; the answer is 0 or infinity.
+    Attributes:
+        model: the weights that are trained.
+        ddp_model: computes the model's forward pass; gradients are means over the processes.
+        average: the moving average of the weights, or None.
+        stage: TEXT, CAPTIONS or REWARDS; ``first_epoch`` is its first epoch.
+        epoch: completed epochs.
+        step: completed steps of the current epoch.
+        loss_sum: sum of the epoch's losses (or rewards) so far.
+        num_tokens: number of tokens (or captions) in ``loss_sum``.
+        best_loss: the lowest ``selection_loss`` so far; ``bad_epochs`` have passed since.
+        rows: the figures of each completed epoch.
     """
-    if device.type == "cuda":
-        return math.inf if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
-    if device.type != "cpu":
-        return 0.0
-    inputs = torch.rand(256, 512, generator=torch.Generator().manual_seed(0))
-    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
-    end = time.perf_counter() + 0.2
-    for turn in range(20):
-        if turn > 1 and time.perf_counter() > end:
-            break
-        for dtype in best:  # in turns: a busy moment slows both
-            x = inputs.to(dtype)
-            started = time.perf_counter()
-            linear(x, x)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-    return best[torch.float32] / best[torch.bfloat16]
-
-
-def choose_precision(config: TrainConfig, processes: DistributedContext) -> tuple[bool, str]:
-    """Return whether to train in bfloat16, and why, in a few words.
-
-    Several processes train alike: in bfloat16 only if each of them is faster with it.
-    """
-    speedup = bfloat16_speedup(choose_device(config.device))
-    (slower,) = processes.all_reduce_sum(speedup < _MIN_SPEEDUP)
-    why = "this machine is not faster in bfloat16" if slower else "faster than float32 here"
-    if config.bfloat16 == "auto":
-        return not slower, why
-    if config.bfloat16 and slower:
-        log.warning("bfloat16 is slow on this machine: leave bfloat16 at auto")
-    return bool(config.bfloat16), "as set"
-
-
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return an exponential moving average for ``AveragedModel``.
-
-    Its memory grows with the steps up to ``decay``, so that the random start is soon forgotten.
-    """
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor | int) -> None:
-        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        for average, current in zip(averages, currents, strict=True):
-            average.lerp_(current, 1 - now)
-
-    return update
-
-
-class Run:
-    """All that changes while training, and its way to disk and back."""
 
     def __init__(
         self,
         config: TrainConfig,
-        prepared: TrainingData,
+        data: TrainingData,
         folder: Path,
         processes: DistributedContext | None = None,
         *,
         bfloat16: bool = False,
     ) -> None:
-        """Start with seeded random weights; every one of ``processes`` has the same ones.
+        """Start with seeded random weights, the same in each of ``processes``.
 
         With ``bfloat16`` matrix products are computed in it; the weights stay float32.
         """
-        self.config, self.prepared, self.folder = config, prepared, folder
+        self.config, self.data, self.folder = config, data, folder
         self.processes = processes or DistributedContext()
         self.device = choose_device(config.device)
         self.bfloat16 = bfloat16
         torch.manual_seed(config.seed)
         self.model = CaptionModel(
             config.model_config(
-                vocabulary_size=len(prepared.vocabulary),
-                encoder_channels=prepared.encoder["channels"],
+                vocabulary_size=len(data.vocabulary), encoder_channels=data.encoder["channels"]
             )
         )
         with torch.no_grad():
-            if prepared.matrix is not None:
-                self.model.embedding.weight.copy_(prepared.matrix)
+            if data.embedding is not None:
+                self.model.embedding.weight.copy_(data.embedding)
             self.model.attn.Wh.weight *= config.attention_gain
             self.model.attn.v.weight *= config.attention_gain
         self.model.to(self.device)
-        # What reads captions: gradients come to ``model`` as means over the processes.
-        self.reader = self.processes.wrap_ddp(FusedForward(self.model))
+        self.ddp_model = self.processes.wrap_ddp(FusedForward(self.model))
         self.reward: Reward | None = None
-        self.begin(CAPTIONS if prepared.text is None else TEXT, 0)
-        # Where the run stands: epochs done, steps done in this one, its summed loss (or reward)
-        # and over how many words (or captions).
-        self.epoch, self.step, self.summed, self.count = 0, 0, 0.0, 0
-        self.best, self.bad_epochs = math.inf, 0
+        self.epoch, self.step, self.loss_sum, self.num_tokens = 0, 0, 0.0, 0
+        self.best_loss, self.bad_epochs = math.inf, 0
         self.rows: list[dict[str, float]] = []
+        self.begin_stage(CAPTIONS if data.text is None else TEXT)
 
-    def begin(self, stage: str, epoch: int) -> None:
-        """Start a stage on the weights as they are; ``epoch`` is its first."""
-        config, prepared = self.config, self.prepared
-        self.stage, self.stage_from = stage, epoch
-        self.dataset, self.photos, self.views = prepared.train, prepared.photos, config.views
-        self.batch_size = config.batch_size
+    def begin_stage(self, stage: str) -> None:
+        """Start a stage from the current weights, with a new optimizer and average."""
+        config, data = self.config, self.data
+        self.stage, self.first_epoch, self.bad_epochs = stage, self.epoch, 0
+        self.dataset, self.num_photos, self.views = data.train, data.num_photos, config.views
+        self.batch_size, self.num_epochs = config.batch_size, config.epochs
         rate, decay = config.learning_rate, config.weight_decay
         if stage == TEXT:
-            assert prepared.text is not None
-            self.dataset, self.photos, self.views = prepared.text, len(prepared.text), 1
-        if stage == REWARDS:
-            self.reward = Reward(prepared.train_references, prepared.vocabulary)
-            self.batch_size = config.reward_batch_size
+            assert data.text is not None
+            self.dataset, self.num_photos, self.views = data.text, len(data.text), 1
+            self.num_epochs = config.text_epochs
+        elif stage == REWARDS:
+            self.reward = Reward(data.train_references, data.vocabulary)
+            self.batch_size, self.num_epochs = config.reward_batch_size, config.reward_epochs
             rate, decay = config.reward_learning_rate, 0.0
-        self.stage_epochs = {
-            TEXT: config.text_epochs,
-            CAPTIONS: config.epochs,
-            REWARDS: config.reward_epochs,
-        }[stage]
-        self.steps_an_epoch = math.ceil(self.photos / self.batch_size)
+        self.steps_per_epoch = math.ceil(self.num_photos / self.batch_size)
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=_ema(config.ema_decay))
+            AveragedModel(self.model, multi_avg_fn=_moving_average(config.ema_decay))
             if config.ema_decay
             else None
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=decay)
         self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
 
-    def goes_on(self) -> bool:
-        """Say whether there is another epoch; after the last of a stage turn to the next one."""
-        left = self.epoch < self.stage_from + self.stage_epochs
-        if left and (self.bad_epochs < self.config.patience or self.stage == TEXT):
-            return True
+    @property
+    def stage_step(self) -> int:
+        """Completed steps of the stage."""
+        return (self.epoch - self.first_epoch) * self.steps_per_epoch + self.step
+
+    @property
+    def eval_model(self) -> CaptionModel:
+        """The weights that are evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which losses are computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def should_continue(self) -> bool:
+        """Return whether the stage has another epoch."""
+        is_patient = self.stage == TEXT or self.bad_epochs < self.config.patience
+        return is_patient and self.epoch < self.first_epoch + self.num_epochs
+
+    def advance_stage(self) -> bool:
+        """Begin the next stage; return False if there is none."""
         if self.stage == TEXT:
-            self.model.load_state_dict(self.scored.state_dict())
-            self.begin(CAPTIONS, self.epoch)
+            self.model.load_state_dict(self.eval_model.state_dict())
+            self.begin_stage(CAPTIONS)
         elif self.stage == CAPTIONS and self.config.reward_epochs:
-            # On from the best epoch, which is not always the last.
+            # The best epoch is not always the last one.
             best = checkpoints.load(self.folder / "checkpoint").model
             self.model.load_state_dict(best.state_dict())
-            self.begin(REWARDS, self.epoch)
+            self.begin_stage(REWARDS)
         else:
             return False
-        self.bad_epochs = 0
         self.save()
         return True
 
-    @property
-    def scored(self) -> CaptionModel:
-        """The weights that are scored and shipped: the averaged ones, if there are any."""
-        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            state = self.average.state_dict()
-            tensors |= {f"average.{name}": value for name, value in state.items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        return tensors
+    def finish_epoch(self, row: dict[str, float], loss: float) -> bool:
+        """Add an epoch's row; return whether its selection loss is the lowest so far."""
+        self.rows.append(row)
+        if self.config.schedule == "plateau" and self.stage == CAPTIONS:
+            self.plateau.step(row["val_loss"])
+        is_best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        self.bad_epochs = 0 if is_best else self.bad_epochs + 1
+        self.epoch, self.step, self.loss_sum, self.num_tokens = self.epoch + 1, 0, 0.0, 0
+        return is_best
 
     def save(self) -> None:
-        """Write everything that going on needs; the files are replaced in one step.
+        """Write everything needed to resume; the files are replaced in one step.
 
-        All processes hold the same, and the first one writes it.
+        The state is the same in all processes; the main one writes it.
 
         Raises:
-            WriteError: the disk is full, say; the last save stays.
+            WriteError: the disk is full, for example; the last save stays.
         """
         if not self.processes.is_main:
             return
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            average = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in average.items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         # clone: tied weights would share memory, which safetensors refuses.
-        tensors = {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
-        numbers = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "summed": self.summed,
-            "count": self.count,
-            "best": self.best,
-            "bad_epochs": self.bad_epochs,
-            "stage": self.stage,
-            "stage_from": self.stage_from,
-            "rows": self.rows,
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        values = {
+            **{name: getattr(self, name) for name in _PROGRESS},
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "plateau": {
-                name: getattr(self.plateau, name)
-                for name in ("best", "num_bad_epochs", "last_epoch", "cooldown_counter")
-            },
+            "plateau": self.plateau.state_dict(),
             "config": self.config.to_dict(),
-            "vocabulary": self.prepared.vocabulary.idx2word,
-            "sources": self.prepared.sources,
+            "vocabulary": self.data.vocabulary.idx2word,
+            "sources": self.data.sources,
         }
-        with atomic_dir(self.folder / "state") as state:
-            (state / "state.safetensors").write_bytes(save(tensors))
-            (state / "state.json").write_text(json.dumps(numbers))
+        with atomic_dir(self.folder / "state") as folder:
+            (folder / "state.safetensors").write_bytes(save(tensors))
+            (folder / "state.json").write_text(json.dumps(values))
 
     def restore(self) -> None:
-        """Go back to the last save; without one, stay at the start."""
-        state = self.folder / "state"
-        if not state.exists():
+        """Return to the last save; without one, stay at the start."""
+        folder = self.folder / "state"
+        if not folder.exists():
             return
         try:
-            numbers = json.loads((state / "state.json").read_text())
-            tensors = load_file(state / "state.safetensors")  # what it is loaded into moves it
-            kept = numbers["config"]
+            values = json.loads((folder / "state.json").read_text())
+            tensors = load_file(folder / "state.safetensors")
+            self._check_same_run(values)
+        except ConfigError:
+            raise
         except Exception as error:
-            raise TrainingError(f"{state} is damaged ({error}): start again without it") from error
-        ours = self.config.to_dict()
-        # Another device is the same run, and so are the same files in another place. The tag of
-        # the language is no part of training.
-        free = ("device", "data", "text", "encoder_weights", "language")
-        changed = [name for name in ours if kept.get(name) != ours[name] and name not in free]
+            raise TrainingError(f"{folder} is damaged ({error}): start again without it") from error
+        if values["stage"] != self.stage:
+            self.begin_stage(values["stage"])
+        for name in _PROGRESS:
+            setattr(self, name, values[name])
+        self.model.load_state_dict(_with_prefix(tensors, "model."))
+        if self.average is not None:
+            self.average.load_state_dict(_with_prefix(tensors, "average."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _with_prefix(tensors, "optimizer.").items():
+            number, field = name.split(".", 1)
+            moments.setdefault(int(number), {})[field] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.optimizer.param_groups[0]["lr"] = values["learning_rate"]
+        self.plateau.load_state_dict(values["plateau"])
+
+    def _check_same_run(self, values: dict[str, Any]) -> None:
+        """Refuse to resume a run of other settings or other data."""
+        settings, saved = self.config.to_dict(), values["config"]
+        changed = [
+            name
+            for name, value in settings.items()
+            if saved.get(name) != value and name not in _FREE_SETTINGS
+        ]
         if changed == ["epochs"] and self.config.schedule == "plateau":
             changed = []
         if changed:
@@ -262,37 +236,33 @@ class Run:
                 f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
                 "with the same ones, or choose another --out"
             )
-        same_words = numbers["vocabulary"] == self.prepared.vocabulary.idx2word
-        # The sources go by the photos, the encoder, its weights and the text.
-        if not same_words or numbers["sources"] != self.prepared.sources:
+        own = self.data.vocabulary.idx2word, self.data.sources
+        if (values["vocabulary"], values["sources"]) != own:
             raise ConfigError(
                 f"{self.folder} was started on other photos, captions or encoder weights: give the "
                 "same ones, or choose another --out"
             )
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): value
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            }
 
-        if numbers["stage"] != self.stage:
-            self.begin(numbers["stage"], numbers["stage_from"])
-        self.model.load_state_dict(part("model."))
-        if self.average is not None:
-            self.average.load_state_dict(part("average."))
-        optimizer = self.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimizer.").items():
-            number, field = name.split(".", 1)
-            moments.setdefault(int(number), {})[field] = value
-        optimizer["state"] = moments
-        self.optimizer.load_state_dict(optimizer)
-        self.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
-        for name, value in numbers["plateau"].items():
-            setattr(self.plateau, name, value)
-        self.epoch, self.step = numbers["epoch"], numbers["step"]
-        self.summed, self.count = numbers["summed"], numbers["count"]
-        self.best, self.bad_epochs = numbers["best"], numbers["bad_epochs"]
-        self.rows = numbers["rows"]
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return an exponential moving average for ``AveragedModel``.
+
+    Its memory grows with the steps up to ``decay``, so that the random start is soon forgotten.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor | int) -> None:
+        current_decay = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for average, current in zip(averages, currents, strict=True):
+            average.lerp_(current, 1 - current_decay)
+
+    return update
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,4 +1,4 @@
-"""Word2Vec (gensim) trained on the captions, as the start of the embedding matrix."""
+"""Word2Vec (gensim) trained on the captions, as initial values of the embedding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gensim.models import Word2Vec
 from torch import Tensor
 
 from captioner.config import PAD
-from captioner.model.vocabulary import SPECIALS, Vocabulary, clean
+from captioner.model.vocabulary import SPECIALS, Vocabulary
 
 
 def word2vec_matrix(
@@ -20,16 +20,16 @@ def word2vec_matrix(
     epochs: int = 10,
     seed: int = 0,
 ) -> Tensor:
-    """Return an embedding matrix (V, size) that starts from skip-gram vectors of ``captions``.
+    """Return an embedding matrix (V, size) of skip-gram vectors of the cleaned ``captions``.
 
-    The vectors are centred and scaled to a spread of 1 / sqrt(size), so that a row's norm is
-    about 1 and an output layer tied to the matrix starts with small logits; raw vectors share a
-    large common part, which makes such a model start at a loss of 10. Words that Word2Vec lacks,
-    and the specials, are drawn with the same spread; ``<pad>`` is zero.
+    The vectors are centred and scaled to a standard deviation of 1 / sqrt(size), so that a row's
+    norm is about 1 and an output layer tied to the matrix starts with small logits; raw vectors
+    share a large common part, which makes such a model start at a loss of 10. Words unknown to
+    Word2Vec, and the specials, are random with the same deviation; ``<pad>`` is zero.
 
     One worker and a fixed ``seed`` make it reproducible on a machine.
     """
-    sentences = [clean(caption).split() for caption in captions]
+    sentences = [caption.split() for caption in captions]
     model = Word2Vec(
         sentences,
         vector_size=size,
@@ -39,28 +39,22 @@ def word2vec_matrix(
         workers=1,
         seed=seed,
         epochs=epochs,
-        # Python's own hash of text differs from process to process.
-        hashfxn=_stable_hash,
+        hashfxn=_stable_hash,  # Python's own differs between processes
     )
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(len(vocabulary), size, generator=generator)
-    known = [
-        (index, model.wv.key_to_index[word])
-        for index, word in enumerate(vocabulary.idx2word)
-        if word not in SPECIALS and word in model.wv.key_to_index
-    ]
-    if known:
-        rows, places = (list(column) for column in zip(*known, strict=True))
-        vectors = torch.from_numpy(model.wv.vectors[places].copy())
+    words = [word for word in vocabulary.idx2word[len(SPECIALS) :] if word in model.wv]
+    if words:
+        vectors = torch.from_numpy(model.wv[words])
         vectors -= vectors.mean(dim=0)
-        matrix[rows] = vectors / vectors.std().clamp(min=1e-8)
+        matrix[vocabulary.known_ids(words)] = vectors / vectors.std().clamp(min=1e-8)
     matrix *= size**-0.5
     matrix[PAD] = 0
     return matrix
 
 
 def _stable_hash(text: str) -> int:
-    """FNV-1a, 32 bits."""
+    """Return the 32-bit FNV-1a hash."""
     value = 2166136261
     for byte in str(text).encode():
         value = (value ^ byte) * 16777619 % 2**32

@@ -1,4 +1,4 @@
-"""Whole processes: how long they take to start, how much memory they hold, how many they serve."""
+"""Whole processes: start-up time, memory, and visitors served."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def test_start(ratios: Ratios, photos: list[bytes], tmp_path: Path) -> None:
+def test_start_up(ratios: Ratios, photos: list[bytes], tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(photos[0])
     ratios.time(
@@ -38,12 +38,12 @@ def test_start(ratios: Ratios, photos: list[bytes], tmp_path: Path) -> None:
         aim="<= 2",
         times=5,
     )
-    seen = _run(
+    modules = _run(
         "-c",
         "import sys; from captioner.__main__ import main; "
         f"main(['caption', {str(photo)!r}]); print(*sys.modules, sep='\\n')",
     )
-    assert {"gensim", "datasets", "gradio", "matplotlib"} & set(seen.split()) == set()
+    assert {"gensim", "datasets", "gradio", "matplotlib"} & set(modules.split()) == set()
 
 
 @pytest.fixture
@@ -64,32 +64,32 @@ def test_visitors(ratios: Ratios, photos: list[bytes], page: Page) -> None:
     rates: dict[int, float] = {}
     for visitors in (1, 10, 50):
         started = time.monotonic()
-        seen = visits(page.address, photos[:1] * visitors, [expected] * visitors, 20)
-        rates[visitors] = len(seen.seconds) / (time.monotonic() - started)
+        outcome = visits(page.address, photos[:1] * visitors, [expected] * visitors, 20)
+        rates[visitors] = len(outcome.seconds) / (time.monotonic() - started)
         ratios.add(
             f"photos a minute with {visitors} visitors / with one",
             rates[visitors] / rates[1],
             "-",
             photos_a_minute=round(60 * rates[visitors]),
-            p50_seconds=float(np.percentile(seen.seconds, 50)),
-            p95_seconds=float(np.percentile(seen.seconds, 95)),
-            refused_as_busy=seen.busy,
+            p50_seconds=float(np.percentile(outcome.seconds, 50)),
+            p95_seconds=float(np.percentile(outcome.seconds, 95)),
+            refused_as_busy=outcome.busy,
             seconds_from_start_to_page=page.ready,
         )
 
 
 def test_memory_of_the_page(ratios: Ratios, photos: list[bytes], page: Page) -> None:
     expected = captions(page.address, photos[:5])
-    held, count = [], 0
+    memory, count = [], 0
     while count < 2000:
         count += len(visits(page.address, photos[:5], expected, 10).seconds)
-        held.append((count, page.anonymous()))
-    first = next(memory for count, memory in held if count >= 1000)
+        memory.append((count, page.anonymous()))
+    first = next(kilobytes for count, kilobytes in memory if count >= 1000)
     ratios.add(
         "memory of the page after 2,000 photos / after 1,000",
-        held[-1][1] / first,
+        memory[-1][1] / first,
         "flat",
-        megabytes=[(count, memory // 1000) for count, memory in held],
+        megabytes=[(count, kilobytes // 1000) for count, kilobytes in memory],
     )
 
 
@@ -114,32 +114,31 @@ import numpy as np, torch
 from tests.benchmarks.test_speed import captions_for
 from captioner import TrainConfig
 from captioner.data.dataset import CaptionDataset
-from captioner.training.setup import Prepared
-from captioner.training.state import Run
+from captioner.training.setup import TrainingData
+from captioner.training.state import TrainingState
 from captioner.training.loop import train_one_epoch
 from captioner.model.vocabulary import Vocabulary
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 path = folder / f"features{count}.npy"
 array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, 49, 1504))
 captions = captions_for(count)
-vocabulary = Vocabulary.build([text for some in captions for text in some], 1)
-data = CaptionDataset(array, range(count), captions, vocabulary, max_length=20)
+vocabulary = Vocabulary.build([text for texts in captions for text in texts], 1)
+dataset = CaptionDataset(array, range(count), captions, vocabulary, max_length=20)
 config = TrainConfig.from_recipe("best", device="cpu", views=1)
-prepared = Prepared(
-    vocabulary=vocabulary, train=data, photos=count, text=None, train_references=captions,
-    example=captions[0][0], validation=data, references=captions, matrix=None,
-    encoder={"channels": 1504}, sources=[], pixels=(),
+data = TrainingData(
+    vocabulary=vocabulary, train=dataset, num_photos=count, text=None, train_references=captions,
+    validation=dataset, references=captions, embedding=None, encoder={"channels": 1504}, sources=[],
 )
 for stage in ("captions", "rewards"):
-    run = Run(config, prepared, folder)
-    run.begin(stage, 0)
-    class Enough(Exception): pass
+    state = TrainingState(config, data, folder)
+    state.begin_stage(stage)
+    class EnoughSteps(Exception): pass
     def stop():
-        if run.step == 12:
-            raise Enough
+        if state.step == 12:
+            raise EnoughSteps
     try:
-        train_one_epoch(run, stop)
-    except Enough:
+        train_one_epoch(state, stop)
+    except EnoughSteps:
         pass
 print(Path("/proc/self/status").read_text())
 """
@@ -155,19 +154,19 @@ def test_memory(
     kinds = datasets.Features({"image": datasets.Image(), "alt_text": [datasets.Value("string")]})
     table = datasets.Dataset.from_list(rows * 24, features=kinds)
     table.to_parquet(str(tmp_path / "data" / "train-0.parquet"))
-    held = []
+    memory = []
     for count in (few, 10 * few):
         lines = _run("-c", code, str(tmp_path), str(count)).splitlines()
-        held.append(int(next(line for line in lines if "RssAnon" in line).split()[1]))
+        memory.append(int(next(line for line in lines if "RssAnon" in line).split()[1]))
     ratios.add(
         f"memory of {name}, {10 * few:,} photos / {few:,}",
-        held[1] / held[0],
+        memory[1] / memory[0],
         "<= 1.05",
-        megabytes=[each // 1000 for each in held],
+        megabytes=[kilobytes // 1000 for kilobytes in memory],
     )
 
 
-def test_the_cache_alone(ratios: Ratios, tmp_path: Path) -> None:
+def test_feature_cache(ratios: Ratios, tmp_path: Path) -> None:
     """Write and read the features of 100,000 photos, 14.7 GB, without any encoder."""
     count, shape = 100_000, (49, 1504)
     if shutil.disk_usage(tmp_path).free < 20_000_000_000:

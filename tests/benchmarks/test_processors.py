@@ -35,7 +35,7 @@ from captioner.model.encoder import load_encoder
 from captioner.images import open_photo
 from captioner.model.decoder import CaptionModel
 from captioner.model.fast import FusedForward
-from captioner.training.state import bfloat16_speedup
+from captioner.training.setup import bfloat16_speedup
 
 captioner = Captioner.load()
 photos = make_photos()

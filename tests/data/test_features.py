@@ -1,4 +1,4 @@
-"""The cache of features on disk: what is in it, when it is made anew, and what a kill leaves."""
+"""The feature cache: its contents, its key, and resumption after a kill."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captioner.data import features as features_module
 from captioner.data.features import cache_features
 from captioner.data.sources import CaptionedPhotos, load_captions
 from captioner.errors import DataError, WriteError
@@ -28,7 +29,7 @@ MakeEncoder = Callable[..., Encoder]
 
 
 class Counter:
-    """Counts the photos that pass an encoder."""
+    """Counts the photos that an encoder processes."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.photos = 0
@@ -49,7 +50,7 @@ def photos(parquet_folder: Path) -> CaptionedPhotos:
     return load_captions(str(parquet_folder), "train")
 
 
-def test_features_are_the_encoders_own_output(
+def test_features_equal_encoder_output(
     tmp_path: Path, photos: CaptionedPhotos, lite2: Encoder
 ) -> None:
     some = photos.select(range(5))
@@ -63,7 +64,7 @@ def test_features_are_the_encoders_own_output(
     assert np.abs(features.array[0] - features.array[1]).max() > 0.1
 
 
-def test_cells_go_row_by_row_from_the_upper_left(
+def test_cells_are_ordered_by_row_from_top_left(
     tmp_path: Path, hub_row: MakeRow, write_parquet: Write, tiny_encoder: MakeEncoder
 ) -> None:
     # A red circle on the left of the middle row, seen by an encoder that counts missing green.
@@ -78,7 +79,7 @@ def test_cells_go_row_by_row_from_the_upper_left(
     assert (int(row), int(column)) in {(3, 1), (2, 1), (3, 0), (4, 1)}
 
 
-def test_the_array_is_memory_mapped_and_read_only(
+def test_array_is_memory_mapped_and_read_only(
     tmp_path: Path, photos: CaptionedPhotos, tiny_encoder: MakeEncoder
 ) -> None:
     features = cache_features(tiny_encoder(), photos, tmp_path)
@@ -88,7 +89,7 @@ def test_the_array_is_memory_mapped_and_read_only(
     assert features.folder.parent == tmp_path
 
 
-def test_a_second_call_runs_nothing(
+def test_second_call_extracts_nothing(
     tmp_path: Path, photos: CaptionedPhotos, tiny_encoder: MakeEncoder
 ) -> None:
     encoder = tiny_encoder()
@@ -99,14 +100,14 @@ def test_a_second_call_runs_nothing(
     assert counter.photos == 24
     assert second.folder == first.folder
     assert np.array_equal(second.array, first.array)
-    # Nor does another process that loads the same weights.
+    # The same weights, loaded again.
     again = tiny_encoder()
     counter = Counter(again)
     assert np.array_equal(cache_features(again, photos, tmp_path).array, first.array)
     assert counter.photos == 0
 
 
-def test_two_at_once_extract_once(
+def test_concurrent_calls_extract_once(
     tmp_path: Path, photos: CaptionedPhotos, tiny_encoder: MakeEncoder
 ) -> None:
     encoder = tiny_encoder()
@@ -121,12 +122,13 @@ def test_two_at_once_extract_once(
     assert counter.photos == 24
 
 
-def test_any_change_makes_a_new_cache(
+def test_cache_key_covers_photos_encoder_view_and_preprocessing(
     tmp_path: Path,
     photos: CaptionedPhotos,
     hub_row: MakeRow,
     write_parquet: Write,
     tiny_encoder: MakeEncoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [hub_row(number) for number in range(24)]
     rows[3]["image"] = hub_row(40)["image"]
@@ -147,14 +149,17 @@ def test_any_change_makes_a_new_cache(
         name: cache_features(encoder, some, tmp_path / "cache", view=view)
         for name, (encoder, some, view) in runs.items()
     }
-    assert len({features.folder for features in found.values()}) == len(runs)
+    folders = {features.folder for features in found.values()}
+    assert len(folders) == len(runs)
+    monkeypatch.setattr(features_module, "_PREPROCESSING_VERSION", 0)
+    assert cache_features(tiny_encoder(), photos, tmp_path / "cache").folder not in folders
     for name, (encoder, some, view) in runs.items():
         if not view:
             difference = found[name].array[3] - _expected(encoder, some, 3)
             assert np.abs(difference).max() <= 0.01, name
 
 
-def test_other_captions_keep_the_cache(
+def test_cache_key_ignores_captions(
     tmp_path: Path,
     photos: CaptionedPhotos,
     hub_row: MakeRow,
@@ -170,7 +175,7 @@ def test_other_captions_keep_the_cache(
     assert counter.photos == 0
 
 
-def test_mirrored_features_are_those_of_the_mirrored_photo(
+def test_mirrored_view_equals_features_of_mirrored_photo(
     tmp_path: Path, hub_row: MakeRow, write_parquet: Write, tiny_encoder: MakeEncoder
 ) -> None:
     # Photo n + 8 is photo n mirrored: a shape on the right in place of the left.
@@ -186,7 +191,7 @@ def test_mirrored_features_are_those_of_the_mirrored_photo(
         expected = encoder(pixels.flip(-1)[None])[0].half().numpy()
         assert np.abs(mirrored.array[row] - expected).max() <= 0.01
     assert np.abs(mirrored.array - plain.array).max() > 0.1
-    # To the eye too: the left third of the one shows what the right third of the other does.
+    # The shape moves from the left to the right.
     heat = np.abs(plain.array[0] - plain.array[0, 0]).sum(-1).reshape(7, 7)
     turned = np.abs(mirrored.array[0] - mirrored.array[0, 0]).sum(-1).reshape(7, 7)
     assert heat[:, :3].sum() > 3 * heat[:, 4:].sum()
@@ -209,13 +214,13 @@ def test_unreadable_photos_are_skipped_and_counted(
         features = cache_features(encoder, photos, tmp_path / "cache")
         assert features.readable == [1, 2, 3, 5, 6]
         assert len(features.array) == 7
-        assert "skipped 2 photos" in caplog.text
+        assert "skipped 2 unreadable photos" in caplog.text
         caplog.clear()
     for row in features.readable:
         assert np.abs(features.array[row] - _expected(encoder, photos, row)).max() <= 0.01
 
 
-def test_no_readable_photo_is_an_error(
+def test_no_readable_photo_raises_data_error(
     tmp_path: Path, hub_row: MakeRow, write_parquet: Write, tiny_encoder: MakeEncoder
 ) -> None:
     rows = [hub_row(n) | {"image": {"bytes": b"none", "path": "x"}} for n in range(3)]
@@ -225,7 +230,7 @@ def test_no_readable_photo_is_an_error(
             cache_features(tiny_encoder(), photos, tmp_path / "cache")
 
 
-def test_a_full_disk_is_noticed_before_it_starts(
+def test_full_disk_raises_before_extraction(
     tmp_path: Path,
     photos: CaptionedPhotos,
     tiny_encoder: MakeEncoder,
@@ -240,7 +245,7 @@ def test_a_full_disk_is_noticed_before_it_starts(
             cache_features(encoder, photos, tmp_path)
         assert counter.photos == 0
         assert not list(tmp_path.rglob("*.npy"))
-    # With room it goes on, and what is already there needs none.
+    # With space it resumes; a complete cache needs none.
     features = cache_features(encoder, photos, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     assert np.array_equal(cache_features(encoder, photos, tmp_path).array, features.array)
@@ -272,7 +277,8 @@ cache_features(encoder, load_captions(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_a_killed_extraction_goes_on_and_comes_to_the_same_bytes(
+@pytest.mark.slow
+def test_killed_extraction_resumes_to_the_same_bytes(
     tmp_path: Path,
     draw: Callable[..., bytes],
     write_parquet: Write,
@@ -296,10 +302,10 @@ def test_a_killed_extraction_goes_on_and_comes_to_the_same_bytes(
     counter = Counter(encoder)
     photos = load_captions(str(folder))
     resumed = cache_features(encoder, photos, tmp_path / "killed")
-    assert len(list((tmp_path / "killed").iterdir())) == 1  # the cache that was begun
+    assert len(list((tmp_path / "killed").iterdir())) == 1
     assert 0 < counter.photos < 800  # not from the start
     whole = cache_features(encoder, photos, tmp_path / "whole")
     assert resumed.readable == whole.readable
     assert set(range(1100)) - set(whole.readable) == {5, 700}
-    left, right = (each.folder / "features.npy" for each in (resumed, whole))
+    left, right = (features.folder / "features.npy" for features in (resumed, whole))
     assert left.read_bytes() == right.read_bytes()

@@ -1,4 +1,4 @@
-"""What a training run left, and whether two are the same."""
+"""The files of a training run, and their comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def figures(run: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Compare two runs to the last bit, and what files they left."""
+    """Compare the weights, figures and file names of two runs, bit by bit."""
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
     assert figures(one) == figures(other)
     for name in ("checkpoint/model.safetensors", "state/state.safetensors"):

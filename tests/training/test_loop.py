@@ -1,4 +1,4 @@
-"""Training: it learns, its schedules are what they say, and it stops where it should."""
+"""The training loop, its schedules and stages, the logger, and the saved state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
-from captioner.config import RECIPES, DecodingOptions, TrainConfig
+from captioner.config import (
+    BOS,
+    EOS,
+    PAD,
+    RECIPES,
+    DecodingOptions,
+    ModelConfig,
+    TrainConfig,
+)
 from captioner.data.dataset import CaptionDataset
 from captioner.data.features import cache_features
 from captioner.data.sources import load_captions
@@ -28,46 +36,49 @@ from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, TrainingError
 from captioner.inference.captioner import Captioner
 from captioner.model import checkpoint as checkpoints
+from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder, choose_device
-from captioner.model.vocabulary import Vocabulary, clean
+from captioner.model.vocabulary import Vocabulary
 from captioner.training import loop as training
 from captioner.training.evaluation import cross_entropy_of
 from captioner.training.logger import MetricsLogger, curves
-from captioner.training.loop import epoch_order, fit, learning_rate_at, train_one_epoch
-from captioner.training.setup import TrainingData
-from captioner.training.state import Run, choose_precision
+from captioner.training.loop import (
+    caption_loss,
+    epoch_order,
+    fit,
+    learning_rate_at,
+    train_one_epoch,
+)
+from captioner.training.setup import TrainingData, choose_precision
+from captioner.training.state import CAPTIONS, REWARDS, TrainingState
 
 MakeRow = Callable[..., dict[str, Any]]
 Write = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
 
 
-def _prepared(
-    features: np.ndarray, captions: list[list[str]], encoder: dict[str, Any]
-) -> TrainingData:
+def _data(features: np.ndarray, captions: list[list[str]], encoder: dict[str, Any]) -> TrainingData:
     """Train and validate on the same photos."""
-    vocabulary = Vocabulary.build([text for some in captions for text in some], 1)
+    vocabulary = Vocabulary.build([text for texts in captions for text in texts], 1)
     dataset = CaptionDataset(features, range(len(captions)), captions, vocabulary, max_length=20)
     return TrainingData(
         vocabulary=vocabulary,
         train=dataset,
-        photos=len(captions),
+        num_photos=len(captions),
         text=None,
         train_references=captions,
-        example=captions[0][0],
         validation=dataset,
         references=captions,
-        matrix=None,
+        embedding=None,
         encoder=encoder,
         sources=[],
-        pixels=(1, 3, 224, 224),
     )
 
 
 # Learning
 
 
-@pytest.mark.parametrize("recipe", ["seed", "best"])
-def test_ten_photos_are_learned_by_heart(
+@pytest.mark.parametrize("recipe", [pytest.param("seed", marks=pytest.mark.slow), "best"])
+def test_training_memorizes_ten_photos(
     tmp_path: Path,
     hub_row: MakeRow,
     draw: Callable[..., bytes],
@@ -79,7 +90,7 @@ def test_ten_photos_are_learned_by_heart(
     folder = write_parquet(tmp_path / "data", {"train": rows})
     photos = load_captions(str(folder))
     features = cache_features(lite2, photos, tmp_path / "cache")
-    captions = [texts[:1] for texts in photos.captions()]
+    captions = [texts[:1] for texts in photos.captions]
     assert len({caption for (caption,) in captions}) == 10
     config = TrainConfig.from_recipe(
         recipe,
@@ -93,60 +104,91 @@ def test_ten_photos_are_learned_by_heart(
         label_smoothing=0.0,
         ema_decay=0.9 if recipe == "best" else 0.0,
         device="cpu",
-        # Smaller, and without what is there to keep it from learning by heart.
+        # Smaller, and without regularization.
         model={
             **RECIPES[recipe].get("model", {}),
             **{"hidden_size": 128, "embedding_size": 64, "dropout": 0.0, "feature_dropout": 0.0},
         },
     )
-    run = Run(config, _prepared(features.array, captions, lite2.spec()), tmp_path)
+    state = TrainingState(config, _data(features.array, captions, lite2.spec()), tmp_path)
     losses = []
     for _ in range(config.epochs):
-        losses.append(train_one_epoch(run))
-        run.epoch, run.step, run.summed, run.count = run.epoch + 1, 0, 0.0, 0
+        losses.append(train_one_epoch(state))
+        state.finish_epoch({"val_loss": 0.0}, 0.0)
     assert losses[0] > 1.5
     assert losses[-1] < 0.05
-    assert cross_entropy_of(run.scored, run.prepared.validation) < 0.05
-    # Through the checkpoint, the encoder and the search, to text.
+    assert cross_entropy_of(state.eval_model, state.data.validation) < 0.05
+    # From pixels to text, through the saved checkpoint.
     checkpoints.save(
         tmp_path / "checkpoint",
         checkpoints.Checkpoint(
-            run.scored, run.prepared.vocabulary, 20, lite2.spec(), config.to_dict(), {}
+            state.eval_model, state.data.vocabulary, 20, lite2.spec(), config.to_dict(), {}
         ),
     )
     captioner = Captioner(checkpoints.load(tmp_path / "checkpoint"), lite2)
-    found = captioner.caption_batch(
+    results = captioner.caption_batch(
         [draw(3 * number) for number in range(10)], DecodingOptions.plain_greedy()
     )
-    assert [caption.text for caption in found] == [clean(caption) for (caption,) in captions]
+    assert [[caption.text] for caption in results] == captions
 
 
 def _toy(encoder_channels: int = 6, photos: int = 8) -> TrainingData:
-    """Random features; each photo has its own word."""
+    """Return random features; each photo has its own word."""
     features = np.random.default_rng(0).standard_normal((photos, 49, encoder_channels))
     captions = [[f"word{number} is here"] for number in range(photos)]
     spec = {"name": "toy", "channels": encoder_channels, "sha256": "0", "transform": {"size": 224}}
-    return _prepared(features.astype(np.float16), captions, spec)
+    return _data(features.astype(np.float16), captions, spec)
 
 
-_SMALL = {"hidden_size": 16, "embedding_size": 8, "attention_size": 8}
+_SMALL: dict[str, Any] = {"hidden_size": 16, "embedding_size": 8, "attention_size": 8}
+
+
+def test_caption_loss_is_cross_entropy_of_targets_without_padding() -> None:
+    captions = torch.tensor([[[BOS, 7, EOS, PAD], [BOS, 5, 6, EOS]]])
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    log_probs = logits.log_softmax(-1)
+    expected = -log_probs[range(5), [7, EOS, 5, 6, EOS]].mean()
+    loss, num_tokens = caption_loss(lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions)
+    assert num_tokens == 5
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    smoothed, _ = caption_loss(
+        lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions, label_smoothing=0.1
+    )
+    expected = 0.9 * expected - 0.1 * log_probs.mean()
+    assert smoothed.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
+    captions = [["a dog runs in the snow", "a cat"], ["dog"], ["the cat sits", "a dog runs"]]
+    features = np.random.default_rng(0).standard_normal((3, 49, 6)).astype(np.float16)
+    dataset = _data(features, captions, {}).validation
+    torch.manual_seed(0)
+    config = ModelConfig(vocabulary_size=12, encoder_channels=6, **_SMALL)
+    model = CaptionModel(config).eval()
+    cells, token_ids = map(torch.stack, zip(*(dataset[row] for row in range(3)), strict=True))
+    with torch.no_grad():
+        expected, num_tokens = caption_loss(model, cells.float(), token_ids)
+    assert num_tokens == 6 + 2 + 1 + 3 + 3 + 5  # with <eos>
+    assert cross_entropy_of(model, dataset, batch_size=2) == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_with_a_message(tmp_path: Path, value: float) -> None:
-    prepared = _toy()
-    prepared.validation.features[3, 5, 1] = value
-    run = Run(TrainConfig(batch_size=2, device="cpu", model=_SMALL), prepared, tmp_path)
+def test_infinite_or_nan_loss_stops_training(tmp_path: Path, value: float) -> None:
+    data = _toy()
+    data.validation.features[3, 5, 1] = value
+    run = TrainingState(TrainConfig(batch_size=2, device="cpu", model=_SMALL), data, tmp_path)
     with pytest.raises(TrainingError, match=r"became .*(nan|inf).* in epoch 1.*--learning-rate"):
         train_one_epoch(run)
 
 
-def test_the_loss_of_an_epoch_is_a_mean_over_its_words(tmp_path: Path) -> None:
-    # At a rate of nearly nothing, batches of any size come to the same.
+def test_epoch_loss_does_not_depend_on_batch_size(tmp_path: Path) -> None:
+    # At a learning rate of almost zero.
     losses = []
     for batch_size in (1, 3, 8):
         config = TrainConfig(batch_size=batch_size, learning_rate=1e-12, device="cpu", model=_SMALL)
-        losses.append(train_one_epoch(Run(config, _toy(), tmp_path)))
+        losses.append(train_one_epoch(TrainingState(config, _toy(), tmp_path)))
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-4)
     assert losses[0] == pytest.approx(math.log(14), rel=0.2)
 
@@ -154,7 +196,7 @@ def test_the_loss_of_an_epoch_is_a_mean_over_its_words(tmp_path: Path) -> None:
 # Schedules
 
 
-def test_the_cosine_warms_up_and_falls_to_zero() -> None:
+def test_cosine_schedule_warms_up_and_falls_to_zero() -> None:
     rates = [learning_rate_at(step, 1000, 1e-3, 0.1) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-5)
     assert rates[49] == pytest.approx(5e-4)
@@ -164,43 +206,85 @@ def test_the_cosine_warms_up_and_falls_to_zero() -> None:
     assert 0 < rates[999] < 1e-8
     assert all(first < second for first, second in pairwise(rates[:100]))
     assert all(first > second for first, second in pairwise(rates[100:]))
-    assert [learning_rate_at(step, 1000, 1e-3, 0.1) for step in range(1000)] == rates
+    assert learning_rate_at(0, 10, 1e-3) == pytest.approx(1e-3)  # without warm-up
 
 
-def test_without_warm_up_it_starts_at_the_top() -> None:
-    assert learning_rate_at(0, 10, 1e-3) == pytest.approx(1e-3)
+def test_learning_rate_stays_between_zero_and_peak() -> None:
+    for warmup in (0.0, 0.05, 0.3, 1.0):
+        for num_steps in (1, 3, 10, 19, 30, 50, 999):
+            rates = [learning_rate_at(step, num_steps, 1e-3, warmup) for step in range(num_steps)]
+            assert min(rates) > 0
+            assert max(rates) <= 1e-3 * (1 + 1e-9), (num_steps, warmup)
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.3, 1.0])
-def test_the_rate_never_passes_the_highest(warmup: float) -> None:
-    for total in (1, 3, 10, 19, 30, 50, 999):
-        rates = [learning_rate_at(step, total, 1e-3, warmup) for step in range(total)]
-        assert min(rates) > 0
-        assert max(rates) <= 1e-3 * (1 + 1e-9), total
+def test_optimizer_follows_the_schedule_of_its_stage(tmp_path: Path) -> None:
+    config = TrainConfig(
+        batch_size=2,
+        epochs=2,
+        schedule="cosine",
+        warmup=0.25,
+        learning_rate=0.01,
+        reward_epochs=1,
+        reward_batch_size=4,
+        reward_learning_rate=0.001,
+        device="cpu",
+        model=_SMALL,
+    )
+    state = TrainingState(config, _toy(), tmp_path)
+    rates: list[float] = []
+
+    def record() -> None:
+        rates.append(state.optimizer.param_groups[0]["lr"])
+
+    for _ in range(2):
+        train_one_epoch(state, record)
+        state.finish_epoch({"val_loss": 1.0}, 1.0)
+    assert rates == pytest.approx([learning_rate_at(step, 8, 0.01, 0.25) for step in range(8)])
+    rates.clear()
+    state.begin_stage(REWARDS)
+    train_one_epoch(state, record)
+    assert rates == pytest.approx([learning_rate_at(step, 2, 0.001) for step in range(2)])
 
 
-@pytest.mark.parametrize("photos", [1, 7, 100])
-def test_an_epoch_goes_through_each_photo_once(photos: int) -> None:
-    orders = [epoch_order(photos, 1, seed=0, epoch=epoch) for epoch in range(3)]
-    for order in orders:
-        assert sorted(order) == list(range(photos))
-    assert epoch_order(photos, 1, seed=0, epoch=1) == orders[1]
-    if photos == 100:
-        assert orders[0] != orders[1] != orders[2]
-        assert epoch_order(photos, 1, seed=1, epoch=0) != orders[0]
+def test_stages_advance_only_when_asked(tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=8, epochs=3, patience=2, device="cpu", model=_SMALL)
+    state = TrainingState(config, _toy(), tmp_path)
+    for loss in (3.0, 3.5):
+        assert state.should_continue()
+        assert state.should_continue()  # it changes nothing
+        state.finish_epoch({"val_loss": loss}, loss)
+    assert (state.epoch, state.bad_epochs, state.best_loss) == (2, 1, 3.0)
+    state.finish_epoch({"val_loss": 2.0}, 2.0)
+    assert state.bad_epochs == 0
+    assert not state.should_continue()  # all epochs are done
+    assert not state.advance_stage()  # and no rewards are wanted
+    state.begin_stage(CAPTIONS)
+    assert state.should_continue()
+    for _ in range(2):
+        state.finish_epoch({"val_loss": 2.0}, 2.0)
+    assert not state.should_continue()  # no patience left
 
 
-def test_each_photo_comes_once_an_epoch_in_one_of_its_views() -> None:
+def test_epoch_order_holds_each_photo_once() -> None:
+    for num_photos in (1, 7, 100):
+        orders = [epoch_order(num_photos, 1, seed=0, epoch=epoch) for epoch in range(3)]
+        assert all(sorted(order) == list(range(num_photos)) for order in orders)
+        assert epoch_order(num_photos, 1, seed=0, epoch=1) == orders[1]
+    assert orders[0] != orders[1] != orders[2]
+    assert epoch_order(100, 1, seed=1, epoch=0) != orders[0]
+
+
+def test_epoch_order_mixes_views() -> None:
     orders = [epoch_order(200, 3, seed=0, epoch=epoch) for epoch in range(4)]
     for order in orders:
-        assert sorted(place % 200 for place in order) == list(range(200))
+        assert sorted(index % 200 for index in order) == list(range(200))
         for view in range(3):
-            assert 40 < sum(place // 200 == view for place in order) < 95
-    seen = {place for order in orders for place in order}
-    assert len(seen) > 400  # most photos were shown in several views
+            assert 40 < sum(index // 200 == view for index in order) < 95
+    indices = {index for order in orders for index in order}
+    assert len(indices) > 400  # most photos appear in several views
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_choose_device_refuses_missing_device() -> None:
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     missing = "mps" if torch.cuda.is_available() else "cuda"
@@ -208,7 +292,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         choose_device(missing)
 
 
-# When to stop, and what is kept
+# Stages and stopping
 
 
 @pytest.fixture
@@ -220,12 +304,12 @@ def scripted(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Callable[..., tuple[dict[str, float], list[dict[str, str]]]]:
-    """``fit`` with validation losses that the test makes up, on real photos."""
+    """Return ``fit`` on real photos, with validation losses given by the test."""
     cache = tmp_path_factory.getbasetemp() / "scripted-features"
 
     def run(losses: list[float], **changes: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
-        left = iter(losses)
-        monkeypatch.setattr(training, "cross_entropy_of", lambda *_, **__: next(left))
+        remaining = iter(losses)
+        monkeypatch.setattr(training, "cross_entropy_of", lambda *_, **__: next(remaining))
         config = TrainConfig.from_recipe(
             "seed",
             data=str(parquet_folder),
@@ -243,7 +327,7 @@ def scripted(
     return run
 
 
-def test_training_stops_after_patience_and_keeps_the_best(
+def test_training_stops_after_patience_and_keeps_best_epoch(
     scripted: Callable[..., tuple[dict[str, float], list[dict[str, str]]]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -266,7 +350,7 @@ def test_training_stops_after_patience_and_keeps_the_best(
     assert "no better epoch for 3 epochs" in lines[-1]
 
 
-def test_a_better_epoch_starts_patience_anew(
+def test_better_epoch_resets_patience(
     scripted: Callable[..., tuple[dict[str, float], list[dict[str, str]]]],
 ) -> None:
     best, rows = scripted([3.0, 3.1, 2.9, 3.1, 2.8, 3.0, 3.1], epochs=10, patience=2)
@@ -274,7 +358,7 @@ def test_a_better_epoch_starts_patience_anew(
     assert best["epoch"] == 5
 
 
-def test_the_rate_falls_after_two_epochs_without_a_lower_loss(
+def test_plateau_schedule_lowers_rate_after_two_bad_epochs(
     scripted: Callable[..., tuple[dict[str, float], list[dict[str, str]]]],
 ) -> None:
     _, rows = scripted([2.0, 2.1, 2.2, 1.9, 1.8], epochs=5, patience=5)
@@ -282,10 +366,10 @@ def test_the_rate_falls_after_two_epochs_without_a_lower_loss(
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
-def test_the_rate_falls_before_patience_ends(
+def test_seed_recipe_lowers_rate_before_patience_ends(
     scripted: Callable[..., tuple[dict[str, float], list[dict[str, str]]]],
 ) -> None:
-    # The recipe as it stands: a schedule that only acts when training stops would be none.
+    # A schedule that only acts when training stops would be useless.
     _, rows = scripted([2.0, 2.1, 2.2, 2.3], epochs=4)
     assert float(rows[-1]["learning_rate"]) < float(rows[0]["learning_rate"])
 
@@ -298,11 +382,11 @@ def _row(epoch: int) -> dict[str, float]:
     return {"epoch": epoch, **{name: epoch + place / 10 for place, name in enumerate(names)}}
 
 
-def test_every_epoch_goes_to_csv_tensorboard_and_curves(tmp_path: Path) -> None:
+def test_logger_writes_csv_tensorboard_and_curves(tmp_path: Path) -> None:
     logbook = MetricsLogger(tmp_path, [])
     for epoch in (1, 2):
         logbook.add(_row(epoch))
-        # At once, so that a killed run leaves its figures.
+        # Immediately, so that a killed run leaves its figures.
         with (tmp_path / "metrics.csv").open() as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         assert rows == [_row(number) for number in range(1, epoch + 1)]
@@ -319,7 +403,7 @@ def test_every_epoch_goes_to_csv_tensorboard_and_curves(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("val_loss")] == pytest.approx([1.1, 2.1, 3.1])
 
 
-def test_the_curves_show_losses_scores_and_rate() -> None:
+def test_curves_plot_losses_scores_and_rate() -> None:
     figure = curves([_row(1), _row(2), _row(3)])
     titles = [axes.get_title() for axes in figure.axes]
     assert len(titles) == 3
@@ -329,51 +413,57 @@ def test_the_curves_show_losses_scores_and_rate() -> None:
     assert list(np.asarray(line.get_ydata())) == pytest.approx([1.1, 2.1, 3.1])
 
 
-# A run's state
+# The saved state
 
 
-def test_a_saved_run_is_restored_to_the_bit(tmp_path: Path) -> None:
+def test_restored_state_equals_saved_state(tmp_path: Path) -> None:
     options = {**_SMALL, "mean_start": True, "deep_output": True, "tied_embedding": True}
     config = TrainConfig(
         batch_size=3, ema_decay=0.9, device="cpu", seed=5, model={**options, "dropout": 0.3}
     )
-    first = Run(config, _toy(), tmp_path)
+    first = TrainingState(config, _toy(), tmp_path)
     train_one_epoch(first)
+    first.finish_epoch({"val_loss": 2.5}, 2.5)
     first.save()
-    state = load_file(tmp_path / "state" / "state.safetensors")
-    again = Run(config, _toy(), tmp_path)
+    saved = load_file(tmp_path / "state" / "state.safetensors")
+    values = (tmp_path / "state" / "state.json").read_text()
+    assert any(name.startswith("optimizer.") for name in saved)
+    again = TrainingState(config, _toy(), tmp_path)
     again.restore()
     again.save()
     restored = load_file(tmp_path / "state" / "state.safetensors")
-    assert state.keys() == restored.keys()
-    assert all(torch.equal(state[name], restored[name]) for name in state)
-    assert (again.epoch, again.step, again.count) == (first.epoch, first.step, first.count)
-    assert not list(tmp_path.rglob("*.pt"))
-    assert not list(tmp_path.rglob("*.pkl"))
+    assert saved.keys() == restored.keys()
+    assert all(torch.equal(saved[name], restored[name]) for name in saved)
+    assert (tmp_path / "state" / "state.json").read_text() == values
+    # The next epoch of both is the same, including the optimizer's moments.
+    assert train_one_epoch(again) == train_one_epoch(first)
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json", ".safetensors"}
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+def test_damaged_state_raises_training_error(tmp_path: Path) -> None:
     config = TrainConfig(batch_size=4, device="cpu", model=_SMALL)
-    run = Run(config, _toy(), tmp_path)
+    run = TrainingState(config, _toy(), tmp_path)
     train_one_epoch(run)
     run.save()
     whole = (tmp_path / "state" / "state.safetensors").read_bytes()
     (tmp_path / "state" / "state.safetensors").write_bytes(whole[:-50])
     with pytest.raises(TrainingError, match="state is damaged"):
-        Run(config, _toy(), tmp_path).restore()
+        TrainingState(config, _toy(), tmp_path).restore()
     (tmp_path / "state" / "state.safetensors").write_bytes(whole)
     (tmp_path / "state" / "state.json").write_text("{}")
     with pytest.raises(TrainingError, match="state is damaged"):
-        Run(config, _toy(), tmp_path).restore()
+        TrainingState(config, _toy(), tmp_path).restore()
 
 
-def test_a_run_on_other_captions_is_not_resumed(tmp_path: Path) -> None:
+def test_restore_refuses_other_captions(tmp_path: Path) -> None:
     config = TrainConfig(batch_size=4, device="cpu", model=_SMALL)
-    run = Run(config, _toy(), tmp_path)
+    run = TrainingState(config, _toy(), tmp_path)
     train_one_epoch(run)
     run.save()
     with pytest.raises(ConfigError, match="other photos, captions or encoder weights"):
-        Run(config, _toy(photos=9), tmp_path).restore()
+        TrainingState(config, _toy(photos=9), tmp_path).restore()
 
 
 # Precision
@@ -382,7 +472,7 @@ def test_a_run_on_other_captions_is_not_resumed(tmp_path: Path) -> None:
 class _Slower(DistributedContext):
     """Two processes, of which the other one is not faster in bfloat16."""
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         return [value + 1 for value in values]
 
 
@@ -398,7 +488,7 @@ class _Slower(DistributedContext):
         (False, 2.0, DistributedContext(), False),
     ],
 )
-def test_bfloat16_is_chosen_where_it_is_faster_or_set(
+def test_bfloat16_is_used_if_faster_or_set(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     setting: bool | str,
@@ -406,7 +496,7 @@ def test_bfloat16_is_chosen_where_it_is_faster_or_set(
     processes: DistributedContext,
     expected: bool,
 ) -> None:
-    monkeypatch.setattr("captioner.training.state.bfloat16_speedup", lambda _: speedup)
+    monkeypatch.setattr("captioner.training.setup.bfloat16_speedup", lambda _: speedup)
     config = TrainConfig.from_recipe("best", bfloat16=setting, device="cpu")
     chosen, _ = choose_precision(config, processes)
     assert chosen is expected
@@ -415,14 +505,15 @@ def test_bfloat16_is_chosen_where_it_is_faster_or_set(
 
 _OLD_PROCESSOR = """
 import torch
-from captioner.training.state import bfloat16_speedup
+from captioner.training.setup import bfloat16_speedup
 print(torch.backends.cpu.get_cpu_capability(), bfloat16_speedup(torch.device("cpu")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86")
-def test_a_processor_without_bfloat16_instructions_trains_in_float32() -> None:
-    # oneDNN and torch do without what newer processors have.
+def test_bfloat16_is_slow_without_processor_support() -> None:
+    # oneDNN and torch use no newer instructions.
     old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(
         [sys.executable, "-c", _OLD_PROCESSOR],

@@ -121,7 +121,7 @@ def test_best_prints_shapes_and_a_line_per_epoch(whole: tuple[Path, str]) -> Non
     assert ids is not None
     assert len(ids[1].split(",")) == 20
     assert ids[1].startswith("1, ")
-    assert "'A red circle on the left.'" in output
+    assert "'a red circle on the left'" in output
     assert "'a red circle on the left'" in output
     lines = [match for line in output.splitlines() if (match := EPOCH_LINE.match(line))]
     assert [match[1] for match in lines] == ["01", "02", "03"]
@@ -226,7 +226,7 @@ def test_sigterm_saves_and_resume_gives_the_same_bits(
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "all saved: go on with --resume" in rest
+    assert "all saved: continue with --resume" in rest
     assert "Traceback" not in rest
     state = json.loads((out / "state" / "state.json").read_text())
     assert state["epoch"] == 1

@@ -1,4 +1,4 @@
-"""Word2Vec as the start of the embedding matrix."""
+"""Initial embeddings by Word2Vec."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from captioner.config import PAD, ModelConfig
 from captioner.model.decoder import CaptionModel
-from captioner.model.vocabulary import SPECIALS, Vocabulary
+from captioner.model.vocabulary import SPECIALS, Vocabulary, clean
 from captioner.training.word2vec import word2vec_matrix
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    """Captions of two worlds whose words never meet: animals outdoors, and traffic."""
-    worlds = (
+    """Captions of two topics with separate words: animals outdoors, and traffic."""
+    topics = (
         (("dog", "cat", "horse"), ("runs", "sleeps", "jumps"), ("grass", "snow", "mud")),
         (("car", "bus", "truck"), ("drives", "parks", "turns"), ("street", "road", "tunnel")),
     )
     return [
-        f"The {subject} {verb} in the {place}."
-        for subjects, verbs, places in worlds
+        f"the {subject} {verb} in the {place}"
+        for subjects, verbs, places in topics
         for subject in subjects
         for verb in verbs
         for place in places
@@ -39,7 +39,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocabulary(corpus: list[str]) -> Vocabulary:
-    return Vocabulary([*SPECIALS, *sorted({w for c in corpus for w in c[:-1].lower().split()})])
+    return Vocabulary([*SPECIALS, *sorted({w for c in corpus for w in c.split()})])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def matrix(corpus: list[str], vocabulary: Vocabulary) -> Tensor:
     return word2vec_matrix(corpus, vocabulary, size=64)
 
 
-def test_a_row_for_each_word_of_the_spread_that_is_asked_for(
+def test_matrix_has_shape_and_deviation(
     corpus: list[str], vocabulary: Vocabulary, matrix: Tensor
 ) -> None:
     assert matrix.shape == (len(vocabulary), 64)
@@ -59,20 +59,20 @@ def test_a_row_for_each_word_of_the_spread_that_is_asked_for(
     assert wide[1:].std() == pytest.approx(256**-0.5, rel=0.1)
 
 
-def test_padding_is_zero_and_only_that(matrix: Tensor) -> None:
+def test_only_padding_row_is_zero(matrix: Tensor) -> None:
     assert not matrix[PAD].any()
     assert (matrix[1:].norm(dim=1) > 0.1).all()
 
 
-def test_words_that_word2vec_lacks_get_the_same_spread(corpus: list[str]) -> None:
-    strangers = [f"stranger{number:02}" for number in range(40)]
-    vocabulary = Vocabulary([*SPECIALS, "cat", "dog", "grass", "runs", *strangers])
+def test_unknown_words_have_the_same_deviation(corpus: list[str]) -> None:
+    unknown = [f"unknown{number:02}" for number in range(40)]
+    vocabulary = Vocabulary([*SPECIALS, "cat", "dog", "grass", "runs", *unknown])
     matrix = word2vec_matrix(corpus, vocabulary, size=64)
     assert matrix[8:].std() == pytest.approx(64**-0.5, rel=0.1)
     assert len({tuple(row.tolist()) for row in matrix[1:]}) == len(vocabulary) - 1
 
 
-def test_words_used_alike_lie_nearer(vocabulary: Vocabulary, matrix: Tensor) -> None:
+def test_similar_words_are_closer(vocabulary: Vocabulary, matrix: Tensor) -> None:
     def near(first: str, second: str) -> float:
         left, right = (matrix[vocabulary.word2idx[word]] for word in (first, second))
         return float(cosine_similarity(left, right, dim=0))
@@ -86,14 +86,12 @@ def test_words_used_alike_lie_nearer(vocabulary: Vocabulary, matrix: Tensor) -> 
         assert near(first, second) > near(first, other) + 0.2
 
 
-def test_the_seed_makes_the_matrix(
-    corpus: list[str], vocabulary: Vocabulary, matrix: Tensor
-) -> None:
+def test_matrix_depends_on_seed(corpus: list[str], vocabulary: Vocabulary, matrix: Tensor) -> None:
     assert torch.equal(word2vec_matrix(iter(corpus), vocabulary, size=64), matrix)
     assert not torch.equal(word2vec_matrix(corpus, vocabulary, size=64, seed=1), matrix)
 
 
-_HASHED = """
+_HASH_SCRIPT = """
 import hashlib, sys
 from captioner.training.word2vec import word2vec_matrix
 from captioner.model.vocabulary import Vocabulary
@@ -104,12 +102,12 @@ print(hashlib.sha256(matrix.numpy().tobytes()).hexdigest())
 """
 
 
-def test_another_process_comes_to_the_same_bits(
+@pytest.mark.slow
+def test_matrix_is_equal_in_another_process(
     corpus: list[str], vocabulary: Vocabulary, matrix: Tensor
 ) -> None:
-    # Python's own hash of text differs from process to process.
     result = subprocess.run(
-        [sys.executable, "-c", _HASHED],
+        [sys.executable, "-c", _HASH_SCRIPT],
         input="\n".join(corpus),
         cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "PYTHONHASHSEED": "4711"},
@@ -123,10 +121,10 @@ def test_another_process_comes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["word2vec", "random"])
-def test_a_tied_model_starts_no_worse_than_guessing(
+def test_tied_model_starts_at_uniform_loss(
     captions_of: Callable[[int], list[str]], start: bool
 ) -> None:
-    captions = [text for number in range(32) for text in captions_of(number)]
+    captions = [clean(text) for number in range(32) for text in captions_of(number)]
     vocabulary = Vocabulary.build(captions, 1)
     config = ModelConfig(
         vocabulary_size=len(vocabulary),
