@@ -57,7 +57,7 @@ GREY = np.asarray(SCENE.convert("L"))
 
 # What becomes of a file: a caption, the very caption of SCENE, or a sentence that has this in it.
 CAPTION, SAME = "a caption", "the caption"
-NO_PHOTO = "not an image that can be read: use JPEG, PNG, WebP, GIF, BMP or TIFF"
+NO_PHOTO = "isn't an image we can read. Use JPEG, PNG, WebP, GIF, BMP or TIFF"
 BROKEN = "broken: it starts like a"
 TOO_MANY = "pixels, more than|too many pixels"
 UNREAD = f"{NO_PHOTO}|{BROKEN}"
@@ -608,9 +608,7 @@ def test_a_large_photo_takes_little(kind: str, visitor: Visitor, warm: int) -> N
 def test_a_file_may_have_any_name(name: str, visitor: Visitor, caption: str) -> None:
     before = sorted(path.name for path in visitor.page.folder.iterdir())
     assert visitor.ask(PNG, name).text == caption
-    assert visitor.ask(b"nothing", name).text.startswith(
-        "The photo is not an image that can be read"
-    )
+    assert visitor.ask(b"nothing", name).text.startswith("The photo isn't an image we can read")
     assert sorted(path.name for path in visitor.page.folder.iterdir()) == before
 
 

@@ -145,7 +145,7 @@ def test_a_broken_heic_is_refused() -> None:
     pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
     whole = encoded(Image.fromarray(SCENE), "HEIF")
 
-    with pytest.raises(ImageError, match=r"is (broken|not an image)"):
+    with pytest.raises(ImageError, match=r"is(n't an image| broken)"):
         open_photo(whole[: len(whole) // 2])
 
 
@@ -815,7 +815,7 @@ def test_text_named_jpg(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_text("This is no photo.", encoding="utf-8")
 
-    with pytest.raises(ImageError, match=r"photo\.jpg is not an image that can be read: use JPEG"):
+    with pytest.raises(ImageError, match=r"photo\.jpg isn't an image we can read\. Use JPEG"):
         open_photo(path)
 
 
@@ -826,7 +826,7 @@ def test_a_file_with_next_to_nothing_in_it(tmp_path: Path, content: bytes) -> No
 
     with pytest.raises(ImageError, match=r"empty\.png"):
         open_photo(path)
-    with pytest.raises(ImageError, match="the photo is not an image that can be read"):
+    with pytest.raises(ImageError, match="the photo isn't an image we can read"):
         open_photo(content)
 
 
@@ -838,7 +838,7 @@ def test_a_truncated_file(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "cut.jpg"
     path.write_bytes(whole[: int(len(whole) * share)])
 
-    with pytest.raises(ImageError, match=r"cut\.jpg is (broken|not an image)"):
+    with pytest.raises(ImageError, match=r"cut\.jpg is(n't an image| broken)"):
         open_photo(path)
 
 
@@ -920,7 +920,7 @@ def test_too_many_pixels_are_refused_before_decoding(
 
 @pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "EPS", "JPEG2000"])
 def test_only_the_formats_that_are_named_are_opened(kind: str) -> None:
-    with pytest.raises(ImageError, match="use JPEG, PNG, WebP, GIF, BMP or TIFF"):
+    with pytest.raises(ImageError, match="Use JPEG, PNG, WebP, GIF, BMP or TIFF"):
         open_photo(encoded(Image.fromarray(SCENE), kind))
 
 
@@ -957,7 +957,7 @@ def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("photo", [None, 7, ["photo.jpg"], io.BytesIO(b"")])
 def test_something_else_is_refused_by_its_type(photo: Any) -> None:
-    with pytest.raises(ImageError, match=rf"{type(photo).__name__} is no photo; give a path"):
+    with pytest.raises(ImageError, match=rf"{type(photo).__name__} isn't a photo: use a path"):
         open_photo(photo)
 
 
@@ -997,11 +997,11 @@ def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(5, np.uint8), r"shape \(5,\) is no photo"),
-        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\) is no photo"),
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\) is no photo"),
-        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) is no photo; give \(H, W\)"),
-        (np.array(3, np.uint8), r"shape \(\) is no photo"),
+        (np.zeros(5, np.uint8), r"shape \(5,\) isn't a photo"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\) isn't a photo"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\) isn't a photo"),
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) isn't a photo: use \(H, W\)"),
+        (np.array(3, np.uint8), r"shape \(\) isn't a photo"),
         (np.zeros((0, 4, 3), np.uint8), "is empty"),
         (np.zeros((4, 0), np.uint8), "is empty"),
         (np.full((4, 4), 1.5), "between 0 and 1"),
@@ -1009,10 +1009,10 @@ def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
         (SCENE.astype(np.float32), "between 0 and 1"),
         (np.full((4, 4, 3), np.nan), "between 0 and 1"),
         (np.full((4, 4, 3), np.inf), "between 0 and 1"),
-        (np.zeros((4, 4), np.int64), "array of int64 is no photo; use uint8"),
-        (np.zeros((4, 4), np.complex64), "array of complex64 is no photo"),
-        (np.full((4, 4), "a"), "is no photo"),
-        (np.full((4, 4), None), "array of object is no photo"),
+        (np.zeros((4, 4), np.int64), "array of int64 isn't a photo: use uint8"),
+        (np.zeros((4, 4), np.complex64), "array of complex64 isn't a photo"),
+        (np.full((4, 4), "a"), "isn't a photo"),
+        (np.full((4, 4), None), "array of object isn't a photo"),
     ],
 )
 def test_arrays_that_are_no_photo(array: np.ndarray, message: str) -> None:
@@ -1116,7 +1116,9 @@ def test_a_display_picture_of_noise_stays_small(size: tuple[int, int]) -> None:
 
 def test_a_display_picture_is_compressed_no_harder_than_it_must_be() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    sizes = [len(display_jpeg(Image.fromarray(noise), most=most)) for most in (10**6, 20_000, 1)]
+    sizes = [
+        len(display_jpeg(Image.fromarray(noise), max_bytes=limit)) for limit in (10**6, 20_000, 1)
+    ]
 
     assert sizes[0] > 20_000 >= sizes[1] > sizes[2]
 

@@ -86,7 +86,7 @@ def test_every_photo_gets_a_row_and_broken_ones_their_error(
     assert rows[f"{album}/\\xff.png"]["caption"] == whole.text
     broken = rows[f"{album}/broken.jpg"]
     assert broken["caption"] is None
-    assert "is not an image that can be read" in broken["error"]
+    assert "isn't an image we can read" in broken["error"]
 
 
 def test_what_has_a_row_is_not_captioned_again(

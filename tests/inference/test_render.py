@@ -598,7 +598,7 @@ def test_a_word_that_there_is_not_is_refused(kind: str, number: int) -> None:
 
 def test_nothing_is_drawn_through_pyplot() -> None:
     code = (
-        "import sys; from tests.test_overlay import *; "
+        "import sys; from tests.inference.test_render import *; "
         "[render(Image.new('RGB', (90, 60)), caption_of('a'), kind) for kind in FORMATS]; "
         "comparison([Image.new('RGB', (9, 6))], ['a'], [['b']]); "
         "print([name for name in ('matplotlib', 'matplotlib.pyplot') if name in sys.modules])"

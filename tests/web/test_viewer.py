@@ -624,8 +624,8 @@ def test_no_upload_is_no_photo() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no photo", "The photo is not an image that can be read"),
-        (b"", "The photo is not an image that can be read"),
+        (b"no photo", "The photo isn't an image we can read"),
+        (b"", "The photo isn't an image we can read"),
         (b"GIF89a", "The photo is"),
     ],
 )
