@@ -315,8 +315,6 @@ def test_conflicting_arguments_exit_with_2(
 
 
 def test_unsuitable_output_or_data_is_refused_and_kept(
-    captioner: Captioner,
-    monkeypatch: pytest.MonkeyPatch,
     album: Path,
     tmp_path: Path,
     hub_row: Callable[..., Row],
@@ -360,8 +358,6 @@ def test_unsuitable_output_or_data_is_refused_and_kept(
 
 
 def test_output_of_another_job_is_refused(
-    captioner: Captioner,
-    monkeypatch: pytest.MonkeyPatch,
     album: Path,
     tmp_path: Path,
     hub_row: Callable[..., Row],

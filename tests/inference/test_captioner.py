@@ -83,7 +83,7 @@ def test_score_keeps_unknown_words_as_written(captioner: Captioner, photos: list
 
 @pytest.mark.parametrize("text", ["", "  ", "!?"])
 def test_score_refuses_empty_text(captioner: Captioner, photos: list[Path], text: str) -> None:
-    with pytest.raises(ConfigError, match="no word"):
+    with pytest.raises(ConfigError, match="no words"):
         captioner.score(photos[0], text)
 
 
