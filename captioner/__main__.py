@@ -498,7 +498,7 @@ def _caption_all(arguments: argparse.Namespace, options: DecodingOptions) -> int
         # Walked once before, so that a folder that holds no photo is told at the start.
         for named in arguments.paths:
             next(_photos_in(named))
-        photos = bulk.photos_at(
+        photos = bulk.from_paths(
             lambda: (p for named in arguments.paths for p, _ in _photos_in(named))
         )
     rows, errors = bulk.caption_all(

@@ -141,7 +141,10 @@ def test_text_output_equals_parquet_and_resumes_after_a_torn_row(
     def write(output: Path) -> None:
         paths = sorted(path for path in album.rglob("*.*g") if path.is_file())
         options = DecodingOptions(beam_size=1)
-        counts = bulk.caption_all(lambda: captioner, bulk.photos_at(lambda: paths), output, options)
+        stream = bulk.from_paths(lambda: paths)
+        counts = bulk.caption_all(lambda: captioner, stream, output, options)
+            lambda: captioner, bulk.from_paths(lambda: paths), output, options
+        )
         assert counts == (4, 1)
 
     folder, output = tmp_path / "captions.parquet", tmp_path / f"captions{suffix}"
@@ -175,7 +178,7 @@ def test_leftover_parquet_parts_are_moved_into_text_output(
 
     def write() -> None:
         bulk.caption_all(
-            lambda: captioner, bulk.photos_at(lambda: paths), output, DecodingOptions(beam_size=1)
+            lambda: captioner, bulk.from_paths(lambda: paths), output, DecodingOptions(beam_size=1)
         )
 
     monkeypatch.setattr(bulk, "_collect", lambda *_: None)  # as if killed before it
@@ -332,13 +335,13 @@ def test_unsuitable_output_or_data_is_refused_and_kept(
     other = tmp_path / "other"
     other.mkdir()
     pq.write_table(pa.table({"mine": [1]}), other / "mine.parquet")
-    assert "is no file of captions" in message([str(album)], other)
+    assert "is not a file of captions" in message([str(album)], other)
     (other / "mine.parquet").write_bytes(b"PAR1 cut off")
     assert "is damaged: delete it" in message([str(album)], other)
     assert file.read_text() == "mine"
     for name, text in (("mine.csv", "a,b\n1,2\n"), ("mine.jsonl", "mine"), ("2.jsonl", "{}\n")):
         (tmp_path / name).write_text(text)
-        assert "is no file of captions" in message([str(album)], tmp_path / name)
+        assert "is not a file of captions" in message([str(album)], tmp_path / name)
         assert (tmp_path / name).read_text() == text
     damaged = ",".join(bulk.SCHEMA.names) + "\na,b\n"
     (tmp_path / "damaged.csv").write_text(damaged)
@@ -398,7 +401,7 @@ def test_damaged_data_keeps_the_rows_written_before(
     output = tmp_path / "captions"
     command = ["caption", "--data", str(data), "--output", str(output), "--engine", engine]
     assert main(command) == (2 if engine == "local" else 1)
-    assert "the photos cannot be read on" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot read the remaining photos" in capsys.readouterr().err.splitlines()[-1]
     if engine == "local":
         assert {"0", "1"} <= table(output).keys()
     broken.unlink()
@@ -410,7 +413,7 @@ def test_second_job_in_the_same_folder_is_refused(captioner: Captioner, tmp_path
     output = tmp_path / "out"
     output.mkdir()
     with filelock.FileLock(output / ".lock"), pytest.raises(WriteError, match="another"):
-        bulk.caption_all(lambda: captioner, bulk.photos_at(lambda: []), output, DecodingOptions())
+        bulk.caption_all(lambda: captioner, bulk.from_paths(lambda: []), output, DecodingOptions())
 
 
 _RAY = """
