@@ -143,8 +143,6 @@ def test_text_output_equals_parquet_and_resumes_after_a_torn_row(
         options = DecodingOptions(beam_size=1)
         stream = bulk.from_paths(lambda: paths)
         counts = bulk.caption_all(lambda: captioner, stream, output, options)
-            lambda: captioner, bulk.from_paths(lambda: paths), output, options
-        )
         assert counts == (4, 1)
 
     folder, output = tmp_path / "captions.parquet", tmp_path / f"captions{suffix}"

@@ -581,7 +581,7 @@ def test_json_marks_the_chosen_beam() -> None:
 
 @pytest.mark.parametrize("kind", ["bmp", "", "PNG", "../png"])
 def test_unknown_format_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match="there are: png, gif, json, html"):
+    with pytest.raises(ConfigError, match="must be one of png, gif, json, html"):
         render(Image.new("RGB", (9, 6)), caption_of("a"), kind)
 
 
