@@ -396,7 +396,7 @@ def test_a_second_process_is_refused_the_folder_that_the_first_writes_into(
         first.read_until("struck", "")
         second = start(program, arguments).end()
         assert second.code == 1
-        assert "another process is writing into" in _told(second, program)
+        assert "another process is writing to" in _told(second, program)
         first.send(signal.SIGCONT)
         assert first.end().code == 0
     assert_same_run(out, whole)
