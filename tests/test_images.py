@@ -722,6 +722,17 @@ def test_broken_exif_is_ignored(exif: bytes) -> None:
     assert_close(opened(encoded(gray, "PNG", exif=exif)), RAMP)
 
 
+def test_exif_bomb_is_ignored() -> None:
+    fractions = 1_000_000  # a second or more in Pillow
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHLL", 1, ORIENTATION, 5, fractions, 26)
+    photo = encoded(Image.fromarray(SCENE), "PNG", exif=exif + bytes(4 + 8 * fractions))
+    started = time.process_time()
+
+    assert_close(opened(photo), SCENE, tolerance=0)
+
+    assert time.process_time() - started < 0.5
+
+
 # Large photos
 
 
