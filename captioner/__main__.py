@@ -85,7 +85,7 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     captioner, results = _load(arguments)
     if arguments.max_length is None:
         options = dataclasses.replace(options, max_length=captioner.checkpoint.max_length)
-    photos = list(_photos_at(arguments.paths))
+    photos = list(_from_paths(arguments.paths))
     for start in range(0, len(photos), _BATCH_SIZE):
         batch = photos[start : start + _BATCH_SIZE]
         readable = [photo for _, photo, _ in batch if not isinstance(photo, ImageError)]
@@ -103,7 +103,7 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
 def _score(arguments: argparse.Namespace, _: DecodingOptions) -> int:
     """Print the probability of each word of a caption."""
     captioner, results = _load(arguments)
-    for path, photo, name in _photos_at([arguments.photo], folders=False):
+    for path, photo, name in _from_paths([arguments.photo], folders=False):
         try:
             if isinstance(photo, ImageError):
                 raise photo
@@ -134,7 +134,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
     return captioner, _Results(heatmaps, as_json=arguments.json)
 
 
-def _photos_at(
+def _from_paths(
     paths: list[str], *, folders: bool = True
 ) -> Iterator[tuple[str, Photo | ImageError, Path]]:
     """Yield path, photo (or why it cannot be read) and the name of its maps."""
@@ -240,7 +240,7 @@ def _table_source(arguments: argparse.Namespace) -> tuple[Any, str]:
     paths = [Path(path) for path in arguments.paths]
     for path in paths:  # a folder without a photo is an error before any caption is written
         next(readable_photos(path))
-    return bulk.photos_at(lambda: (photo for path in paths for photo in readable_photos(path))), ""
+    return bulk.from_paths(lambda: (photo for path in paths for photo in readable_photos(path))), ""
 
 
 def _report_left_out(paths: list[str]) -> int:

@@ -1,7 +1,7 @@
-"""The process around the package: writable cache folders for libraries, and torch's defaults.
+"""Writable cache folders for libraries, and torch's process-wide defaults.
 
-Hugging Face, torch, matplotlib and gensim derive their caches from the user's home when they are
-imported.
+Hugging Face, torch, matplotlib and gensim derive their cache folders from the user's home when they
+are imported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOME = "USERPROFILE" if os.name == "nt" else "HOME"
-# Those that name a folder to be written.
+# Each names a cache folder.
 _VARIABLES = ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")
-# Reading never fails with the first three.
+# Only writing fails with the first three.
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DENIED = (*_FULL_OR_READ_ONLY, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -36,10 +36,9 @@ _announced = False
 
 
 def use_writable_caches() -> None:
-    """Replace the home, and each cache that a variable names, by a temporary folder if unwritable.
+    """Replace the home and each named cache folder by a temporary one, if it is not writable.
 
-    That is so where there is no home, or a read-only one, as in many containers. Where all can be
-    written, nothing changes.
+    Many containers have no home, or a read-only one. If all are writable, nothing changes.
     """
     # Without a home "~" stays as it is, and libraries fail, or create a folder of that name.
     home = os.path.expanduser("~")  # noqa: PTH111 -- Path raises
@@ -49,7 +48,7 @@ def use_writable_caches() -> None:
         unusable.append(_HOME)
     if not unusable:
         return
-    # What lies in a read-only home or cache can still be read.
+    # Files in a read-only home or cache can still be read.
     caches = _expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     hugging_face = _expanded(os.environ.get("HF_HOME", str(caches / "huggingface")))
     for name, folder, is_written in (
@@ -71,7 +70,7 @@ def _expanded(path: str) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files can be created in ``folder``, or in the nearest parent that exists."""
+    """Return whether files can be created in ``folder``, or in its nearest existing parent."""
     try:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
@@ -92,12 +91,12 @@ def _temporary_folder(name: str) -> str:
 
 @contextlib.contextmanager
 def cache_access() -> Iterator[None]:
-    """Wrap calls that download or convert: announce a temporary cache, once.
+    """Wrap calls that download or convert: warn once if the cache is temporary.
 
-    Without the Hub's warnings about each retry: when it gives up, it raises an error.
+    Mutes the Hub's warnings about retries: if all fail, it raises an error.
 
     Raises:
-        WriteError: the cache cannot be written, whatever error the library made of that.
+        WriteError: the cache cannot be written, whatever error the library raised.
     """
     global _announced
     if _temporary is not None and not _announced:
@@ -126,7 +125,7 @@ def cache_access() -> Iterator[None]:
 
 
 def _cache_of(error: OSError) -> tuple[str, Path] | None:
-    """Return the variable and folder of the cache that ``error`` is about, if it is about one."""
+    """Return the variable and folder of the cache that ``error`` concerns, or None."""
     from huggingface_hub import constants
 
     caches = {
@@ -138,14 +137,14 @@ def _cache_of(error: OSError) -> tuple[str, Path] | None:
     for variable, folder in caches.items():
         if error.errno in _DENIED and folder in Path(str(error.filename)).parents:
             return variable, folder
-    # Neither pyarrow nor datasets' check of the free space names a file.
+    # Neither pyarrow nor datasets' check of free space names a file.
     if error.errno in _FULL_OR_READ_ONLY or "Not enough disk space" in str(error):
         return next(iter(caches.items()))
     return None
 
 
-# The default dtype and the random numbers belong to the process: the first block saves them, and
-# the last one to end restores them.
+# The default dtype and the random state belong to the process: the first block to start saves them,
+# and the last one to end restores them.
 _lock = threading.Lock()
 _blocks = 0
 _saved: tuple[torch.dtype, torch.Tensor]
@@ -155,8 +154,8 @@ _saved: tuple[torch.dtype, torch.Tensor]
 def torch_defaults() -> Iterator[None]:
     """Run a block in float32 on the CPU, with gradients and without autocast.
 
-    Dtypes and devices that the block names itself stand. Afterwards all is as it was, the global
-    random numbers too. Blocks may nest, and run in several threads.
+    Dtypes and devices that the block names explicitly are respected. Everything is restored
+    afterwards, including the global random state. Blocks may nest, and run in several threads.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as a small tree. Every message names the cause and the way out."""
+"""The package's errors. Every message names the cause and what to do next."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _logger = logging.getLogger(__name__)
 
 
 class CaptionerError(Exception):
-    """Base of all errors that this package raises on purpose; its text is fit to show a user.
+    """Base of all errors that this package raises on purpose; its text can be shown to users.
 
     Attributes:
-        exit_code: of a command that it ends: 1, or 2 where what the command was given is wrong.
+        exit_code: of the command line: 1, or 2 if the command's input is wrong.
     """
 
     exit_code = 1
 
 
 class ConfigError(CaptionerError, ValueError):
-    """A setting is out of range or does not fit another one."""
+    """A setting is out of range or conflicts with another."""
 
     exit_code = 2
 
@@ -32,7 +32,7 @@ class ImageError(CaptionerError):
 
 
 class DataError(CaptionerError):
-    """A data set cannot be read, or lacks what training or scoring needs."""
+    """A data set cannot be read, or lacks something that training or scoring needs."""
 
     exit_code = 2
 
@@ -50,20 +50,20 @@ class CheckpointError(CaptionerError):
 
 
 class TrainingError(CaptionerError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class WriteError(CaptionerError):
-    """A file or folder cannot be written: the disk is full, say, or another process writes it."""
+    """A file or folder cannot be written: the disk is full, or another process is writing it."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's first line, or its kind where it has no text, to quote in a message."""
+    """Return an error's first line, or its type if it has no text, to quote in a message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def report(program: str, error: BaseException) -> int:
-    """Print why a program ends, in a line, and return its exit code; the trace goes to the log."""
+    """Print an error in one line and return the exit code; the traceback goes to the log."""
     _logger.debug("%s ends", program, exc_info=error)
     if isinstance(error, KeyboardInterrupt):
         return 130
@@ -78,8 +78,8 @@ def report(program: str, error: BaseException) -> int:
 def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
     """Print this package's warnings on standard error, each once, for a command.
 
-    Libraries print their own, which a handler of the root logger would repeat. Of the Hub's retries
-    only the first is printed: the error at the end names the cause.
+    Not for the root logger, because libraries print their own warnings. Only the first of the Hub's
+    retries is printed; the final error names the cause.
     """
     logger, retries = (logging.getLogger(n) for n in ("captioner", "huggingface_hub.utils._http"))
     handler, numbers = logging.StreamHandler(), itertools.count()
@@ -98,7 +98,7 @@ def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """Return an error and the chain of its causes, the first cause last."""
+    """Return an error and the chain of its causes, the root cause last."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)

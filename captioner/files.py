@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole or not at all, and what to say where a disk is full."""
+"""Write files and folders atomically, and report full or read-only disks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from captioner.errors import WriteError
 
 
 def user_path(text: str) -> Path:
-    """Return the path with "~" replaced, as a shell does not for ``--out=~/run``."""
+    """Expand "~", which a shell leaves alone in ``--out=~/run``."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 -- Path raises for an unknown user
 
 
 @contextlib.contextmanager
-def reraise_os_errors(what: str | Path) -> Iterator[None]:
-    """Raise ``WriteError`` where the disk refuses; the system's own error names no file."""
+def reraise_os_errors(name: str | Path) -> Iterator[None]:
+    """Raise ``OSError`` as ``WriteError``; the system's error often names no file."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "make room and start again" if full else "choose another place"
-        raise WriteError(f"cannot write {what}: {reason}; {way_out}") from error
+        advice = "make room and start again" if full else "choose another place"
+        raise WriteError(f"cannot write {name}: {reason}; {advice}") from error
 
 
 @contextlib.contextmanager
 def locked_dir(folder: Path) -> Iterator[None]:
-    """Make a folder and write into it alone; ``WriteError`` where it cannot be had."""
+    """Create a folder and lock it for this process; ``WriteError`` if that fails."""
     lock = filelock.FileLock(folder / ".lock")
     with reraise_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def locked_dir(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise WriteError(
-                f"another process is writing into {folder}: wait for its end, or choose another"
+                f"another process is writing to {folder}: wait until it ends, or choose another"
             ) from error
     try:
         yield
@@ -50,7 +50,7 @@ def locked_dir(folder: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file in one step; ``WriteError`` where that fails."""
+    """Write a file in one step; ``WriteError`` if that fails."""
     part = path.with_name(f".{path.name[:50]}.part")  # a name has 255 bytes at most
     with reraise_os_errors(path):
         try:
@@ -61,15 +61,19 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(folder: Path, what: str | Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``folder`` when the block ends well.
+def atomic_dir(folder: Path, name: str | Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder that replaces ``folder`` if the block succeeds.
+
+    Args:
+        folder: may exist; it is kept if the block or the writing fails.
+        name: for error messages, by default the folder's path.
 
     Raises:
-        WriteError: it cannot be written; the one that was there stays.
+        WriteError: the folder cannot be written.
     """
     folder = folder.resolve()
     part, old = _beside(folder)
-    with reraise_os_errors(what or folder):
+    with reraise_os_errors(name or folder):
         recover_dir(folder)
         part.mkdir(parents=True)
         try:
@@ -86,9 +90,9 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 
 def recover_dir(folder: Path) -> None:
-    """Clear away what a broken-off write left, and bring the old folder back if none stands."""
+    """Remove the leftovers of an interrupted write; restore the old folder if none exists."""
     part, old = _beside(folder)
     if old.exists() and not folder.exists():
         old.replace(folder)
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -420,7 +420,7 @@ def test_dash_reads_a_photo_from_standard_input(
     assert capsys.readouterr().out.startswith("a\t")
     monkeypatch.setattr(images, "MAX_BYTES", 1_000)
     for data, error in (
-        (b"", "standard input is not an image that can be read"),
+        (b"", "standard input isn't an image we can read"),
         (example_photos[0].read_bytes(), "standard input has 0 megabytes, more than"),
     ):
         set_stdin(data)

@@ -154,6 +154,7 @@ def test_unreadable_data_is_not_blamed_on_the_cache(
         load_captions(str(parquet_folder))
 
 
+@pytest.mark.slow
 def test_everything_runs_without_home_in_a_spawned_process(
     captioner: Captioner,
     example_photos: list[Path],

@@ -412,7 +412,7 @@ def test_second_process_is_refused_the_same_folder(
         first.read_until("change", "")
         second = start(program, arguments).wait()
         assert second.code == 1
-        assert "another process is writing" in _error_line(second, program)
+        assert "another process is writing to" in _error_line(second, program)
         first.send(signal.SIGCONT)
         assert first.wait().code == 0
     assert_same_run(out, undisturbed_run)

@@ -105,7 +105,7 @@ def png_header(width: int, height: int) -> bytes:
 # Where a photo may come from
 
 
-def test_every_suffix_that_a_folder_is_searched_for_can_be_opened() -> None:
+def test_every_suffix_has_a_decoder() -> None:
     kinds = Image.registered_extensions() | {".mpo": "JPEG"}  # JPEG's opener takes it
 
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".bmp"} <= SUFFIXES
@@ -113,7 +113,7 @@ def test_every_suffix_that_a_folder_is_searched_for_can_be_opened() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "JPEG", "WEBP", "AVIF"])
-def test_the_common_kinds_of_file(kind: str) -> None:
+def test_common_formats_open(kind: str) -> None:
     pixels = opened(encoded(Image.fromarray(SCENE), kind))
 
     inner = pixels[4:12, 4:20], pixels[4:12, 28:44], pixels[20:28, 4:20], pixels[20:28, 28:44]
@@ -122,7 +122,7 @@ def test_the_common_kinds_of_file(kind: str) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3, 6])
-def test_the_photos_of_iphones(tmp_path: Path, number: int) -> None:
+def test_heic_opens_upright(tmp_path: Path, number: int) -> None:
     pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
     assert {".heic", ".heif"} <= SUFFIXES
     path = tmp_path / "IMG_0001.HEIC"
@@ -141,15 +141,15 @@ def test_the_photos_of_iphones(tmp_path: Path, number: int) -> None:
             assert_close(pixels[row, column], scene[row, column], tolerance=12)
 
 
-def test_a_broken_heic_is_refused() -> None:
+def test_broken_heic_is_refused() -> None:
     pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
     whole = encoded(Image.fromarray(SCENE), "HEIF")
 
-    with pytest.raises(ImageError, match=r"is (broken|not an image)"):
+    with pytest.raises(ImageError, match=r"is(n't an image| broken)"):
         open_photo(whole[: len(whole) // 2])
 
 
-def test_path_text_bytes_picture_and_array_are_the_same_photo(tmp_path: Path) -> None:
+def test_path_string_bytes_image_and_array_give_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "ein Hund \N{DOG FACE} ohne Endung"
     path.write_bytes(encoded(Image.fromarray(SCENE), "PNG"))
 
@@ -161,7 +161,7 @@ def test_path_text_bytes_picture_and_array_are_the_same_photo(tmp_path: Path) ->
         assert_close(opened(photo), SCENE, tolerance=0)
 
 
-def test_the_caller_s_picture_stays_as_it_is() -> None:
+def test_open_photo_does_not_change_its_argument() -> None:
     mine = Image.fromarray(SCENE).convert("RGBA")
     mine.getexif()[ORIENTATION] = 6
     before = mine.tobytes()
@@ -180,7 +180,7 @@ def test_the_caller_s_picture_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
-def test_cmyk(kind: str) -> None:
+def test_cmyk_is_converted(kind: str) -> None:
     # Real ink: some of the darkness is in the black plate.
     ink = np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8)
     ink[..., :3] = 255 - SCENE
@@ -195,7 +195,7 @@ def test_cmyk(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey(kind: str) -> None:
+def test_sixteen_bit_gray_is_scaled(kind: str) -> None:
     photo = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), kind)
     assert Image.open(io.BytesIO(photo)).mode == "I;16"
 
@@ -205,7 +205,7 @@ def test_sixteen_bit_grey(kind: str) -> None:
     assert_close(opened(encoded(dark, kind)), RAMP * (64 / 257))
 
 
-def test_sixteen_bit_grey_of_the_other_byte_order() -> None:
+def test_big_endian_sixteen_bit_gray_is_scaled() -> None:
     big = RAMP.astype(">u2") * 257
     photo = Image.frombytes("I;16B", (WIDTH, HEIGHT), big.astype(">u2").tobytes())
     assert photo.mode == "I;16B"
@@ -214,7 +214,7 @@ def test_sixteen_bit_grey_of_the_other_byte_order() -> None:
     assert_close(opened(encoded(photo, "TIFF")), RAMP)
 
 
-def test_thirty_two_bit_grey() -> None:
+def test_thirty_two_bit_gray_is_scaled() -> None:
     photo = encoded(Image.fromarray(RAMP.astype(np.int32) * 257), "TIFF")
     assert Image.open(io.BytesIO(photo)).mode == "I"
 
@@ -226,14 +226,14 @@ def test_thirty_two_bit_grey() -> None:
 
 
 @pytest.mark.parametrize("scale", [1 / 255, 1.0])
-def test_float_tiff(scale: float) -> None:
+def test_float_tiff_is_scaled(scale: float) -> None:
     photo = encoded(Image.fromarray((RAMP * scale).astype(np.float32)), "TIFF")
     assert Image.open(io.BytesIO(photo)).mode == "F"
 
     assert_close(opened(photo), RAMP)
 
 
-def test_float_tiff_with_holes_and_another_range() -> None:
+def test_float_tiff_with_nan_or_unusual_range_is_scaled() -> None:
     holes = (RAMP / 255).astype(np.float32)
     holes[0, 0], holes[0, 1] = np.nan, -np.inf
     pixels = opened(encoded(Image.fromarray(holes), "TIFF"))
@@ -244,7 +244,7 @@ def test_float_tiff_with_holes_and_another_range() -> None:
     assert_close(pixels, RAMP)
 
 
-def test_one_bit() -> None:
+def test_one_bit_image_opens() -> None:
     black_and_white = (RAMP > 127).astype(np.uint8) * 255
 
     photo = encoded(Image.fromarray(black_and_white).convert("1"), "PNG")
@@ -253,14 +253,14 @@ def test_one_bit() -> None:
     assert_close(opened(photo), black_and_white, tolerance=0)
 
 
-def test_palette() -> None:
+def test_palette_image_opens() -> None:
     photo = encoded(Image.fromarray(SCENE).quantize(4), "PNG")
     assert Image.open(io.BytesIO(photo)).mode == "P"
 
     assert_close(opened(photo), SCENE, tolerance=2)
 
 
-def test_palette_with_one_transparent_colour_on_white() -> None:
+def test_transparent_palette_color_becomes_white() -> None:
     indexed = Image.new("P", (WIDTH, HEIGHT), 0)
     indexed.putpalette([10, 20, 30, 200, 100, 50])
     indexed.paste(1, (0, 0, 24, HEIGHT))
@@ -272,7 +272,7 @@ def test_palette_with_one_transparent_colour_on_white() -> None:
         assert_close(opened(encoded(indexed, kind, transparency=0)), expected, tolerance=0)
 
 
-def test_palette_with_half_transparent_colours_on_white() -> None:
+def test_translucent_palette_color_is_blended_with_white() -> None:
     indexed = Image.new("P", (4, 4), 0)
     indexed.putpalette([10, 20, 30, 200, 100, 50])
 
@@ -282,7 +282,7 @@ def test_palette_with_half_transparent_colours_on_white() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_alpha_lies_on_white(kind: str) -> None:
+def test_alpha_is_blended_with_white(kind: str) -> None:
     alpha = np.broadcast_to(np.linspace(0, 255, WIDTH).round(), (HEIGHT, WIDTH))[..., None]
     layered = np.concatenate([SCENE, alpha], axis=-1).astype(np.uint8)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
@@ -294,7 +294,7 @@ def test_alpha_lies_on_white(kind: str) -> None:
     assert (pixels[:, 0] == 255).all()
 
 
-def test_grey_with_alpha_lies_on_white() -> None:
+def test_gray_with_alpha_is_blended_with_white() -> None:
     layered = Image.fromarray(RAMP).convert("LA")
     layered.putalpha(51)
     photo = encoded(layered, "PNG")
@@ -307,7 +307,7 @@ def test_grey_with_alpha_lies_on_white() -> None:
     ("mode", "clear", "kept"),
     [("L", 7, 90), ("RGB", (1, 2, 3), (90, 80, 70)), ("1", 0, 1)],
 )
-def test_a_colour_that_stands_for_nothing_is_white(mode: str, clear: Any, kept: Any) -> None:
+def test_transparent_color_key_becomes_white(mode: str, clear: Any, kept: Any) -> None:
     image = Image.new(mode, (8, 4), clear)
     image.paste(kept, (0, 0, 4, 4))
 
@@ -317,7 +317,7 @@ def test_a_colour_that_stands_for_nothing_is_white(mode: str, clear: Any, kept: 
     assert (pixels[:, 4:] == 255).all()
 
 
-def test_lab() -> None:
+def test_lab_is_converted() -> None:
     # Lightness 0..100 stands in a byte; a and b of a neutral grey are 0.
     lab = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     lab[..., 0] = 53 * 255 // 100
@@ -336,7 +336,7 @@ def test_lab() -> None:
 
 
 @pytest.mark.parametrize("mode", ["HSV", "YCbCr", "RGBX"])
-def test_other_colour_spaces(mode: str) -> None:
+def test_other_color_spaces_are_converted(mode: str) -> None:
     assert_close(opened(Image.fromarray(SCENE).convert(mode)), SCENE, tolerance=4)
 
 
@@ -409,7 +409,7 @@ def assert_colour(pixels: np.ndarray, colour: tuple[int, ...], tolerance: int = 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "HEIF"])
-def test_colours_are_converted_to_srgb_for_every_format(kind: str) -> None:
+def test_icc_profile_is_applied_in_every_format(kind: str) -> None:
     if kind == "HEIF":
         pytest.importorskip("pillow_heif", reason="pip install pillow-heif to open HEIC")
 
@@ -422,7 +422,7 @@ def test_colours_are_converted_to_srgb_for_every_format(kind: str) -> None:
     assert_close(opened(image), np.asarray(image), tolerance=0)
 
 
-def test_rotated_primaries_are_converted_though_the_profile_is_called_srgb() -> None:
+def test_icc_profile_is_judged_by_content_not_name() -> None:
     rotated = bytearray(SRGB_PROFILE)
     names = {name: rotated.index(name) for name in (b"rXYZ", b"gXYZ", b"bXYZ")}
     for name, after in zip(names, (b"gXYZ", b"bXYZ", b"rXYZ"), strict=True):
@@ -431,7 +431,7 @@ def test_rotated_primaries_are_converted_though_the_profile_is_called_srgb() -> 
     assert_colour(opened(encoded(plain(GREEN), "PNG", icc_profile=bytes(rotated))), (160, 60, 30))
 
 
-def test_colours_of_a_picture_in_memory_are_converted() -> None:
+def test_icc_profile_is_applied_in_memory() -> None:
     for mode in ("RGB", "RGBX", "YCbCr", "RGBA", "P"):
         image = plain(GREEN).quantize(4) if mode == "P" else plain(GREEN).convert(mode)
         image.info["icc_profile"] = WIDE_PROFILE
@@ -440,7 +440,7 @@ def test_colours_of_a_picture_in_memory_are_converted() -> None:
         assert image.tobytes() == before
 
 
-def test_alpha_is_kept_while_colours_are_converted() -> None:
+def test_icc_profile_keeps_alpha() -> None:
     layered = plain((*GREEN, 128), "RGBA")
     layered.paste((0, 0, 0, 0), (0, 0, 32, 48))
 
@@ -456,7 +456,7 @@ def test_alpha_is_kept_while_colours_are_converted() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
-def test_grey_is_converted(mode: str) -> None:
+def test_gray_icc_profile_is_applied(mode: str) -> None:
     image = Image.fromarray(np.full((48, 64), 55 * 257, np.uint16))
     image = image if mode == "I;16" else plain(55, "L").convert(mode)
     assert image.mode == mode
@@ -465,7 +465,7 @@ def test_grey_is_converted(mode: str) -> None:
     assert_colour(opened(encoded(image, "PNG", icc_profile=LINEAR_GREY)), (128,) * 3)
 
 
-def test_cmyk_is_converted_by_its_own_profile() -> None:
+def test_cmyk_icc_profile_is_applied() -> None:
     for ink, colour in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((0, 255, 0, 0), 0)):
         photo = encoded(plain(ink, "CMYK"), "TIFF", icc_profile=red_ink())
         assert_colour(opened(photo), (colour,) * 3, tolerance=2)
@@ -494,9 +494,7 @@ def test_cmyk_is_converted_by_its_own_profile() -> None:
         ("LAB", WIDE_PROFILE),
     ],
 )
-def test_colours_stay_where_the_profile_is_srgb_broken_or_of_another_mode(
-    mode: str, data: bytes
-) -> None:
+def test_unusable_icc_profile_is_ignored(mode: str, data: bytes) -> None:
     image = Image.fromarray(SCENE)
     image = image if mode == "LAB" else image.convert(mode)
     if mode == "LAB":
@@ -516,7 +514,7 @@ def endless_profile(steps: int) -> bytes:
     return profile("RGB ", "XYZ ", {"D2B0": head + places + cube})
 
 
-def test_a_small_profile_does_not_take_minutes() -> None:
+def test_icc_profile_bomb_is_ignored() -> None:
     started = time.process_time()
     photo = encoded(Image.fromarray(SCENE), "PNG", icc_profile=endless_profile(4_000))
     assert len(photo) < 40_000
@@ -535,7 +533,7 @@ def test_a_small_profile_does_not_take_minutes() -> None:
         ("CMYK", (255, 0, 0, 0), red_ink(), RED_INK),
     ],
 )
-def test_a_large_photo_with_a_profile_is_reduced_further(
+def test_large_photo_with_icc_profile_is_reduced_further(
     mode: str, colour: Any, data: bytes, converted: tuple[int, int, int]
 ) -> None:
     large = Image.new(mode, (2_501, 2_000), colour)
@@ -567,7 +565,7 @@ def paths_in(folder: Path) -> dict[str, str | None]:
     return dict(found)
 
 
-def test_links_to_folders_are_followed_without_loops(tmp_path: Path) -> None:
+def test_find_photos_follows_links_without_loops(tmp_path: Path) -> None:
     album, other = tmp_path / "album", tmp_path / "other"
     (album / "deep" / "deeper").mkdir(parents=True)
     (other / "more").mkdir(parents=True)
@@ -589,7 +587,7 @@ def test_links_to_folders_are_followed_without_loops(tmp_path: Path) -> None:
     assert "deep/b.jpg" in paths_in(tmp_path / "link")
 
 
-def test_nothing_that_looks_like_a_photo_is_left_out(
+def test_find_photos_yields_everything_that_looks_like_a_photo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "a.JPG b.nef c.DNG d.jxl e.psd f.tga g.jp2 h.svg i.mpo".split()  # noqa: SIM905
@@ -623,7 +621,7 @@ def test_nothing_that_looks_like_a_photo_is_left_out(
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 
-def test_a_heic_photo_names_pillow_heif_where_that_is_missing(
+def test_heic_error_names_pillow_heif_if_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_FORMATS", [each for each in images._FORMATS if each != "HEIF"])
@@ -649,7 +647,7 @@ def test_a_heic_photo_names_pillow_heif_where_that_is_missing(
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_an_animation_shows_its_first_frame(kind: str) -> None:
+def test_animation_opens_at_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "lime", "blue")]
     photo = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
     assert getattr(Image.open(io.BytesIO(photo)), "n_frames", 1) == 3
@@ -657,7 +655,7 @@ def test_an_animation_shows_its_first_frame(kind: str) -> None:
     assert_close(opened(photo), np.broadcast_to([255, 0, 0], (8, 12, 3)), tolerance=3)
 
 
-def test_an_animation_with_transparency_lies_on_white() -> None:
+def test_transparent_animation_is_blended_with_white() -> None:
     frames = []
     for shift in (0, 6):
         frame = Image.new("RGBA", (12, 8), (0, 0, 0, 0))
@@ -674,59 +672,33 @@ def test_an_animation_with_transparency_lies_on_white() -> None:
 
 
 @pytest.mark.parametrize("number", STORED)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_the_eight_rotations_give_the_same_upright_picture(kind: str, number: int) -> None:
+def test_exif_orientation_is_applied_in_every_format_and_in_memory(number: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
-    lossless = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
-    options = lossless if kind in ("WEBP", "JPEG") else {}
-
-    pixels = opened(encoded(stored, kind, exif=with_orientation(number), **options))
-
+    exif = with_orientation(number)
     # The borders of the four fields lie on JPEG's blocks.
-    assert_close(pixels, SCENE, tolerance=5 if kind == "JPEG" else 0)
-
-
-@pytest.mark.parametrize("number", STORED)
-def test_a_picture_in_memory_is_turned_too(number: int) -> None:
-    stored = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
+    jpeg = encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+    assert_close(opened(jpeg), SCENE, tolerance=5)
+    for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert_close(opened(encoded(stored, kind, exif=exif, **options)), SCENE, tolerance=0)
+    assert_close(opened(encoded(stored.quantize(4), "PNG", exif=exif)), SCENE, tolerance=2)
+    assert_close(opened(encoded(stored.convert("RGBA"), "PNG", exif=exif)), SCENE, tolerance=0)
     stored.getexif()[ORIENTATION] = number
-
     assert_close(opened(stored), SCENE, tolerance=0)
 
 
 @pytest.mark.parametrize("number", STORED)
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_turned(kind: str, number: int) -> None:
-    stored = np.ascontiguousarray(STORED[number](RAMP.astype(np.uint16) * 257))
-
-    pixels = opened(encoded(Image.fromarray(stored), kind, exif=with_orientation(number)))
-
-    assert_close(pixels, RAMP)
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_wide_grey_in_memory_is_turned(dtype: type[np.generic]) -> None:
-    photo = Image.fromarray(np.ascontiguousarray(STORED[6](RAMP)).astype(dtype))
-    photo.getexif()[ORIENTATION] = 6
-
-    assert_close(opened(photo), RAMP)
-
-
-def test_float_tiff_is_turned() -> None:
-    stored = np.ascontiguousarray(STORED[6](RAMP / 255)).astype(np.float32)
-
-    pixels = opened(encoded(Image.fromarray(stored), "TIFF", exif=with_orientation(6)))
-
-    assert_close(pixels, RAMP)
-
-
-@pytest.mark.parametrize("number", [3, 6])
-def test_palette_and_alpha_are_turned(number: int) -> None:
-    scene = Image.fromarray(np.ascontiguousarray(STORED[number](SCENE)))
+def test_exif_orientation_is_applied_to_wide_gray(number: int) -> None:
+    stored = np.ascontiguousarray(STORED[number](RAMP))
     exif = with_orientation(number)
-
-    assert_close(opened(encoded(scene.quantize(4), "PNG", exif=exif)), SCENE, tolerance=2)
-    assert_close(opened(encoded(scene.convert("RGBA"), "PNG", exif=exif)), SCENE, tolerance=0)
+    sixteen_bit = Image.fromarray(stored.astype(np.uint16) * 257)
+    for kind in ("PNG", "TIFF"):
+        assert_close(opened(encoded(sixteen_bit, kind, exif=exif)), RAMP)
+    floats = Image.fromarray((stored / 255).astype(np.float32))
+    assert_close(opened(encoded(floats, "TIFF", exif=exif)), RAMP)
+    for dtype in (np.uint16, np.int32, np.float32):
+        photo = Image.fromarray(stored.astype(dtype))
+        photo.getexif()[ORIENTATION] = number
+        assert_close(opened(photo), RAMP)
 
 
 BROKEN_EXIF = {
@@ -740,37 +712,52 @@ BROKEN_EXIF = {
 
 
 @pytest.mark.parametrize("exif", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_does_not_hide_a_good_picture(kind: str, exif: bytes) -> None:
-    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
+def test_broken_exif_is_ignored(exif: bytes) -> None:
+    scene, gray = Image.fromarray(SCENE), Image.fromarray(RAMP.astype(np.uint16) * 257)
+    jpeg = encoded(scene, "JPEG", exif=exif, quality=95, subsampling=0)
 
-    pixels = opened(encoded(Image.fromarray(SCENE), kind, exif=exif, **options))
+    assert_close(opened(jpeg), SCENE, tolerance=5)
+    assert_close(opened(encoded(scene, "PNG", exif=exif)), SCENE, tolerance=0)
+    assert_close(opened(encoded(scene, "WEBP", exif=exif, lossless=True)), SCENE, tolerance=0)
+    assert_close(opened(encoded(gray, "PNG", exif=exif)), RAMP)
 
-    assert_close(pixels, SCENE, tolerance=5 if kind == "JPEG" else 0)
 
+def test_exif_bomb_is_ignored() -> None:
+    fractions = 1_000_000  # a second or more in Pillow
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHLL", 1, ORIENTATION, 5, fractions, 26)
+    photo = encoded(Image.fromarray(SCENE), "PNG", exif=exif + bytes(4 + 8 * fractions))
+    started = time.process_time()
 
-@pytest.mark.parametrize("exif", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
-def test_broken_exif_does_not_hide_a_good_sixteen_bit_picture(exif: bytes) -> None:
-    photo = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG", exif=exif)
+    assert_close(opened(photo), SCENE, tolerance=0)
 
-    assert_close(opened(photo), RAMP)
+    assert time.process_time() - started < 0.5
 
 
 # Large photos
 
 
-@pytest.mark.parametrize("number", [1, 6])
 @pytest.mark.parametrize(
-    ("kind", "mode"),
+    ("kind", "mode", "number"),
     [
-        *(("JPEG", mode) for mode in ("RGB", "L")),
-        *(("PNG", mode) for mode in ("RGB", "RGBA", "L", "P", "I;16")),
-        *(("TIFF", mode) for mode in ("CMYK", "LAB", "I", "F")),
+        ("JPEG", "RGB", 6),
+        ("PNG", "RGBA", 1),
+        ("TIFF", "F", 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("JPEG", "L", 1),
+                ("PNG", "RGB", 6),
+                ("PNG", "L", 1),
+                ("PNG", "P", 6),
+                ("PNG", "I;16", 1),
+                ("TIFF", "CMYK", 6),
+                ("TIFF", "LAB", 1),
+                ("TIFF", "I", 6),
+            )
+        ),
     ],
 )
-def test_a_large_photo_comes_reduced_and_remembers_its_size(
-    kind: str, mode: str, number: int
-) -> None:
+def test_large_photo_is_reduced_and_remembers_its_size(kind: str, mode: str, number: int) -> None:
     wide, small = mode in ("I;16", "I", "F"), Image.fromarray(SCENE)
     if wide:
         dtype, scale = {"I;16": ("u2", 257), "I": ("i4", 257), "F": ("f4", 1)}[mode]
@@ -798,7 +785,7 @@ def test_a_large_photo_comes_reduced_and_remembers_its_size(
     assert np.percentile(difference, 98) <= 6
 
 
-def test_alpha_of_a_large_photo_lies_on_white() -> None:
+def test_large_photo_with_alpha_is_blended_with_white() -> None:
     layered = Image.new("RGBA", (5_000, 3_500), (0, 0, 0, 0))
     layered.paste((200, 100, 50, 255), (0, 0, 2_500, 3_500))
 
@@ -811,38 +798,37 @@ def test_alpha_of_a_large_photo_lies_on_white() -> None:
 # Refusals
 
 
-def test_text_named_jpg(tmp_path: Path) -> None:
+def test_text_file_named_jpg_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_text("This is no photo.", encoding="utf-8")
 
-    with pytest.raises(ImageError, match=r"photo\.jpg is not an image that can be read: use JPEG"):
+    with pytest.raises(ImageError, match=r"photo\.jpg isn't an image we can read\. Use JPEG"):
         open_photo(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_a_file_with_next_to_nothing_in_it(tmp_path: Path, content: bytes) -> None:
+def test_almost_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.png"
     path.write_bytes(content)
 
     with pytest.raises(ImageError, match=r"empty\.png"):
         open_photo(path)
-    with pytest.raises(ImageError, match="the photo is not an image that can be read"):
+    with pytest.raises(ImageError, match="the photo isn't an image we can read"):
         open_photo(content)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
-@pytest.mark.parametrize("share", [0.5, 0.9])
-def test_a_truncated_file(tmp_path: Path, kind: str, share: float) -> None:
+def test_truncated_file_is_refused(tmp_path: Path, kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), kind)
     path = tmp_path / "cut.jpg"
-    path.write_bytes(whole[: int(len(whole) * share)])
+    for share in (0.5, 0.9):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ImageError, match=r"cut\.jpg is(n't an image| broken)"):
+            open_photo(path)
 
-    with pytest.raises(ImageError, match=r"cut\.jpg is (broken|not an image)"):
-        open_photo(path)
 
-
-def test_a_truncated_jpeg_says_so(tmp_path: Path) -> None:
+def test_truncated_jpeg_is_called_broken(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     path.write_bytes(encoded(Image.fromarray(SCENE), "JPEG")[:-60])
 
@@ -850,7 +836,7 @@ def test_a_truncated_jpeg_says_so(tmp_path: Path) -> None:
         open_photo(path)
 
 
-def test_a_missing_path_and_a_folder(tmp_path: Path) -> None:
+def test_missing_path_folder_and_address_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"there is no file .*nowhere\.jpg"):
         open_photo(tmp_path / "nowhere.jpg")
     with pytest.raises(ImageError, match="is not a file"):
@@ -871,7 +857,7 @@ def test_a_missing_path_and_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
-def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path) -> None:
+def test_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     path = tmp_path / "pipe.jpg"
     os.mkfifo(path)
     errors: list[Exception] = []
@@ -892,7 +878,7 @@ def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all files")
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret.png"
     path.write_bytes(encoded(Image.fromarray(SCENE), "PNG"))
     path.chmod(0)
@@ -919,12 +905,12 @@ def test_too_many_pixels_are_refused_before_decoding(
 
 
 @pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "EPS", "JPEG2000"])
-def test_only_the_formats_that_are_named_are_opened(kind: str) -> None:
-    with pytest.raises(ImageError, match="use JPEG, PNG, WebP, GIF, BMP or TIFF"):
+def test_other_formats_are_refused(kind: str) -> None:
+    with pytest.raises(ImageError, match="Use JPEG, PNG, WebP, GIF, BMP or TIFF"):
         open_photo(encoded(Image.fromarray(SCENE), kind))
 
 
-def test_only_so_much_of_a_file_is_read(tmp_path: Path) -> None:
+def test_oversized_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sparse.tif"
     path.write_bytes(encoded(Image.fromarray(SCENE), "TIFF", compression="tiff_lzw"))
     assert_close(opened(path), SCENE, tolerance=0)
@@ -937,12 +923,12 @@ def test_only_so_much_of_a_file_is_read(tmp_path: Path) -> None:
         open_photo(path)
 
 
-def test_a_file_that_lacks_its_pixels_is_broken() -> None:
+def test_file_without_pixels_is_called_broken() -> None:
     with pytest.raises(ImageError, match="is broken: it starts like a PNG"):
         open_photo(png_header(100, 100))
 
 
-def test_the_limit_on_pixels_can_be_set() -> None:
+def test_max_pixels_is_respected() -> None:
     assert open_photo(SCENE, max_pixels=WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
     for photo in (SCENE, Image.fromarray(SCENE), encoded(Image.fromarray(SCENE), "PNG")):
         with pytest.raises(ImageError, match="48 x 32 pixels"):
@@ -950,14 +936,14 @@ def test_the_limit_on_pixels_can_be_set() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
-def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_zero_sized_image_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageError, match="is empty"):
         open_photo(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("photo", [None, 7, ["photo.jpg"], io.BytesIO(b"")])
-def test_something_else_is_refused_by_its_type(photo: Any) -> None:
-    with pytest.raises(ImageError, match=rf"{type(photo).__name__} is no photo; give a path"):
+def test_other_types_are_refused(photo: Any) -> None:
+    with pytest.raises(ImageError, match=rf"{type(photo).__name__} isn't a photo: use a path"):
         open_photo(photo)
 
 
@@ -987,7 +973,7 @@ BOOLS = RAMP > 127
         (np.ones((1, 1)), np.full((1, 1), 255)),
     ],
 )
-def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
+def test_arrays_open(array: np.ndarray, expected: np.ndarray) -> None:
     before = array.copy()
 
     assert_close(opened(array), expected)
@@ -997,11 +983,11 @@ def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(5, np.uint8), r"shape \(5,\) is no photo"),
-        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\) is no photo"),
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\) is no photo"),
-        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) is no photo; give \(H, W\)"),
-        (np.array(3, np.uint8), r"shape \(\) is no photo"),
+        (np.zeros(5, np.uint8), r"shape \(5,\) isn't a photo"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\) isn't a photo"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\) isn't a photo"),
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) isn't a photo: use \(H, W\)"),
+        (np.array(3, np.uint8), r"shape \(\) isn't a photo"),
         (np.zeros((0, 4, 3), np.uint8), "is empty"),
         (np.zeros((4, 0), np.uint8), "is empty"),
         (np.full((4, 4), 1.5), "between 0 and 1"),
@@ -1009,13 +995,13 @@ def test_arrays(array: np.ndarray, expected: np.ndarray) -> None:
         (SCENE.astype(np.float32), "between 0 and 1"),
         (np.full((4, 4, 3), np.nan), "between 0 and 1"),
         (np.full((4, 4, 3), np.inf), "between 0 and 1"),
-        (np.zeros((4, 4), np.int64), "array of int64 is no photo; use uint8"),
-        (np.zeros((4, 4), np.complex64), "array of complex64 is no photo"),
-        (np.full((4, 4), "a"), "is no photo"),
-        (np.full((4, 4), None), "array of object is no photo"),
+        (np.zeros((4, 4), np.int64), "array of int64 isn't a photo: use uint8"),
+        (np.zeros((4, 4), np.complex64), "array of complex64 isn't a photo"),
+        (np.full((4, 4), "a"), "isn't a photo"),
+        (np.full((4, 4), None), "array of object isn't a photo"),
     ],
 )
-def test_arrays_that_are_no_photo(array: np.ndarray, message: str) -> None:
+def test_unsuitable_arrays_are_refused(array: np.ndarray, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         open_photo(array)
 
@@ -1026,7 +1012,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_preprocess_gives_channels_first_floats(interpolation: str) -> None:
+def test_preprocess_returns_normalized_channels_first_floats(interpolation: str) -> None:
     image = Image.new("RGB", (57, 91), (255, 127, 0))
 
     pixels = Transform(size=24, mean=MEAN, std=STD, interpolation=interpolation)(image)
@@ -1039,8 +1025,15 @@ def test_preprocess_gives_channels_first_floats(interpolation: str) -> None:
         np.testing.assert_allclose(pixels[channel], normalised, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(400, 40), (40, 400), (100, 100), (3, 2), (900, 1200)])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("size", "interpolation"),
+    [
+        ((400, 40), "bilinear"),
+        ((40, 400), "bicubic"),
+        ((3, 2), "bicubic"),
+        ((900, 1200), "bilinear"),
+    ],
+)
 def test_preprocess_keeps_the_whole_photo(size: tuple[int, int], interpolation: str) -> None:
     # A corner each of red, green, blue and yellow: a crop would lose some of them.
     corners = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 0]]], dtype=np.uint8) * 255
@@ -1057,7 +1050,7 @@ def test_preprocess_keeps_the_whole_photo(size: tuple[int, int], interpolation: 
     np.testing.assert_allclose(pixels.mean(axis=(0, 1)), shares, atol=0.02)
 
 
-def test_preprocess_does_not_turn_or_mirror() -> None:
+def test_preprocess_keeps_orientation() -> None:
     transform = Transform(size=8, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
     pixels = transform(Image.fromarray(SCENE))
 
@@ -1090,13 +1083,13 @@ def shown(photo: Image.Image, **options: int) -> Image.Image:
         ((1, 1), (1, 1)),
     ],
 )
-def test_a_display_picture_is_made_smaller_but_never_larger(
+def test_display_jpeg_shrinks_but_never_enlarges(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     assert shown(Image.new("RGB", size, "teal")).size == expected
 
 
-def test_a_display_picture_looks_like_the_photo() -> None:
+def test_display_jpeg_looks_like_the_photo() -> None:
     image = shown(Image.fromarray(SCENE).resize((4096, 1024), Image.Resampling.NEAREST))
 
     pixels = np.asarray(image)
@@ -1106,21 +1099,23 @@ def test_a_display_picture_looks_like_the_photo() -> None:
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (1024, 1024)])
-def test_a_display_picture_of_noise_stays_small(size: tuple[int, int]) -> None:
+def test_display_jpeg_of_noise_stays_small(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
 
     assert len(display_jpeg(Image.fromarray(noise))) <= 250_000
 
 
-def test_a_display_picture_is_compressed_no_harder_than_it_must_be() -> None:
+def test_display_jpeg_uses_the_best_quality_that_fits() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    sizes = [len(display_jpeg(Image.fromarray(noise), most=most)) for most in (10**6, 20_000, 1)]
+    sizes = [
+        len(display_jpeg(Image.fromarray(noise), max_bytes=limit)) for limit in (10**6, 20_000, 1)
+    ]
 
     assert sizes[0] > 20_000 >= sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize("size", [(48, 32), (2000, 1000)])
-def test_a_display_picture_carries_nothing_but_pixels(size: tuple[int, int]) -> None:
+def test_display_jpeg_has_no_metadata(size: tuple[int, int]) -> None:
     exif = with_orientation(6)
     exif[0x010E] = "secret place"
     stored = Image.new("RGB", size, "teal")

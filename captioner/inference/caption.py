@@ -1,4 +1,7 @@
-"""The result: a caption, its words, and where the model looked. Knows no model; plain numbers."""
+"""The result: a caption, its words, and where the model looked, in plain numbers.
+
+Knows nothing of models. ``from_dict`` accepts untrusted JSON: sizes are bounded, NaN is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from captioner.errors import DataError, first_line
 
 _ROWS = ("top", "middle", "bottom")
 _COLUMNS = ("left", "center", "right")
-# Larger than any caption that the model can write or score.
+# Limits of JSON, above any caption that the model can write or score.
 _MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
 
 
@@ -29,15 +32,15 @@ def percent(share: float) -> str:
 
 
 def _text(value: Any) -> str:
-    """Check a text that can be written to a file."""
+    """Validate a bounded string that can be encoded as UTF-8."""
     if not isinstance(value, str) or len(value) > _MAX_CHARACTERS:
         raise ValueError(f"expected a string of at most {_MAX_CHARACTERS} characters")
-    value.encode()  # refuses lone surrogates
+    value.encode()  # raises for lone surrogates
     return value
 
 
 def _number(value: Any, low: float, high: float) -> float:
-    """Check a number of a closed range; NaN is outside of any."""
+    """Validate a number in a closed range; NaN is in none."""
     number = float(value)
     if not low <= number <= high:
         raise ValueError(f"expected a number from {low:g} to {high:g}, not {number:g}")
@@ -45,7 +48,7 @@ def _number(value: Any, low: float, high: float) -> float:
 
 
 def _bounded_list(values: Any, max_length: int) -> list[Any]:
-    """Check a list's length."""
+    """Validate a list and its length."""
     if not isinstance(values, list) or len(values) > max_length:
         raise ValueError(f"expected a list of at most {max_length} items")
     return values
@@ -57,8 +60,8 @@ class Word:
 
     Attributes:
         text: the word; "<eos>" for the end.
-        probability: the model's, 0 to 1, before any ban.
-        alternatives: the likeliest words at this place with their probabilities, best first.
+        probability: the model's, 0 to 1, before any constraint of the decoding.
+        alternatives: the most likely words at this step with their probabilities, best first.
         attention: float32 (7, 7), sums to 1; row 0 is the top of the photo.
         known: whether it is in the model's vocabulary; if not, the probability is ``<unk>``'s.
     """
@@ -71,24 +74,24 @@ class Word:
 
     @property
     def entropy(self) -> float:
-        """Of the attention, in nats: 0 is one cell, log 49 = 3.89 all alike."""
+        """Entropy of the attention in nats: 0 for one cell, log 49 = 3.89 for a uniform map."""
         weights = self.attention[self.attention > 0].astype(np.float64)
         return float(-(weights * np.log(weights)).sum())
 
     @property
     def cells(self) -> float:
-        """About how many cells it looks at: exp(entropy), 1 to 49."""
+        """Effective number of attended cells: exp(entropy), 1 to 49."""
         return math.exp(self.entropy)
 
     @property
     def strongest(self) -> tuple[int, int]:
-        """Row and column of the cell it looks at most."""
+        """Row and column of the cell with the most attention."""
         row, column = np.unravel_index(int(self.attention.argmax()), self.attention.shape)
         return int(row), int(column)
 
     @property
     def region(self) -> str:
-        """The strongest cell in words, such as "top left" or "center"."""
+        """The region of the strongest cell, such as "top left" or "center"."""
         rows, columns = self.attention.shape
         row, column = self.strongest
         # The middle third is the three cells 2, 3, 4 of seven.
@@ -140,7 +143,7 @@ class Beam:
 
     Attributes:
         words: in order, without ``<bos>`` and ``<eos>``.
-        end: the ``<eos>``, with the model's probability that the caption ends here.
+        end: ``<eos>``, with the model's probability that the caption ends here.
         log_probability: of the words and the end, in nats.
         score: beams are ranked by this, highest first: log_probability / length **
             length_penalty (``DecodingOptions``), where length is the number of words plus 1 for
@@ -160,7 +163,7 @@ class Beam:
 
     @property
     def attention(self) -> np.ndarray:
-        """Float32 (T, 7, 7), a map a word."""
+        """Float32 (T, 7, 7), a map per word."""
         return (
             np.stack([word.attention for word in self.words])
             if self.words
@@ -192,18 +195,17 @@ class Beam:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caption:
-    """What ``Captioner.caption`` returns: the best beam, and all of them.
+    """The result of ``Captioner.caption``: all beams, best first.
 
     Attributes:
         beams: highest score first, at least one.
         size: (width, height) of the upright photo in pixels.
         given: indices of the words that were given to the model, not chosen by it, in every beam;
-            the index after the last word stands for the end.
+            the number of words is the index of the end.
         language: BCP 47 tag of the words, such as "en" or "zh-Hant".
-        sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0) instead
-            of searched for. Samples are independent, so two may be the same. They are ordered by
-            score like the beams of a search, not in the order in which they were drawn, and
-            probabilities and scores are the model's own, before the temperature.
+        sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0). Samples
+            are independent, so two may be equal. They are sorted by score, like the beams of a
+            search, and their probabilities and scores are those before the temperature.
     """
 
     beams: tuple[Beam, ...]
@@ -224,12 +226,12 @@ class Caption:
 
     @property
     def log_probability(self) -> float:
-        """The best caption's, in nats."""
+        """The best caption's log-probability, in nats."""
         return self.beams[0].log_probability
 
     @property
     def attention(self) -> np.ndarray:
-        """Float32 (T, 7, 7), a map for each of the best caption's words."""
+        """Float32 (T, 7, 7), a map per word of the best caption."""
         return self.beams[0].attention
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,7 +252,7 @@ class Caption:
         ``language`` and ``sampled`` may be missing: earlier versions did not write them.
 
         Raises:
-            DataError: ``values`` are something else.
+            DataError: ``values`` are not the JSON of a caption.
         """
         try:
             width, height = (

@@ -1,4 +1,7 @@
-"""Captioner: a photo in, a Caption out. Translates between words and ids for the search."""
+"""Captioner: photo in, ``Caption`` out. Translates between words and ids around the search.
+
+Knows nothing of files to write, of the page, or of how the search works.
+"""
 
 from __future__ import annotations
 
@@ -27,44 +30,44 @@ from captioner.model.search import Hypothesis, beam_search, decode
 from captioner.model.vocabulary import SPECIALS, clean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# A package that pip installed has it inside, a clone among its assets.
+# pip installs the checkpoint inside the package; in a clone it is among the assets.
 SHIPPED_CHECKPOINT = _PACKAGE / "shipped"
 if not SHIPPED_CHECKPOINT.is_dir():
     SHIPPED_CHECKPOINT = _PACKAGE.parent / "assets" / "checkpoint"
+_MAX_SCORED_LENGTH = 200  # words, with <bos> and <eos>
 
 
-def near_misses(word: str, known: Sequence[str]) -> list[str]:
-    """Return up to three ``known`` words that ``word`` is probably a misspelling of, best first.
+def near_misses(word: str, vocabulary: Sequence[str]) -> list[str]:
+    """Return up to three words of ``vocabulary`` that ``word`` probably misspells, best first.
 
-    They are one typing error away (a letter missing, added or wrong, or two letters swapped), or
-    start alike and share nearly all letters. In words of up to three letters only swaps count: any
-    other change makes a different word.
+    They are one typing error away (a letter missing, added or wrong, or two neighbors swapped), or
+    start with the same letter and share nearly all letters. In words of up to three letters only
+    swaps count: any other change makes a different word.
     """
 
-    def shared(one: str, other: str) -> int:
+    def common_prefix(one: str, other: str) -> int:
         return sum(itertools.takewhile(bool, map(operator.eq, one, other)))
 
     def is_typo(other: str) -> bool:
-        start = shared(word, other)
-        end = shared(word[start:][::-1], other[start:][::-1])
+        start = common_prefix(word, other)
+        end = common_prefix(word[start:][::-1], other[start:][::-1])
         ours, theirs = word[start : len(word) - end], other[start : len(other) - end]
-        if len(ours) == 2 and ours == theirs[::-1]:
-            return True
-        return len(word) > 3 and max(len(ours), len(theirs)) <= 1
+        is_swap = len(ours) == 2 and ours == theirs[::-1]
+        return is_swap or (len(word) > 3 and max(len(ours), len(theirs)) <= 1)
 
     def closeness(other: str) -> tuple[bool, float]:
         return sorted(other) == sorted(word), difflib.SequenceMatcher(None, word, other).ratio()
 
-    near = [other for other in known if is_typo(other)]
+    near = [other for other in vocabulary if is_typo(other)]
     if len(word) > 3:
-        alike = [other for other in known if other[0] == word[0]]
-        near += difflib.get_close_matches(word, alike, cutoff=0.83)
+        same_initial = [other for other in vocabulary if other[0] == word[0]]
+        near += difflib.get_close_matches(word, same_initial, cutoff=0.83)
     return sorted(dict.fromkeys(near), key=closeness, reverse=True)[:3]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedPhoto:
-    """A photo as the decoder reads it, so that many captions of it cost one pass of the encoder.
+    """A photo's cells, so that several captions of it cost one pass of the encoder.
 
     Attributes:
         cells: (P, C).
@@ -76,7 +79,7 @@ class EncodedPhoto:
 
 
 class Captioner:
-    """An encoder and a decoder that were trained together.
+    """An encoder and the decoder that was trained on its cells.
 
     Attributes:
         checkpoint: model, vocabulary, recipe and metrics.
@@ -84,18 +87,18 @@ class Captioner:
     """
 
     def __init__(self, checkpoint: checkpoints.Checkpoint, encoder: Encoder) -> None:
-        """Join the two; ``CheckpointError`` where the encoder is another than in training."""
+        """Combine the two; ``CheckpointError`` if the decoder was trained on another encoder."""
         checkpoint.check_encoder(encoder.spec())
         self.checkpoint = checkpoint
         self.encoder = encoder
         self._decoder = pack(checkpoint.model.to(encoder.device))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the packed decoder, which holds the weights of the checkpoint once more."""
+        """Leave out the packed decoder: it is a second copy of the checkpoint's weights."""
         return {**self.__dict__, "_decoder": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pack the decoder for the machine that this is now."""
+        """Pack the decoder again, for this machine's processor."""
         self.__dict__.update(state)
         self._decoder = pack(self.checkpoint.model)
 
@@ -110,53 +113,58 @@ class Captioner:
         """Load a checkpoint and its encoder.
 
         Args:
-            path_or_hub_id: a checkpoint's folder or Hub id; None is the one that is shipped.
-            encoder_weights: file with the encoder's weights, where they cannot be downloaded.
-            device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest that is there.
+            path_or_hub_id: a checkpoint's folder or Hub id; None for the shipped one.
+            encoder_weights: file with the encoder's weights; None downloads or finds them.
+            device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one available.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged, or of other encoder weights.
-            EncoderError: the encoder's weights cannot be had.
-            ConfigError: there is no such device.
+            CheckpointError: the checkpoint is missing, damaged, or for other encoder weights.
+            EncoderError: the encoder's weights cannot be downloaded or read.
+            ConfigError: the device is unknown or missing.
         """
-        place = choose_device(device)
+        torch_device = choose_device(device)
         checkpoint = checkpoints.load(path_or_hub_id or SHIPPED_CHECKPOINT)
         encoder = load_encoder(str(checkpoint.encoder["name"]), encoder_weights)
-        return cls(checkpoint, encoder.to(place))
+        return cls(checkpoint, encoder.to(torch_device))
 
     @property
     def card(self) -> str:
-        """The checkpoint's model card, Markdown: training data, scores, limits, terms."""
+        """The model card in Markdown: training data, scores, limits, terms."""
         _, _, text = model_card(self.checkpoint).split("---\n", 2)  # the front matter
         return text.strip()
 
     def encode(self, photo: Photo) -> EncodedPhoto:
-        """Encode a photo that will be captioned several times.
+        """Encode a photo, to caption it several times.
 
         Raises:
             ImageError: the photo cannot be opened.
         """
         with torch.autocast(self.encoder.device.type, enabled=False):
-            (found,) = self._encode([photo])
-        if isinstance(found, ImageError):
-            raise found
-        return found
+            (encoded,) = self._encode([photo])
+        if isinstance(encoded, ImageError):
+            raise encoded
+        return encoded
 
     def caption(
         self, photo: Photo | EncodedPhoto, options: DecodingOptions | None = None
     ) -> Caption:
-        """Caption one photo: a path, bytes, PIL image, array, or what ``encode`` returned.
+        """Caption one photo: a path, bytes, PIL image, array, or the result of ``encode``.
 
         Raises:
             ImageError: the photo cannot be opened.
-            ConfigError: ``options.prefix`` holds a word that the model does not know, or too many.
+            ConfigError: ``options.prefix`` has an unknown word, or too many words.
         """
         return self.caption_batch([photo], options)[0]
 
     def caption_batch(
         self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption]:
-        """Caption several photos at once; a search finds for each what it would find alone."""
+        """Caption several photos at once; beam search gives each the caption that it gets alone.
+
+        Raises:
+            ImageError: a photo cannot be opened.
+            ConfigError: see ``caption``.
+        """
         captions = self.caption_each(photos, options)
         for caption in captions:
             if isinstance(caption, ImageError):
@@ -166,16 +174,9 @@ class Captioner:
     def caption_each(
         self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
     ) -> list[Caption | ImageError]:
-        """Caption several photos at once; where one cannot be opened, its error stands for it."""
+        """Caption several photos at once; an unreadable photo gets its error instead."""
         options = options or DecodingOptions()
-        prefix = self._ids(options.prefix, options.max_length, "the prefix")
-        if UNK in prefix:
-            word = clean(options.prefix).split()[prefix.index(UNK)]
-            near = near_misses(word, self.checkpoint.vocabulary.idx2word[len(SPECIALS) :])
-            raise ConfigError(
-                f"\"{word}\" isn't in the model's vocabulary"
-                + (f". Did you mean {', '.join(near)}?" if near else "; use another word")
-            )
+        prefix = self._prefix_ids(options)
         bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
@@ -191,10 +192,10 @@ class Captioner:
 
         given, sampled = tuple(range(len(prefix))), options.temperature > 0
         return [
-            found
-            if isinstance(found, ImageError)
-            else dataclasses.replace(found, given=given, sampled=sampled)
-            for found in self._run(photos, search)
+            result
+            if isinstance(result, ImageError)
+            else dataclasses.replace(result, given=given, sampled=sampled)
+            for result in self._run(photos, search)
         ]
 
     @staticmethod
@@ -203,47 +204,57 @@ class Captioner:
         return clean(text).split()
 
     def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
-        """Read a caption that somebody else wrote: its maps, and how likely each word was.
+        """Score a given caption: the probability and the map of each word.
 
-        A word that the model does not know goes through it as ``<unk>``: it is shown as written
-        and marked as not ``known``, and its probability is that of any unknown word.
+        A word outside the vocabulary is scored as ``<unk>``: it keeps its text, is marked as not
+        ``known``, and its probability is that of any unknown word.
 
         Raises:
             ImageError: the photo cannot be opened.
             ConfigError: the text is empty or too long.
         """
-        # As long as it needs to be, <bos> and <eos> included.
-        ids = self._ids(text, 200, "the caption")
+        ids = self._ids(text, _MAX_SCORED_LENGTH, "the caption")
         if not ids:
-            raise ConfigError("the caption holds no word: write at least one")
+            raise ConfigError("the caption has no words: write at least one")
 
         def search(features: Tensor) -> list[list[Hypothesis]]:
             state, memory = self._decoder.start(features)
-            step, steps = self._decoder.step, len(ids) + 1
+            forced = [*ids, EOS]
             return beam_search(
-                step, state, memory, beam_size=1, max_steps=steps, prefix=[*ids, EOS]
+                self._decoder.step, state, memory, beam_size=1, max_steps=len(forced), prefix=forced
             )
 
         (caption,) = self._run([photo], search)
         if isinstance(caption, ImageError):
             raise caption
-        words = clean(text).split()
         (beam,) = caption.beams
-        shown = tuple(
+        words = tuple(
             dataclasses.replace(word, text=written, known=word.text != SPECIALS[UNK])
-            for word, written in zip(beam.words, words, strict=True)
+            for word, written in zip(beam.words, clean(text).split(), strict=True)
         )
         return dataclasses.replace(
             caption,
-            beams=(dataclasses.replace(beam, words=shown),),
-            given=tuple(range(len(shown) + 1)),
+            beams=(dataclasses.replace(beam, words=words),),
+            given=tuple(range(len(words) + 1)),
         )
 
-    def _ids(self, text: str, max_length: int, what: str) -> list[int]:
+    def _prefix_ids(self, options: DecodingOptions) -> list[int]:
+        """Translate the prefix, which must not have unknown words."""
+        prefix = self._ids(options.prefix, options.max_length, "the prefix")
+        if UNK not in prefix:
+            return prefix
+        word = clean(options.prefix).split()[prefix.index(UNK)]
+        near = near_misses(word, self.checkpoint.vocabulary.idx2word[len(SPECIALS) :])
+        raise ConfigError(
+            f"\"{word}\" isn't in the model's vocabulary"
+            + (f". Did you mean {', '.join(near)}?" if near else "; use another word")
+        )
+
+    def _ids(self, text: str, max_length: int, name: str) -> list[int]:
         """Translate ``text``, which has to leave room for ``<bos>`` and ``<eos>``."""
         ids = self.checkpoint.vocabulary.encode(text)
         if len(ids) > max_length - 2:
-            raise ConfigError(f"{what} has {len(ids)} words; the limit is {max_length - 2}")
+            raise ConfigError(f"{name} has {len(ids)} words; the limit is {max_length - 2}")
         return ids
 
     def _run(
@@ -251,16 +262,17 @@ class Captioner:
         photos: Sequence[Photo | EncodedPhoto],
         search: Callable[[Tensor], list[list[Hypothesis]]],
     ) -> list[Caption | ImageError]:
-        """Open, encode, search, translate: a single photo on all cores, many a batch on each."""
+        """Open, encode, search, translate: one photo on all cores, several in a batch per core."""
         if len(photos) == 1:
-            # Other threads begin without the caller's autocast.
+            # Autocast is off in the encoder's own threads anyway.
             with torch.autocast(self.encoder.device.type, enabled=False):
-                return self._write(photos, search)
-        batch = 64
+                return self._caption_in_thread(photos, search)
+        batch_size = 64
         if self.encoder.device.type == "cpu":
-            batch = min(16, math.ceil(len(photos) / torch.get_num_threads()) or 1)
-        write = functools.partial(self._write, search=search)
-        return [caption for some in self.encoder.map(write, photos, batch) for caption in some]
+            batch_size = min(16, math.ceil(len(photos) / torch.get_num_threads()) or 1)
+        caption = functools.partial(self._caption_in_thread, search=search)
+        batches = self.encoder.map(caption, photos, batch_size)
+        return list(itertools.chain.from_iterable(batches))
 
     @torch.inference_mode()
     def _encode(self, photos: Sequence[Photo | EncodedPhoto]) -> list[EncodedPhoto | ImageError]:
@@ -272,7 +284,7 @@ class Captioner:
                 results.append(photo)
                 continue
             try:
-                image = open_photo(photo)  # only one is held at its full size
+                image = open_photo(photo)  # one at a time: a large one takes memory
             except ImageError as error:
                 results.append(error)
             else:
@@ -288,7 +300,7 @@ class Captioner:
         ]
 
     @torch.inference_mode()
-    def _write(
+    def _caption_in_thread(
         self,
         photos: Sequence[Photo | EncodedPhoto],
         search: Callable[[Tensor], list[list[Hypothesis]]],
@@ -296,22 +308,22 @@ class Captioner:
         """Encode, search and translate photos in this thread."""
         encoded = self._encode(photos)
         cells = [each.cells for each in encoded if isinstance(each, EncodedPhoto)]
-        found = iter(search(torch.stack(cells)) if cells else ())
+        hypotheses = iter(search(torch.stack(cells)) if cells else ())
         return [
             each
             if isinstance(each, ImageError)
             else Caption(
-                tuple(self._beam(beam, (GRID, GRID)) for beam in next(found)),
+                tuple(self._beam(hypothesis) for hypothesis in next(hypotheses)),
                 each.size,
                 language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
             )
             for each in encoded
         ]
 
-    def _beam(self, hypothesis: Hypothesis, shape: Sequence[int]) -> Beam:
-        """Translate one hypothesis; it ends in ``<eos>``."""
+    def _beam(self, hypothesis: Hypothesis) -> Beam:
+        """Translate one hypothesis, whose last id is ``<eos>``."""
         idx2word = self.checkpoint.vocabulary.idx2word
-        words = [
+        *words, end = [
             Word(
                 idx2word[index],
                 float(log_probability.exp()),
@@ -319,7 +331,7 @@ class Captioner:
                     (idx2word[other], float(probability))
                     for other, probability in zip(others.tolist(), probabilities, strict=True)
                 ),
-                attention.view(*shape).numpy(),
+                attention.view(GRID, GRID).numpy(),
             )
             for index, log_probability, others, probabilities, attention in zip(
                 hypothesis.ids,
@@ -330,5 +342,4 @@ class Captioner:
                 strict=True,
             )
         ]
-        *words, end = words
         return Beam(tuple(words), end, hypothesis.log_probability, hypothesis.score)

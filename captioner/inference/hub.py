@@ -1,4 +1,4 @@
-"""A checkpoint on its way out: the folder of a Hugging Face Space, or a model on the Hub."""
+"""Export a checkpoint: to the folder of a Hugging Face Space, or as a model on the Hub."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from captioner.files import atomic_dir
 from captioner.model import checkpoint as checkpoints
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TRAINING = "# Training"  # the comment in requirements.txt above what a Space does without
+_TRAINING = "# Training"  # the comment above the requirements that a Space does not need
 
 _SPACE = """
 # Captions with attention
 
-Drop a photo: it gets a caption, and for every word a heat map of where the model looked.
-Attention is where the decoder read, not a proof of cause. What the model was trained on, and what
-it is bad at, stands at the end of the page.
+Upload a photo to get a caption, and for every word a heat map of where the model looked.
+Attention shows where the decoder read; it does not prove cause. The end of the page describes the
+training data and the model's limits.
 """
 
 
 def write_space(folder: Path, checkpoint: str | Path) -> None:
-    """Write what a Space needs to run the page: ``folder`` appears whole or not at all.
+    """Write a Space that runs the page. ``folder`` appears whole or not at all.
 
     Args:
-        folder: is made; it must be empty or not there.
+        folder: must be empty or missing.
         checkpoint: a folder or Hub id.
 
     Raises:
-        ConfigError: ``folder`` holds something, or this is no clone of the project.
+        ConfigError: ``folder`` is not empty, or this is not a clone of the project.
         CheckpointError: the checkpoint cannot be loaded.
         WriteError: ``folder`` cannot be written.
     """
     if not (_ROOT / "app.py").is_file():
         raise ConfigError(
-            "a Space is made of app.py and README.md, which pip does not install: export from a "
+            "a Space needs app.py and README.md, which pip does not install: export from a "
             "clone of the project"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: choose another --space")
-    checkpoints.load(checkpoint)  # what cannot be served is not exported
-    found = checkpoints.find(checkpoint)
+    checkpoints.load(checkpoint)  # refuses a damaged one
+    source = checkpoints.find(checkpoint)
     with atomic_dir(folder) as partial:
         shutil.copy(_ROOT / "app.py", partial)
         shutil.copy(_ROOT / "LICENSE", partial)
@@ -53,7 +53,7 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
         home = partial / "assets" / "checkpoint"
         home.mkdir(parents=True)
         for name in (checkpoints.WEIGHTS, checkpoints.CONFIG, checkpoints.CARD):
-            shutil.copy(found / name, home)
+            shutil.copy(source / name, home)
         _, front, _ = (_ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         (partial / "README.md").write_text(f"---\n{front}---\n{_SPACE}", encoding="utf-8")
         needed, _, _ = (_ROOT / "requirements.txt").read_text().partition(_TRAINING)
@@ -61,15 +61,15 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
 
 
 def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
-    """Upload a checkpoint's folder as a model of the Hugging Face Hub; return its address.
+    """Upload a checkpoint's folder to the Hugging Face Hub as a model; return its URL.
 
-    ``Captioner.load("user/name")`` then has it. The access token is that of ``hf auth login``, or
-    ``HF_TOKEN``.
+    ``Captioner.load("user/name")`` can then load it. The access token is that of ``hf auth login``
+    or ``HF_TOKEN``.
 
     Args:
         checkpoint: a folder.
         name: "user/name", or a name alone for the token's owner; created if it does not exist.
-        private: whether only its owner sees it, if it is made.
+        private: whether only its owner can see it; for a new one.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -79,20 +79,20 @@ def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> 
 
     checkpoints.load(checkpoint)
     api = HfApi()
-    address = None
+    url = None
     try:
         # Without an owner the Hub takes the token's.
-        address = api.create_repo(name, private=private, exist_ok=True)
+        url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id,
+            repo_id=url.repo_id,
             folder_path=checkpoints.find(checkpoint),
             allow_patterns=[checkpoints.WEIGHTS, checkpoints.CONFIG, checkpoints.CARD],
             commit_message="Upload a captioner checkpoint",
         )
     except Exception as error:
-        exists = f"; the repository {address} exists" if address else ""
+        exists = f"; the repository {url} exists" if url else ""
         raise CaptionerError(
             f"cannot upload to {name} ({type(error).__name__}: {first_line(error)[:160]}): check "
             f"the name, your internet connection, and the token of `hf auth login`{exists}"
         ) from error
-    return str(address)
+    return str(url)

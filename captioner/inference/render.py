@@ -1,8 +1,8 @@
 """Exports of a caption: PNG sheet, GIF, JSON, and a web page that works offline.
 
-Sees a ``Caption`` and a photo, no model. Draws on ``Figure`` objects: no global plotting state.
-No file carries the photo's metadata. Matplotlib sets all text, since it shapes complex scripts and
-falls back from font to font.
+Knows a ``Caption`` and a photo, but no model. Draws on ``Figure`` objects, without global plotting
+state. No file carries the photo's metadata. Matplotlib sets all text, since it shapes complex
+scripts and supports fallback fonts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import math
+import string
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,21 +41,21 @@ log = logging.getLogger(__name__)
 
 _DEFAULT = Appearance()
 # Sides in pixels.
-_THUMBNAIL = 480
-_PAGE = 1024
-_SHEET = (550, 1430)  # least and largest width
+_THUMBNAIL_SIDE = 480
+_PAGE_SIDE = 1024
+_SHEET_WIDTHS = (550, 1430)  # least and largest
 _DPI = 110
 _FRAME_MS = 900
 _INK, _ACCENT = "#27272a", "#c2410c"
 _FONT = "DejaVu Sans"  # comes with matplotlib
-_LAST_RESORT = "Last Resort High-Efficiency"  # so does this: a box for every character
+_LAST_RESORT_FONT = "Last Resort High-Efficiency"  # comes with it, too: a box per character
 
 
 # Maps
 
 
 def value_range(beam: Beam, word: Word, appearance: Appearance = _DEFAULT) -> tuple[float, float]:
-    """Return the shares of attention at the two ends of a map's colour scale."""
+    """Return the shares of attention at the two ends of a map's color scale."""
     words = [word] if appearance.scale == "word" else [*beam.words, beam.end]
     cells = np.stack([each.attention for each in words])
     return float(cells.min()), float(cells.max())
@@ -66,20 +67,20 @@ def blend(
     appearance: Appearance = _DEFAULT,
     limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Lay a word's map over the photo. ``heat`` in viewer.js paints the same.
+    """Draw a word's map over the photo, as ``heat`` in viewer.js does.
 
     Args:
-        photo: upright RGB; the map covers all of it, as the encoder saw all of it.
+        photo: upright RGB; the map covers all of it, because the encoder sees all of it.
         word: whose map.
         appearance: how it is drawn.
-        limits: ends of the colour scale; by default the map's weakest and strongest cell.
+        limits: ends of the color scale; by default the map's weakest and strongest cell.
     """
     low, high = limits or (float(word.attention.min()), float(word.attention.max()))
     scaled = ((word.attention - low) / max(high - low, 1e-9)).astype(np.float32)
     if appearance.shape == "cells":
         grid = Image.fromarray(scaled).resize(photo.size, Image.Resampling.NEAREST)
     else:
-        # A cell is an area with its value in the middle; beyond the border the values go on.
+        # A cell's value belongs to its center; edge padding extends the map to the border.
         rows, columns = scaled.shape
         padded = Image.fromarray(np.pad(scaled, 2, mode="edge"))
         box = (2, 2, columns + 2, rows + 2)
@@ -87,7 +88,7 @@ def blend(
     weights = np.asarray(grid).clip(0, 1)
     amount = 0.7 * appearance.strength
     pixels = np.asarray(photo, dtype=np.float32) / 255
-    pixels = pixels * (1 - amount * (1 - weights[..., None]))  # darker where it did not look
+    pixels = pixels * (1 - amount * (1 - weights[..., None]))  # darker where attention is weak
     if appearance.colors != "light":
         levels = np.rint(weights * 255).astype(np.uint8)
         colors = mpl.colormaps[appearance.colors](levels)[..., :3]
@@ -96,8 +97,8 @@ def blend(
     return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def _thumbnail(photo: Image.Image, side: int = _THUMBNAIL) -> Image.Image:
-    """Return a copy of at most ``side`` pixels a side; it carries no metadata."""
+def _thumbnail(photo: Image.Image, side: int = _THUMBNAIL_SIDE) -> Image.Image:
+    """Return a copy of at most ``side`` pixels per side, without metadata."""
     copy = Image.new("RGB", photo.size)
     copy.paste(photo)
     copy.thumbnail((side, side))
@@ -113,7 +114,7 @@ def _is_right_to_left(text: str) -> bool:
     return next((each != "L" for each in directions if each in ("L", "R", "AL")), False)
 
 
-def _has(entry: font_manager.FontEntry, characters: str) -> set[str]:
+def _covered(entry: font_manager.FontEntry, characters: str) -> set[str]:
     """Return the ``characters`` that a font has glyphs for."""
     with contextlib.suppress(OSError, RuntimeError):  # a damaged file
         font = FT2Font(entry.fname, face_index=entry.index)
@@ -122,7 +123,7 @@ def _has(entry: font_manager.FontEntry, characters: str) -> set[str]:
 
 
 def _search_fonts(characters: str) -> tuple[list[str], str]:
-    """Return installed font families for ``characters``, and those that no font has."""
+    """Return installed font families for ``characters``, and the characters that none covers."""
 
     def preference(entry: font_manager.FontEntry) -> tuple[Any, ...]:
         weight = entry.weight
@@ -135,33 +136,33 @@ def _search_fonts(characters: str) -> tuple[list[str], str]:
     families: dict[str, font_manager.FontEntry] = {}
     for entry in sorted(font_manager.fontManager.ttflist, key=preference):
         families.setdefault(entry.name, entry)
-    families.pop(_LAST_RESORT, None)
-    covered = {name: _has(entry, characters) for name, entry in families.items()}
-    found: list[str] = []
+    families.pop(_LAST_RESORT_FONT, None)
+    covered = {name: _covered(entry, characters) for name, entry in families.items()}
+    chosen: list[str] = []
     missing = set(characters)
     while missing:
         best = max(covered, key=lambda name: len(covered[name] & missing))
         if not covered[best] & missing:
             break
-        found.append(best)
+        chosen.append(best)
         missing -= covered[best]
-    return found, "".join(sorted(missing))
+    return chosen, "".join(sorted(missing))
 
 
 @functools.lru_cache(maxsize=256)
 def _fonts_for(characters: str) -> tuple[str, ...]:
-    """Return installed font families that have what DejaVu Sans lacks; warn if there are none."""
-    found, missing = _search_fonts(characters)
+    """Return installed font families for characters not in DejaVu Sans; warn if none has one."""
+    families, missing = _search_fonts(characters)
     if missing:
-        # Matplotlib keeps its list of fonts on disk: look for fonts installed since.
+        # Matplotlib caches its list of fonts on disk: look for fonts installed since.
         known = {entry.fname for entry in font_manager.fontManager.ttflist}
         for path in set(map(str, font_manager.findSystemFonts())) - known:
             with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
                 font_manager.fontManager.addfont(path)
-        found, missing = _search_fonts(characters)
+        families, missing = _search_fonts(characters)
     for character in missing:
         _warn_of_missing_glyphs(unicodedata.name(character, "unnamed").split()[0])
-    return tuple(found)
+    return tuple(families)
 
 
 @functools.lru_cache(maxsize=64)
@@ -175,23 +176,23 @@ def _warn_of_missing_glyphs(script: str) -> None:
 
 
 def _families(text: str) -> list[str]:
-    """Return font families to set ``text`` in, first choice first."""
+    """Return font families for ``text``, in order of preference."""
     font = FT2Font(font_manager.findfont(_FONT))
-    lacking = {
+    missing = {
         each
         for each in text
         if not each.isspace()
         and unicodedata.category(each) not in ("Cc", "Cf", "Cs")
         and not font.get_char_index(ord(each))
     }
-    return [*_fonts_for("".join(sorted(lacking))), _FONT, _LAST_RESORT]
+    return [*_fonts_for("".join(sorted(missing))), _FONT, _LAST_RESORT_FONT]
 
 
 class _Typesetter:
-    """Measures, cuts and breaks text of one language and size.
+    """Measures, shortens and wraps text of one language and size.
 
     Args:
-        text: all that will be set; decides on the fonts.
+        text: all text that will be set; decides the fonts.
         language: BCP 47 tag, for characters that languages draw differently.
         size: in points.
     """
@@ -208,7 +209,7 @@ class _Typesetter:
         _, self.height, self.descent = self.measure(" ".join(["lp", *text.split()]))
 
     def measure(self, text: str) -> tuple[float, float, float]:
-        """Return the width of a line in pixels, its height, and how much is under the baseline."""
+        """Return a line's width, height and depth below the baseline, in pixels."""
         self._probe.set_text(text)
         box = self._probe.get_window_extent()
         return box.width, box.height, -box.y0
@@ -242,10 +243,10 @@ class _Line(NamedTuple):
     """A line of text in a picture.
 
     Attributes:
-        typesetter: knows fonts, size and language.
-        text: what to write.
-        x: of its left end or, with ``align`` "center", of its middle, in pixels.
-        top: in pixels from the top of the picture.
+        typesetter: decides fonts, size and language.
+        text: the line.
+        x: its left end or, with ``align`` "center", its middle, in pixels.
+        top: pixels from the top of the picture.
     """
 
     typesetter: _Typesetter
@@ -281,27 +282,68 @@ def _write_text(picture: Image.Image, lines: Sequence[_Line]) -> None:
 
 
 def _steps(beam: Beam, word: int | None) -> list[tuple[str, Word]]:
-    """Return the words with their labels; the end is one of them if it is the chosen one."""
+    """Return the words with their labels, and the end if it is the chosen word."""
     steps = [(each.text, each) for each in beam.words]
     return [*steps, ("end", beam.end)] if word == len(beam.words) else steps
 
 
 def _explanation(appearance: Appearance) -> str:
-    """Return what a reader of the sheet has to know."""
+    """Return the note under a sheet."""
     scale = "All maps share one scale"
     if appearance.scale == "word":
         scale = "Each map has its own scale, from its weakest to its strongest cell"
     return (
         f"Where the model looked before each word. {scale}. Percentages are the probabilities of "
-        "the words. Attention is no proof of cause."
+        "the words. Attention does not prove cause."
     )
 
 
 def _color_scale(appearance: Appearance, size: tuple[int, int]) -> Image.Image:
-    """Return a bar of the map's colours, the weakest cell's on the left."""
+    """Return a bar of the map's colors, the weakest on the left."""
     name = "gray" if appearance.colors == "light" else appearance.colors
     colors = mpl.colormaps[name](np.linspace(0, 1, size[0]))[None, :, :3]
     return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(size)
+
+
+class _Grid:
+    """The panels of a sheet: the photo, then a map per step, in rows.
+
+    Args:
+        photo: at full size.
+        num_panels: with the photo's.
+        label_height: of the text above each panel, in pixels.
+        right_to_left: whether the first panel of a row is the rightmost.
+    """
+
+    gap = 12
+
+    def __init__(
+        self, photo: Image.Image, num_panels: int, label_height: float, *, right_to_left: bool
+    ) -> None:
+        # Wide photos get fewer columns and tall ones more, so that panels have about equal areas.
+        most = min(max(round(5 / math.sqrt(photo.width / photo.height)), 2), 8)
+        self.side = _SHEET_WIDTHS[1] // most
+        self._rows = math.ceil(num_panels / most)
+        self._columns = math.ceil(num_panels / self._rows)
+        self.width = max(self.side * self._columns, _SHEET_WIDTHS[0])
+        panel_size = (self.side - self.gap, round(2.5 * self.side))
+        self.photo = ImageOps.contain(_thumbnail(photo, 2 * self.side), panel_size)
+        self._label_height = round(label_height) + 6
+        self._row_height = self._label_height + self.photo.height + self.gap
+        self._right_to_left = right_to_left
+
+    @property
+    def height(self) -> int:
+        return self._rows * self._row_height
+
+    def corner(self, index: int) -> tuple[int, int]:
+        """Return the left and top pixel of a panel, relative to the grid's top."""
+        row, column = divmod(index, self._columns)
+        if self._right_to_left:
+            column = self._columns - 1 - column
+        margin = (self.width - self.side * self._columns) // 2
+        left = margin + self.side * column + (self.side - self.photo.width) // 2
+        return left, self._row_height * row + self._label_height
 
 
 def sheet(
@@ -314,66 +356,81 @@ def sheet(
     """Return a PNG: the photo, then each word's map and probability. See ``render``."""
     chosen = caption.beams[beam]
     steps = _steps(chosen, word)
-    ratio = photo.width / photo.height
-    # Wide photos get fewer columns and tall ones more, so that all have about the same area.
-    columns = min(max(round(5 / math.sqrt(ratio)), 2), 8)
-    side, gap = _SHEET[1] // columns, 12
-    rows = math.ceil((len(steps) + 1) / columns)
-    columns = math.ceil((len(steps) + 1) / rows)
-    width = max(side * columns, _SHEET[0])
-    small = ImageOps.contain(_thumbnail(photo, 2 * side), (side - gap, round(2.5 * side)))
-
     titles = _Typesetter(chosen.text, caption.language, 13)
     labels = _Typesetter(chosen.text, caption.language, 10)
-    notes = _Typesetter("", None, 8)
-    texts: list[_Line] = []
-    top = float(gap)
-    for line in titles.wrap(
-        [each.text for each in chosen.words] or ["(no words)"], width - 2 * gap
-    ):
-        texts.append(_Line(titles, " ".join(line), width / 2, top))
-        top += titles.height + 4
-    first_row = round(top) + gap
-    row_height = round(labels.height) + 6 + small.height + gap
-    top = first_row + rows * row_height + gap
-    bar = (width // 2 - 150, round(top))
+    grid = _Grid(photo, len(steps) + 1, labels.height, right_to_left=_is_right_to_left(chosen.text))
+    title = [each.text for each in chosen.words] or ["(no words)"]
+    texts, top = _paragraph(titles, title, grid.width, float(grid.gap))
+    first_row = round(top) + grid.gap
+    top = first_row + grid.height + grid.gap
+    bar = (grid.width // 2 - 150, round(top))
     if steps:
-        limits = value_range(chosen, steps[0][1], appearance)
-        for x, name, end in zip((0, 300), ("weakest", "strongest"), limits, strict=True):
-            text = f"{name} cell" + f": {percent(end)}" * (appearance.scale == "caption")
-            texts.append(_Line(notes, text, bar[0] + x, bar[1] + 20))
-        top += 20 + notes.height + gap
-        for line in notes.wrap(_explanation(appearance).split(), width - 2 * gap):
-            texts.append(_Line(notes, " ".join(line), width / 2, top))
-            top += notes.height + 4
-
-    picture = Image.new("RGB", (width, math.ceil(top) + gap), "white")
+        notes, top = _legend(chosen, steps[0][1], appearance, grid.width, bar)
+        texts += notes
+    picture = Image.new("RGB", (grid.width, math.ceil(top) + grid.gap), "white")
     if steps:
         picture.paste(_color_scale(appearance, (300, 14)), bar)
-    for number, (label, step) in enumerate([("photo", None), *steps]):
-        row, column = divmod(number, columns)
-        if _is_right_to_left(chosen.text):
-            column = columns - 1 - column
-        left = (width - side * columns) // 2 + side * column + (side - small.width) // 2
-        top = first_row + row_height * row
-        corner = (left, round(top + labels.height) + 6)
-        if step is None:
-            picture.paste(small, corner)
-        else:
-            limits = value_range(chosen, step, appearance)
-            picture.paste(blend(small, step, appearance, limits), corner)
-            share = percent(step.probability)
-            label = labels.shorten(label, side - gap - labels.measure(f"  {share}")[0])
-            # Isolated: letters of other scripts would turn "43%" round.
-            label = f"{label}  \u2066{share}\u2069"
-        color = _INK
-        if step is not None and number - 1 == word:
+    for index, (label, step) in enumerate([("photo", None), *steps]):
+        left, panel_top = grid.corner(index)
+        corner = (left, first_row + panel_top)
+        panel, color = grid.photo, _INK
+        if step is not None:
+            panel = blend(grid.photo, step, appearance, value_range(chosen, step, appearance))
+            label = _panel_label(labels, label, step, grid.side - grid.gap)
+        picture.paste(panel, corner)
+        if step is not None and index - 1 == word:
             color = _ACCENT
-            right, bottom = corner[0] + small.width, corner[1] + small.height
-            box = (corner[0] - 4, corner[1] - 4, right + 3, bottom + 3)
-            ImageDraw.Draw(picture).rectangle(box, outline=color, width=4)
-        texts.append(_Line(labels, label, left + small.width / 2, top, color))
+            _frame(picture, corner, panel.size)
+        label_top = corner[1] - round(labels.height) - 6
+        texts.append(_Line(labels, label, left + panel.width / 2, label_top, color))
     _write_text(picture, texts)
+    return _png(picture)
+
+
+def _paragraph(
+    typesetter: _Typesetter, words: Sequence[str], width: int, top: float
+) -> tuple[list[_Line], float]:
+    """Wrap words into centered lines; return them and the pixel below the last one."""
+    lines = []
+    for words_of_line in typesetter.wrap(words, width - 2 * _Grid.gap):
+        lines.append(_Line(typesetter, " ".join(words_of_line), width / 2, top))
+        top += typesetter.height + 4
+    return lines, top
+
+
+def _legend(
+    beam: Beam, first: Word, appearance: Appearance, width: int, bar: tuple[int, int]
+) -> tuple[list[_Line], float]:
+    """Return the texts under the color scale at ``bar``, and the pixel below the last one."""
+    notes = _Typesetter("", None, 8)
+    ends = []
+    for x, name, share in zip(
+        (0, 300), ("weakest", "strongest"), value_range(beam, first, appearance), strict=True
+    ):
+        text = f"{name} cell"
+        if appearance.scale == "caption":
+            text += f": {percent(share)}"
+        ends.append(_Line(notes, text, bar[0] + x, bar[1] + 20))
+    top = bar[1] + 20 + notes.height + _Grid.gap
+    lines, top = _paragraph(notes, _explanation(appearance).split(), width, top)
+    return ends + lines, top
+
+
+def _panel_label(typesetter: _Typesetter, label: str, word: Word, width: float) -> str:
+    """Return the word, shortened to ``width`` pixels, with its probability."""
+    share = percent(word.probability)
+    label = typesetter.shorten(label, width - typesetter.measure(f"  {share}")[0])
+    # Isolated: letters of right-to-left scripts would reverse "43%".
+    return f"{label}  \u2066{share}\u2069"
+
+
+def _frame(picture: Image.Image, corner: tuple[int, int], size: tuple[int, int]) -> None:
+    """Draw the frame of the chosen panel."""
+    box = (corner[0] - 4, corner[1] - 4, corner[0] + size[0] + 3, corner[1] + size[1] + 3)
+    ImageDraw.Draw(picture).rectangle(box, outline=_ACCENT, width=4)
+
+
+def _png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
@@ -382,7 +439,7 @@ def sheet(
 def _strip(
     words: Sequence[str], width: int, language: str
 ) -> tuple[Image.Image, Image.Image, list[tuple[int, int, int, int]]]:
-    """Set words in lines, from right to left where they are read so.
+    """Set words in lines, from right to left in scripts that are read so.
 
     Returns:
         the strip, the same with every word marked, and each word's box in both.
@@ -423,10 +480,7 @@ def gif(
     word: int | None = None,
     appearance: Appearance = _DEFAULT,
 ) -> bytes:
-    """Return an animated GIF: the caption under the photo, a frame per word with its map.
-
-    See ``render``.
-    """
+    """Return an animated GIF: a frame per word with its map, above the caption. See ``render``."""
     chosen = caption.beams[beam]
     small = _thumbnail(photo)
     steps = _steps(chosen, word)
@@ -443,12 +497,48 @@ def gif(
             pictures.append(picture)
     frames = []
     for picture in pictures or [small]:  # a caption without words is a still
-        # Its own 256 colours per frame, dithered: else the map's glow falls into bands.
+        # 256 colors per frame, dithered: otherwise the map's glow shows bands.
         palette = picture.quantize(method=Image.Quantize.FASTOCTREE)
         frames.append(picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0)
     return file.getvalue()
+
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en" dir="ltr">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>$text</title>
+<style>
+:root { color-scheme: light dark; }
+body { max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }
+h1 { margin: 0 0 0.25rem; font-size: 1.5rem; }
+h1 + p { margin: 0 0 1rem; }
+main { $style }
+</style>
+</head>
+<body>
+<h1>Caption with attention maps</h1>
+<p>Choose a word to see where in this photo the model looked for it, and what it would have written
+  instead.</p>
+<noscript>
+<p lang="$language" dir="auto">$text</p>
+<p>Your browser runs no scripts on this page, so it cannot draw the maps.</p>
+</noscript>
+<main>$template</main>
+<script type="application/json" id="value">$value</script>
+<script>
+$script
+const value = JSON.parse(document.getElementById("value").textContent);
+mountViewer(document.querySelector("main")).show(value);
+</script>
+</body>
+</html>
+""")
 
 
 def page(
@@ -458,16 +548,12 @@ def page(
     word: int | None = None,
     appearance: Appearance = _DEFAULT,
 ) -> bytes:
-    """Return a web page that works offline: the app's viewer, for this one caption.
+    """Return a web page that works offline: the app's viewer for this caption.
 
     Its beams can be compared, but without a model no caption can be continued. See ``render``.
     """
-    parts = {
-        name: (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in ("viewer.html", "viewer.css", "viewer.js")
-    }
     file = io.BytesIO()
-    _thumbnail(photo, _PAGE).save(file, "JPEG", quality=85)
+    _thumbnail(photo, _PAGE_SIDE).save(file, "JPEG", quality=85)
     url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
     value = {
         "photo": {"url": url},
@@ -476,44 +562,19 @@ def page(
         "word": word,
         "appearance": appearance.to_dict(),
     }
-    # "<" must not end the script element; inside a JSON string it may be written as \u003c.
-    data = json.dumps(value).replace("<", "\\u003c")
-    language = html.escape(caption.language)
-    text = html.escape(caption.beams[beam].text or "(no words)")
-    return f"""<!doctype html>
-<html lang="en" dir="ltr">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{text}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem; font-family: sans-serif; }}
-h1 {{ margin: 0 0 0.25rem; font-size: 1.5rem; }}
-h1 + p {{ margin: 0 0 1rem; }}
-main {{ {parts["viewer.css"]} }}
-</style>
-</head>
-<body>
-<h1>Caption with attention maps</h1>
-<p>Choose a word to see where in this photo the model looked for it, and what it would have written
-  instead.</p>
-<noscript>
-<p lang="{language}" dir="auto">{text}</p>
-<p>Your browser runs no scripts on this page, so it cannot draw the maps.</p>
-</noscript>
-<main>{parts["viewer.html"]}</main>
-<script type="application/json" id="value">{data}</script>
-<script>
-{parts["viewer.js"]}
-const value = JSON.parse(document.getElementById("value").textContent);
-mountViewer(document.querySelector("main")).show(value);
-</script>
-</body>
-</html>
-""".encode()
+    style, template, script = (
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("viewer.css", "viewer.html", "viewer.js")
+    )
+    return _PAGE.substitute(
+        # "<" must not end the script element; a JSON string may write it as \u003c.
+        value=json.dumps(value).replace("<", "\\u003c"),
+        language=html.escape(caption.language),
+        text=html.escape(caption.beams[beam].text or "(no words)"),
+        style=style,
+        template=template,
+        script=script,
+    ).encode()
 
 
 def render(
@@ -528,20 +589,20 @@ def render(
 
     Args:
         photo: upright RGB.
-        caption: what to show.
-        kind: "png" and "gif" show one beam, "json" and "html" hold all of them. The JSON is
-            ``Caption.to_dict()`` with the index of the chosen beam as "chosen"; its "text" is
-            still the best beam's, as it is wherever a caption is written as JSON.
-        beam: the chosen one, which is shown, or shown first.
+        caption: with all its beams.
+        kind: "png" and "gif" show one beam, "json" and "html" hold all. The JSON is
+            ``Caption.to_dict()`` plus the index of the chosen beam as "chosen"; its "text" is the
+            best beam's, as in every caption's JSON.
+        beam: index of the beam to show, or to show first.
         word: index of the chosen word, or the number of words for the end, which is drawn only
-            then. The PNG frames it and the web page opens at it. The GIF plays all words.
-        appearance: of the maps. JSON has none.
+            then. The PNG frames it, the web page opens at it, and the GIF plays all words.
+        appearance: of the maps; unused in JSON.
 
     Raises:
-        ConfigError: there is no such format, beam or word.
+        ConfigError: the format is unknown, or the beam or word is out of range.
     """
     if kind not in FORMATS:
-        raise ConfigError(f"no format is called {kind!r}; there are: {', '.join(FORMATS)}")
+        raise ConfigError(f"format is {kind!r}; it must be one of {', '.join(FORMATS)}")
     if not 0 <= beam < len(caption.beams):
         raise ConfigError(f"there is no beam {beam}; there are {len(caption.beams)}")
     words = len(caption.beams[beam].words)

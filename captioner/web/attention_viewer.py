@@ -243,7 +243,7 @@ class AttentionViewer(gr.HTML):
             title=example.title,
             note=example.note,
             photo=self.save(display_jpeg(example.photo), "photo.jpg"),
-            thumbnail=self.save(display_jpeg(example.photo, side=_THUMBNAIL_SIDE), "small.jpg"),
+            thumbnail=self.save(display_jpeg(example.photo, max_side=_THUMBNAIL_SIDE), "small.jpg"),
             answer=self.save(json.dumps(example.caption.to_dict()).encode(), "caption.json"),
         )
 

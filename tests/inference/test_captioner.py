@@ -26,7 +26,7 @@ def photos(example_photos: list[Path]) -> list[Path]:
     return example_photos[:3]
 
 
-def test_every_word_has_a_map_a_probability_and_alternatives(
+def test_words_have_map_probability_and_alternatives(
     captioner: Captioner, photos: list[Path]
 ) -> None:
     caption = captioner.caption(photos[0])
@@ -45,7 +45,7 @@ def test_every_word_has_a_map_a_probability_and_alternatives(
         assert caption.words[0].attention.shape == (7, 7)
 
 
-def test_beams_come_best_first_and_differ(captioner: Captioner, photos: list[Path]) -> None:
+def test_beams_differ_and_are_sorted_by_score(captioner: Captioner, photos: list[Path]) -> None:
     beams = captioner.caption(photos[0], DecodingOptions(beam_size=5)).beams
     assert len(beams) == 5
     assert len({beam.text for beam in beams}) == 5
@@ -53,9 +53,7 @@ def test_beams_come_best_first_and_differ(captioner: Captioner, photos: list[Pat
     assert scores == sorted(scores, reverse=True)
 
 
-def test_a_batch_gives_what_each_photo_gives_alone(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_batch_equals_single_captions(captioner: Captioner, photos: list[Path]) -> None:
     together = captioner.caption_batch(photos)
     for photo, caption in zip(photos, together, strict=True):
         alone = captioner.caption(photo)
@@ -64,9 +62,7 @@ def test_a_batch_gives_what_each_photo_gives_alone(
         assert np.allclose(caption.attention, alone.attention, atol=1e-4)
 
 
-def test_score_reads_the_own_caption_as_it_was_written(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_score_of_own_caption_equals_the_caption(captioner: Captioner, photos: list[Path]) -> None:
     caption = captioner.caption(photos[1])
     read = captioner.score(photos[1], caption.text)
     assert read.text == caption.text
@@ -74,33 +70,29 @@ def test_score_reads_the_own_caption_as_it_was_written(
     assert np.allclose(read.attention, caption.attention, atol=1e-4)
 
 
-def test_score_prefers_a_caption_that_fits(captioner: Captioner, photos: list[Path]) -> None:
+def test_score_ranks_shuffled_caption_lower(captioner: Captioner, photos: list[Path]) -> None:
     own = captioner.caption(photos[1]).text
     shuffled = " ".join(reversed(own.split()))
     fits, does_not = (captioner.score(photos[1], text) for text in (own, shuffled))
     assert fits.log_probability > does_not.log_probability + 5
 
 
-def test_score_shows_unknown_words_as_they_were_written(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_score_keeps_unknown_words_as_written(captioner: Captioner, photos: list[Path]) -> None:
     assert captioner.score(photos[0], "a Zyzzyva runs").text == "a zyzzyva runs"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "!?"])
-def test_score_refuses_no_words(captioner: Captioner, photos: list[Path], text: str) -> None:
-    with pytest.raises(ConfigError, match="no word"):
+def test_score_refuses_empty_text(captioner: Captioner, photos: list[Path], text: str) -> None:
+    with pytest.raises(ConfigError, match="no words"):
         captioner.score(photos[0], text)
 
 
-def test_a_prefix_is_kept(captioner: Captioner, photos: list[Path]) -> None:
+def test_caption_starts_with_the_prefix(captioner: Captioner, photos: list[Path]) -> None:
     caption = captioner.caption(photos[0], DecodingOptions(prefix="Two women"))
     assert caption.text.startswith("two women ")
 
 
-def test_a_caption_tells_which_of_its_words_were_given(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_given_indexes_the_prefix(captioner: Captioner, photos: list[Path]) -> None:
     assert captioner.caption(photos[0]).given == ()
     for prefix, given in (("Two women", (0, 1)), ("a", (0,)), ("Two, women!  and", (0, 1, 2))):
         caption = captioner.caption(photos[0], DecodingOptions(prefix=prefix))
@@ -108,14 +100,12 @@ def test_a_caption_tells_which_of_its_words_were_given(
         assert len(caption.words) > len(given)
 
 
-def test_every_photo_of_a_batch_tells_what_was_given(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_given_is_set_for_every_photo_of_a_batch(captioner: Captioner, photos: list[Path]) -> None:
     captions = captioner.caption_batch(photos, DecodingOptions(prefix="a"))
     assert [caption.given for caption in captions] == [(0,)] * len(photos)
 
 
-def test_of_a_caption_that_was_read_all_words_and_the_end_were_given(
+def test_score_marks_all_words_and_the_end_as_given(
     captioner: Captioner, photos: list[Path]
 ) -> None:
     assert captioner.score(photos[0], "A zyzzyva runs.").given == (0, 1, 2, 3)
@@ -136,7 +126,7 @@ def test_of_a_caption_that_was_read_all_words_and_the_end_were_given(
         ("photograf", ". Did you mean photograph?"),
     ],
 )
-def test_an_unknown_prefix_gets_suggestions_of_near_misses_only(
+def test_unknown_prefix_error_suggests_only_near_misses(
     captioner: Captioner, photos: list[Path], word: str, ending: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -144,7 +134,7 @@ def test_an_unknown_prefix_gets_suggestions_of_near_misses_only(
     assert str(refused.value) == f"\"{word}\" isn't in the model's vocabulary{ending}"
 
 
-def test_a_very_long_unknown_word_is_refused_in_no_time() -> None:
+def test_near_misses_of_a_very_long_word_are_fast() -> None:
     known = [f"word{number}" for number in range(2500)]
     started = time.process_time()
     assert near_misses("word" * 2000, known) == []
@@ -168,9 +158,7 @@ def test_beams_rank_by_log_probability_over_length(
         assert beam.score == pytest.approx(beam.log_probability / length**length_penalty)
 
 
-def test_a_caption_has_the_language_of_the_training_captions(
-    captioner: Captioner, photos: list[Path]
-) -> None:
+def test_language_comes_from_the_checkpoint(captioner: Captioner, photos: list[Path]) -> None:
     assert captioner.caption(photos[0]).language == "en"
     recipe = {**captioner.checkpoint.recipe, "language": "de"}
     german = Captioner(dataclasses.replace(captioner.checkpoint, recipe=recipe), captioner.encoder)
@@ -188,7 +176,7 @@ def test_sampling_is_seeded(captioner: Captioner, photos: list[Path]) -> None:
     assert len(set(texts)) > 1
 
 
-def test_the_same_photo_in_other_dress_gets_the_same_caption(
+def test_path_bytes_image_and_array_get_the_same_caption(
     captioner: Captioner, photos: list[Path]
 ) -> None:
     with Image.open(photos[0]) as image:
@@ -200,7 +188,7 @@ def test_the_same_photo_in_other_dress_gets_the_same_caption(
     assert len(texts) == 1
 
 
-def test_copied_captioner_writes_the_same(captioner: Captioner, photos: list[Path]) -> None:
+def test_copied_captioner_equals_the_original(captioner: Captioner, photos: list[Path]) -> None:
     expected = captioner.caption(photos[0]).to_dict()
     for copied in (copy.deepcopy(captioner), pickle.loads(pickle.dumps(captioner))):
         assert copied is not captioner
@@ -208,7 +196,7 @@ def test_copied_captioner_writes_the_same(captioner: Captioner, photos: list[Pat
         assert copied.encoder.spec() == captioner.encoder.spec()
 
 
-def test_captioner_is_used_by_two_threads_at_once(captioner: Captioner, photos: list[Path]) -> None:
+def test_captioner_is_thread_safe(captioner: Captioner, photos: list[Path]) -> None:
     expected = captioner.caption_batch(photos)
     with ThreadPoolExecutor(2) as pool:
         for captions in pool.map(captioner.caption_batch, [photos, photos]):
@@ -260,7 +248,7 @@ def _global_state() -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("state", [_float64, _autocast, _bfloat16_on_meta])
-def test_captions_do_not_depend_on_the_state_of_torch(
+def test_captions_do_not_depend_on_torch_defaults(
     captioner: Captioner,
     photos: list[Path],
     state: Callable[[], contextlib.AbstractContextManager[None]],
@@ -284,11 +272,11 @@ def test_captions_do_not_depend_on_the_state_of_torch(
         assert np.allclose(one.attention, other.attention, atol=1e-4)
 
 
-def test_no_photos_are_no_captions(captioner: Captioner) -> None:
+def test_empty_batch_returns_no_captions(captioner: Captioner) -> None:
     assert captioner.caption_batch([]) == []
 
 
-def test_a_bad_photo_is_named(captioner: Captioner, tmp_path: Path) -> None:
+def test_bad_photo_error_names_the_file(captioner: Captioner, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
     with pytest.raises(ImageError, match=r"bad\.jpg"):
@@ -297,18 +285,18 @@ def test_a_bad_photo_is_named(captioner: Captioner, tmp_path: Path) -> None:
         captioner.score(bad, "a dog runs")
 
 
-def test_another_encoder_is_refused(captioner: Captioner) -> None:
+def test_mismatched_encoder_is_refused(captioner: Captioner) -> None:
     spec = {**captioner.encoder.spec(), "sha256": "0" * 64}
     with pytest.raises(CheckpointError, match="SHA-256"):
         captioner.checkpoint.check_encoder(spec)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_missing_checkpoint_error_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         Captioner.load(tmp_path / "nowhere")
 
 
-def test_the_card_is_the_model_card_without_its_front_matter(captioner: Captioner) -> None:
+def test_card_is_the_model_card_without_front_matter(captioner: Captioner) -> None:
     shipped = (SHIPPED_CHECKPOINT / "README.md").read_text(encoding="utf-8")
     assert shipped.startswith("---\n")
     assert captioner.card

@@ -37,7 +37,7 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_space_holds_what_it_needs_and_no_more(space: Path) -> None:
+def test_space_holds_exactly_the_needed_files(space: Path) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "captioner"],
         cwd=ROOT,
@@ -53,7 +53,7 @@ def test_a_space_holds_what_it_needs_and_no_more(space: Path) -> None:
         assert there.read_bytes() == (SHIPPED_CHECKPOINT / name).read_bytes()
 
 
-def test_its_requirements_are_pins_of_ours_without_those_of_training(space: Path) -> None:
+def test_space_requirements_leave_out_training(space: Path) -> None:
     ours = (ROOT / "requirements.txt").read_text().splitlines()
     needed = (space / "requirements.txt").read_text().splitlines()
     assert set(needed) < set(ours)
@@ -63,7 +63,7 @@ def test_its_requirements_are_pins_of_ours_without_those_of_training(space: Path
 
 
 @pytest.mark.parametrize("place", ["", "space"])
-def test_the_front_matter_is_what_the_hub_takes(place: str, space: Path) -> None:
+def test_front_matter_is_valid_for_the_hub(place: str, space: Path) -> None:
     card = SpaceCard.load(space / "README.md" if place else ROOT / "README.md")
     data = card.data
     assert (data.sdk, data.app_file, data.license) == ("gradio", "app.py", "mit")
@@ -77,14 +77,14 @@ def test_the_front_matter_is_what_the_hub_takes(place: str, space: Path) -> None
     assert data.emoji
 
 
-def test_a_full_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonempty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").write_text("mine")
     assert main(["export", "--space", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert files_in(tmp_path) == {"mine"}
 
 
-def test_a_broken_checkpoint_makes_no_space(
+def test_broken_checkpoint_is_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(SHIPPED_CHECKPOINT, tmp_path / "broken")
@@ -95,7 +95,7 @@ def test_a_broken_checkpoint_makes_no_space(
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_what_cannot_be_written_is_one_line(
+def test_unwritable_folder_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -212,7 +212,8 @@ def run(hub: Hub, home: Path, *arguments: str, token: str = "hf_good") -> Any:
     )
 
 
-def test_a_checkpoint_goes_to_the_hub_and_comes_back(
+@pytest.mark.slow
+def test_checkpoint_round_trips_through_the_hub(
     hub: Hub, tmp_path: Path, example_photos: list[Path]
 ) -> None:
     pushed = run(hub, tmp_path, "export", "--hub", "someone/captions", "--private")
@@ -252,7 +253,8 @@ def test_upload_without_owner_goes_to_the_created_repository(
         assert output.out.strip() == address
 
 
-def test_what_the_hub_refuses_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_hub_refusal_is_reported_in_one_line(hub: Hub, tmp_path: Path) -> None:
     refused = run(hub, tmp_path, "export", "--hub", "someone/captions", token="hf_bad")
     assert refused.returncode == 1
     assert "hf auth login" in refused.stderr

@@ -27,7 +27,7 @@ from PIL import Image
 
 from captioner.config import FORMATS
 from captioner.errors import ConfigError
-from captioner.inference import render as overlay
+from captioner.inference import render as rendering
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.inference.render import Appearance, blend, comparison, gif, page, render, sheet
 
@@ -83,9 +83,10 @@ def framed(picture: Image.Image) -> tuple[int, int, int, int]:
 # Maps
 
 
-@pytest.mark.parametrize("size", [(280, 280), (630, 210), (210, 630)])
-@pytest.mark.parametrize("cell", [(0, 0), (2, 5), (6, 6)])
-def test_the_brightest_pixel_lies_in_the_strongest_cell(
+@pytest.mark.parametrize(
+    ("size", "cell"), [((280, 280), (0, 0)), ((630, 210), (2, 5)), ((210, 630), (6, 6))]
+)
+def test_brightest_pixel_lies_in_the_strongest_cell(
     size: tuple[int, int], cell: tuple[int, int]
 ) -> None:
     photo = Image.new("RGB", size, (40, 40, 40))
@@ -94,9 +95,11 @@ def test_the_brightest_pixel_lies_in_the_strongest_cell(
     assert (row * 7 // size[1], column * 7 // size[0]) == cell
 
 
-@pytest.mark.parametrize("colors", ["inferno", "viridis", "cividis", "light"])
-@pytest.mark.parametrize("strength", [0, 0.3, 1])
-def test_cells_have_the_colours_of_the_page(colors: str, strength: float) -> None:
+@pytest.mark.parametrize(
+    ("colors", "strength"),
+    [("inferno", 1), ("viridis", 0.3), ("cividis", 0), ("light", 1), ("light", 0.3)],
+)
+def test_cell_colors_match_the_page(colors: str, strength: float) -> None:
     attention = np.zeros((7, 7), dtype=np.float32)
     attention[0, 0], attention[3, 4] = 0.4, 0.6
     appearance = Appearance(colors=colors, shape="cells", strength=strength)  # type: ignore[arg-type]
@@ -113,7 +116,7 @@ def test_cells_have_the_colours_of_the_page(colors: str, strength: float) -> Non
         np.testing.assert_allclose(cells[cell[0], 0, cell[1], 0], expected, atol=1)
 
 
-def test_a_smooth_map_passes_through_its_cells_and_goes_on_to_the_border() -> None:
+def test_smooth_map_interpolates_cell_centers() -> None:
     appearance = Appearance(colors="light", strength=1)
     attention = np.repeat(np.linspace(0, 1, 7, dtype=np.float32)[:, None], 7, axis=1)
     pixels = np.asarray(blend(grey((210, 210)), word("dog", attention), appearance))[..., 0]
@@ -126,13 +129,13 @@ def test_a_smooth_map_passes_through_its_cells_and_goes_on_to_the_border() -> No
     assert (pixels == 90).all()
 
 
-def test_an_even_map_is_drawn_without_a_division_by_zero() -> None:
+def test_uniform_map_does_not_divide_by_zero() -> None:
     even = np.full((7, 7), 1 / 49, dtype=np.float32)
     assert blend(Image.new("RGB", (70, 70), "white"), word("dog", even)).size == (70, 70)
 
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
-def test_words_share_a_scale_where_asked_to(kind: str) -> None:
+def test_caption_scale_is_shared_by_all_words(kind: str) -> None:
     weak = np.full((7, 7), 0.5 / 48, dtype=np.float32)
     weak[3, 3] = 0.5
     words = (word("a", one_hot(0, 0)), word("dog", weak))
@@ -154,11 +157,11 @@ def test_words_share_a_scale_where_asked_to(kind: str) -> None:
 # The sheet
 
 
-@pytest.mark.parametrize("size", [(300, 200), (900, 100), (100, 900), (5000, 20), (1, 5000)])
-@pytest.mark.parametrize("words", [0, 1, 18])
-def test_a_sheet_is_a_png_without_metadata_for_any_number_of_words(
-    words: int, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [(0, (300, 200)), (18, (900, 100)), (18, (100, 900)), (1, (5000, 20)), (18, (1, 5000))],
+)
+def test_sheet_is_png_without_metadata(words: int, size: tuple[int, int]) -> None:
     data = sheet(secretive(size), caption_of(*(f"word{number}" for number in range(words))))
     picture = Image.open(io.BytesIO(data))
     assert picture.format == "PNG"
@@ -169,7 +172,7 @@ def test_a_sheet_is_a_png_without_metadata_for_any_number_of_words(
 
 
 @pytest.mark.parametrize("size", [(120, 300), (900, 200)])
-def test_a_sheet_frames_the_chosen_word_s_map(size: tuple[int, int]) -> None:
+def test_sheet_frames_the_chosen_word(size: tuple[int, int]) -> None:
     caption = caption_of("a", "dog", "runs", "on", "grass", size=size)
     boxes = []
     for number, step in enumerate([*caption.words, caption.beams[0].end]):
@@ -187,7 +190,7 @@ def test_a_sheet_frames_the_chosen_word_s_map(size: tuple[int, int]) -> None:
     assert len(set(boxes)) == 5
 
 
-def test_a_sheet_without_a_chosen_word_frames_none() -> None:
+def test_sheet_frames_nothing_by_default() -> None:
     with pytest.raises(AssertionError):
         framed(Image.open(io.BytesIO(sheet(grey((300, 200)), caption_of("a", "dog")))))
 
@@ -207,7 +210,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]
     return texts
 
 
-def test_a_sheet_says_words_and_percentages_as_the_page_does(
+def test_sheet_labels_match_the_page(
     written: list[tuple[str, dict[str, Any]]],
 ) -> None:
     shares = {"a": 0.4349, "dog": 0.0994, "runs": 0.0995, "on": 0.00004, "grass": 0.125}
@@ -226,7 +229,7 @@ def test_a_sheet_says_words_and_percentages_as_the_page_does(
     assert "one scale" in " ".join(texts)
 
 
-def test_a_long_word_is_cut_to_its_panel(written: list[tuple[str, dict[str, Any]]]) -> None:
+def test_sheet_shortens_long_words(written: list[tuple[str, dict[str, Any]]]) -> None:
     sheet(grey((30, 20)), caption_of("a", "x" * 2000, "two\nlines $x^2$"))
     texts = [text for text, _ in written]
     assert "two lines $x^2$  \u206650%\u2069" in texts
@@ -234,7 +237,7 @@ def test_a_long_word_is_cut_to_its_panel(written: list[tuple[str, dict[str, Any]
     assert 10 < len(label) < 60
 
 
-def test_a_comparison_holds_every_photo() -> None:
+def test_comparison_holds_every_photo() -> None:
     photos = [Image.new("RGB", (50, 50), (red, 0, 0)) for red in (60, 120, 180, 240, 30)]
     data = comparison(photos, ["a dog"] * 5, [["a cat", "two cats"]] * 5)
     colors = Image.open(io.BytesIO(data)).convert("RGB").getcolors(10**7)
@@ -253,8 +256,8 @@ def frames_of(data: bytes) -> list[Image.Image]:
     return frames
 
 
-@pytest.mark.parametrize("size", [(300, 200), (5000, 20), (20, 5000), (1, 5000), (5000, 1)])
-def test_a_gif_has_a_frame_a_word_of_nine_tenths_of_a_second(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(300, 200), (1, 5000), (5000, 1)])
+def test_gif_has_one_frame_of_900_ms_per_word(size: tuple[int, int]) -> None:
     data = gif(secretive(size), caption_of("a", "dog", "runs"))
     animation: Any = Image.open(io.BytesIO(data))
     assert animation.n_frames == 3
@@ -268,7 +271,7 @@ def test_a_gif_has_a_frame_a_word_of_nine_tenths_of_a_second(size: tuple[int, in
     assert animation.height <= 480 + 60
 
 
-def test_each_frame_of_a_gif_shows_its_word_in_the_strip_and_its_map_on_the_photo() -> None:
+def test_gif_frame_shows_its_word_and_map() -> None:
     frames = frames_of(
         gif(Image.new("RGB", (300, 210), (40, 40, 40)), caption_of("a", "dog", "runs"))
     )
@@ -291,13 +294,13 @@ def marked_columns(frame: Image.Image, photo_height: int) -> tuple[int, int]:
     return int(columns.min()), int(columns.max())
 
 
-def test_a_gif_plays_the_end_only_where_it_is_chosen() -> None:
+def test_gif_plays_the_end_only_if_chosen() -> None:
     caption = caption_of("a", "dog")
     assert len(frames_of(gif(grey((90, 60)), caption, 0, 1))) == 2
     assert len(frames_of(gif(grey((90, 60)), caption, 0, 2))) == 3
 
 
-def test_a_gif_without_words_is_a_still_of_the_photo() -> None:
+def test_gif_without_words_is_a_still() -> None:
     data = gif(secretive((300, 200), "red"), caption_of())
     (frame,) = frames_of(data)
     assert frame.size == (300, 200)
@@ -305,7 +308,7 @@ def test_a_gif_without_words_is_a_still_of_the_photo() -> None:
     assert b"secret" not in data
 
 
-def test_many_long_words_of_a_gif_wrap_and_none_is_cut_off() -> None:
+def test_gif_wraps_long_captions() -> None:
     photo = Image.new("RGB", (240, 100), "white")
     texts = ["wonderfully", "photographed", "Mississippi", "steamboats"] * 5
     frames = frames_of(gif(photo, caption_of(*texts)))
@@ -328,7 +331,7 @@ HINDI, CHINESE = "कुत्ता घास पर", "一只 狗 在 草地 �
 
 
 @pytest.mark.parametrize(("text", "leftwards"), [(ARABIC, True), (HEBREW, True), ("a b c", False)])
-def test_words_run_as_their_script_does(text: str, leftwards: bool) -> None:
+def test_words_follow_the_direction_of_their_script(text: str, leftwards: bool) -> None:
     size = (300, 300)
     caption = caption_of(*text.split(), size=size)
     middles = [sum(marked_columns(frame, 300)) for frame in frames_of(gif(grey(size), caption))]
@@ -350,16 +353,16 @@ def dejavu_only(monkeypatch: pytest.MonkeyPatch, *others: str) -> None:
     ]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
-    overlay._fonts_for.cache_clear()
-    overlay._warn_of_missing_glyphs.cache_clear()
+    rendering._fonts_for.cache_clear()
+    rendering._warn_of_missing_glyphs.cache_clear()
 
 
 @pytest.fixture
 def fresh_fonts() -> Iterator[None]:
     """Forget afterwards which fonts a test has seen."""
     yield
-    overlay._fonts_for.cache_clear()
-    overlay._warn_of_missing_glyphs.cache_clear()
+    rendering._fonts_for.cache_clear()
+    rendering._warn_of_missing_glyphs.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_fonts")
@@ -383,7 +386,7 @@ def test_letters_that_no_font_has_are_said_once_per_script(
 
 @pytest.mark.usefixtures("fresh_fonts")
 @pytest.mark.parametrize("listed", [True, False])
-def test_an_installed_font_that_has_the_letters_is_found(
+def test_fallback_font_is_found(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     written: list[tuple[str, dict[str, Any]]],
@@ -448,7 +451,7 @@ class Elements(HTMLParser):
         return value
 
 
-def test_a_page_holds_everything_that_it_needs() -> None:
+def test_page_loads_nothing_external() -> None:
     data = page(secretive((2000, 1000)), caption_of("a", "dog"))
     text = data.decode()
     assert "http://" not in text
@@ -468,7 +471,7 @@ def test_a_page_holds_everything_that_it_needs() -> None:
     assert "connect-src" not in policy
 
 
-def test_the_photo_in_a_page_carries_nothing_but_pixels() -> None:
+def test_page_photo_has_no_metadata() -> None:
     data = page(secretive((2000, 1000)), caption_of("a", "dog"))
     kind, _, code = Elements(data).value()["photo"]["url"].partition(",")
     assert kind == "data:image/jpeg;base64"
@@ -480,7 +483,7 @@ def test_the_photo_in_a_page_carries_nothing_but_pixels() -> None:
     assert not {"exif", "comment"} & set(photo.info)
 
 
-def test_a_page_starts_with_the_beam_that_was_asked_for() -> None:
+def test_page_opens_at_the_chosen_beam() -> None:
     caption = caption_of("a", "dog")
     data = page(Image.new("RGB", caption.size), caption, 1)
     value = Elements(data).value()
@@ -488,7 +491,7 @@ def test_a_page_starts_with_the_beam_that_was_asked_for() -> None:
     assert b"<title>a cat</title>" in data
 
 
-def test_a_page_starts_with_the_word_and_the_appearance_that_were_asked_for() -> None:
+def test_page_opens_at_the_chosen_word_and_appearance() -> None:
     caption = caption_of("a", "dog")
     appearance = Appearance(colors="light", shape="cells", scale="caption", strength=0.5)
     value = Elements(render(grey((9, 6)), caption, "html", 0, 1, appearance)).value()
@@ -501,7 +504,7 @@ def test_a_page_starts_with_the_word_and_the_appearance_that_were_asked_for() ->
     }
 
 
-def test_a_page_says_what_it_is_and_in_which_language_the_caption_is() -> None:
+def test_page_has_heading_language_and_noscript_text() -> None:
     caption = dataclasses.replace(caption_of(*ARABIC.split()), language="ar")
     shown = Elements(page(grey((9, 6)), caption))
     tags = [tag for tag, _ in shown.elements]
@@ -530,7 +533,7 @@ def test_a_page_says_what_it_is_and_in_which_language_the_caption_is() -> None:
         "\"'&\\\u2028",
     ],
 )
-def test_no_word_breaks_out_of_the_json_of_a_page(text: str) -> None:
+def test_page_escapes_hostile_words(text: str) -> None:
     photo = Image.new("RGB", (9, 6))
     harmless = Elements(page(photo, caption_of("a", "dog")))
     shown = Elements(page(photo, caption_of("a", text)))
@@ -541,13 +544,13 @@ def test_no_word_breaks_out_of_the_json_of_a_page(text: str) -> None:
 
 
 @given(st.text())
-def test_a_page_shows_any_word_as_it_is(text: str) -> None:
+def test_page_keeps_any_word_unchanged(text: str) -> None:
     shown = Elements(page(Image.new("RGB", (3, 2)), caption_of(text)))
     assert shown.value()["caption"]["beams"][0]["words"][0]["text"] == text
     assert [tag for tag, _ in shown.elements].count("script") == 2
 
 
-def test_every_format_is_rendered_as_what_it_is_called() -> None:
+def test_every_format_has_its_signature() -> None:
     caption = caption_of("a", "dog", size=(300, 200))
     photo = secretive(caption.size)
     files = {kind: render(photo, caption, kind) for kind in FORMATS}
@@ -562,14 +565,14 @@ def test_every_format_is_rendered_as_what_it_is_called() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
-def test_a_rendered_picture_shows_the_beam_that_was_asked_for(kind: str) -> None:
+def test_picture_shows_the_chosen_beam(kind: str) -> None:
     caption, photo = caption_of("a", "dog", "runs"), Image.new("RGB", (90, 60), "teal")
     alone = dataclasses.replace(caption, beams=caption.beams[1:])
     assert render(photo, caption, kind, 1) == render(photo, alone, kind)
     assert render(photo, caption, kind, 1) != render(photo, caption, kind)
 
 
-def test_the_json_marks_the_chosen_caption_and_keeps_the_best_one_s_text() -> None:
+def test_json_marks_the_chosen_beam() -> None:
     caption = caption_of("a", "dog")
     values = json.loads(render(grey((9, 6)), caption, "json", 1))
     assert (values["text"], values["chosen"]) == ("a dog", 1)
@@ -577,28 +580,24 @@ def test_the_json_marks_the_chosen_caption_and_keeps_the_best_one_s_text() -> No
 
 
 @pytest.mark.parametrize("kind", ["bmp", "", "PNG", "../png"])
-def test_a_format_that_there_is_not_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match="there are: png, gif, json, html"):
+def test_unknown_format_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="must be one of png, gif, json, html"):
         render(Image.new("RGB", (9, 6)), caption_of("a"), kind)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("beam", [-1, 2])
-def test_a_beam_that_there_is_not_is_refused(kind: str, beam: int) -> None:
-    with pytest.raises(ConfigError, match=rf"no beam {beam}; there are 2"):
-        render(Image.new("RGB", (9, 6)), caption_of("a"), kind, beam)
+@pytest.mark.parametrize("index", [-1, 2])
+def test_beam_or_word_out_of_range_is_refused(kind: str, index: int) -> None:
+    with pytest.raises(ConfigError, match=rf"no beam {index}; there are 2"):
+        render(grey((9, 6)), caption_of("a"), kind, index)
+    with pytest.raises(ConfigError, match=rf"no word {index}; there are 1, and the end"):
+        render(grey((9, 6)), caption_of("a"), kind, 0, index)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("number", [-1, 2])
-def test_a_word_that_there_is_not_is_refused(kind: str, number: int) -> None:
-    with pytest.raises(ConfigError, match=rf"no word {number}; there are 1, and the end"):
-        render(grey((9, 6)), caption_of("a"), kind, 0, number)
-
-
-def test_nothing_is_drawn_through_pyplot() -> None:
+@pytest.mark.slow
+def test_rendering_does_not_import_pyplot() -> None:
     code = (
-        "import sys; from tests.test_overlay import *; "
+        "import sys; from tests.inference.test_render import *; "
         "[render(Image.new('RGB', (90, 60)), caption_of('a'), kind) for kind in FORMATS]; "
         "comparison([Image.new('RGB', (9, 6))], ['a'], [['b']]); "
         "print([name for name in ('matplotlib', 'matplotlib.pyplot') if name in sys.modules])"

@@ -106,7 +106,7 @@ def test_a_bad_upload_says_what_is_wrong_and_the_next_photo_works(
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
-    with pytest.raises(AppError, match="not an image that can be read"):
+    with pytest.raises(AppError, match="isn't an image we can read"):
         client.predict(handle_file(bad), api_name="/caption")
     values = client.predict(handle_file(example_photos[0]), api_name="/caption")
     assert len(values["text"].split()) >= 3

@@ -629,7 +629,7 @@ def test_missing_upload_is_none() -> None:
 
 @pytest.mark.parametrize("data", [b"no photo", b"", b"GIF89a"])
 def test_unreadable_upload_is_an_error_in_a_sentence(handlers: Handlers, data: bytes) -> None:
-    with pytest.raises(gr.Error, match=r"The photo is|This file isn't an image"):
+    with pytest.raises(gr.Error, match="The photo is"):
         handlers.api(data)
 
 
