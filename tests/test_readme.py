@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -15,7 +14,6 @@ import pytest
 
 import app
 import train
-from captioner import Captioner
 from captioner.__main__ import main
 from captioner.arguments import build_parser as captioner_parser
 
@@ -140,24 +138,6 @@ def test_python_examples_run(photo_folder: Path, served_page: str) -> None:
         exec(compile(code, "README.md", "exec"), {})
 
 
-def test_curl_example_prints_the_caption(
-    photo_folder: Path, served_page: str, captioner: Captioner
-) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("no curl: apt-get install curl (Debian, Ubuntu) and run the tests again")
-    (script,) = [block for language, block in BLOCKS if language == "sh"]
-    done = subprocess.run(
-        ["bash", "-c", script.replace(ADDRESS, served_page.rstrip("/"))],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    event, data = done.stdout.strip().splitlines()
-    assert event == "event: complete"
-    (caption,) = json.loads(data.removeprefix("data: "))
-    assert caption == captioner.caption(photo_folder / "photo.jpg").to_dict()
-
-
 def test_tree_names_every_module() -> None:
     tree = next(block for language, block in BLOCKS if language == "text")
     named, folders = set[str](), list[tuple[int, str]]()
@@ -181,7 +161,7 @@ def test_tree_names_every_module() -> None:
 
 def test_space_has_the_pinned_gradio() -> None:
     version = re.search(r'^sdk_version: "(.+)"$', README, flags=re.MULTILINE)
-    pin = re.search(r"^gradio==(.+)$", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    pin = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
     assert version
     assert pin
     assert version[1] == pin[1]

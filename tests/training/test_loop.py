@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
+from torch.utils.data import DataLoader
 
 from captioner.config import (
     BOS,
@@ -163,9 +164,9 @@ def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
     features = np.random.default_rng(0).standard_normal((3, 49, 6)).astype(np.float16)
     dataset = _data(features, captions, {}).validation
     torch.manual_seed(0)
-    config = ModelConfig(vocabulary_size=12, encoder_channels=6, **_SMALL)
+    config = ModelConfig.from_dict({"vocabulary_size": 12, "encoder_channels": 6, **_SMALL})
     model = CaptionModel(config).eval()
-    cells, token_ids = map(torch.stack, zip(*(dataset[row] for row in range(3)), strict=True))
+    cells, token_ids = next(iter(DataLoader(dataset, batch_size=3)))
     with torch.no_grad():
         expected, num_tokens = caption_loss(model, cells.float(), token_ids)
     assert num_tokens == 6 + 2 + 1 + 3 + 3 + 5  # with <eos>
