@@ -425,6 +425,7 @@ def test_restored_state_equals_saved_state(tmp_path: Path) -> None:
     first = TrainingState(config, _toy(), tmp_path)
     train_one_epoch(first)
     first.finish_epoch({"val_loss": 2.5}, 2.5)
+    first.finish_epoch({"val_loss": 2.6}, 2.6)
     first.save()
     saved = load_file(tmp_path / "state" / "state.safetensors")
     values = (tmp_path / "state" / "state.json").read_text()
@@ -436,6 +437,8 @@ def test_restored_state_equals_saved_state(tmp_path: Path) -> None:
     assert saved.keys() == restored.keys()
     assert all(torch.equal(saved[name], restored[name]) for name in saved)
     assert (tmp_path / "state" / "state.json").read_text() == values
+    assert (again.epoch, again.best_loss, again.bad_epochs) == (2, 2.5, 1)
+    assert again.rows == first.rows
     # The next epoch of both is the same, including the optimizer's moments.
     assert train_one_epoch(again) == train_one_epoch(first)
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
