@@ -36,6 +36,10 @@ def test_words_have_map_probability_and_alternatives(
     assert np.allclose(caption.attention.sum(axis=(1, 2)), 1, atol=1e-4)
     with Image.open(photos[0]) as image:
         assert caption.size == image.size
+    (best, *_) = caption.beams
+    assert sum(np.log(word.probability) for word in (*best.words, best.end)) == pytest.approx(
+        caption.log_probability, abs=1e-4
+    )
     for word in caption.words:
         assert 0 < word.probability <= 1
         assert len(word.alternatives) == 5
