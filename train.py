@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from captioner.config import FEATURES_FOLDER, RECIPES, ModelConfig, TrainConfig
-from captioner.errors import CaptionerError, ConfigError, logging_to_stderr
+from captioner.errors import CaptionerError, ConfigError, logging_to_stderr, report
 from captioner.files import user_path
 from captioner.options import OptionParser, add_options, show
-from captioner.training.loop import Stopped, fit
+
+try:
+    from captioner.training.loop import Stopped, fit
+except ModuleNotFoundError as error:
+    sys.exit(report("train.py", error))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     except CaptionerError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        return report("train.py", error)
     except OSError as error:
         print(f"train.py: {error.strerror or error} ({error.filename})", file=sys.stderr)
         return 1

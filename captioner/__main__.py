@@ -22,6 +22,7 @@ from captioner.errors import (
     WriteError,
     first_line,
     logging_to_stderr,
+    report,
 )
 
 if TYPE_CHECKING:
@@ -345,6 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
     except CaptionerError as error:
         print(f"captioner: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        return report("captioner", error)
     except BrokenPipeError:
         # The reader (head, say) has had enough; keep Python from complaining as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,15 @@ import sys
 
 _logger = logging.getLogger(__name__)
 
+# Packages that pyproject.toml lists under an extra, by the name they are imported by.
+_EXTRAS = {
+    "gradio": "page",
+    "skimage": "page",
+    "gensim": "train",
+    "sacrebleu": "train",
+    "tensorboard": "train",
+}
+
 
 class CaptionerError(Exception):
     """Base of all errors that this package raises on purpose; its text can be shown to users.
@@ -70,6 +79,13 @@ def report(program: str, error: BaseException) -> int:
     if isinstance(error, CaptionerError):
         sys.stderr.write(f"{program}: {error}\n")
         return error.exit_code
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in _EXTRAS:
+        sys.stderr.write(
+            f"{program}: {package} is not installed: pip install -r requirements.txt, or install "
+            f"the package with its extra: pip install '.[{_EXTRAS[package]}]'\n"
+        )
+        return 1
     sys.stderr.write(f"{program}: {type(error).__name__}: {first_line(error)}\n")
     return 1
 

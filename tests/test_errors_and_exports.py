@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import captioner
 from captioner import errors
+from captioner.__main__ import main
 
 ROOT = Path(captioner.__file__).resolve().parent.parent
 
@@ -84,3 +87,28 @@ def test_star_import_gives_the_public_names() -> None:
     exec("from captioner import *", names)
 
     assert set(captioner.__all__) <= set(names)
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.delitem(sys.modules, "captioner.training.metrics", raising=False)
+    monkeypatch.delitem(sys.modules, "captioner.training.evaluation", raising=False)
+
+    assert main(["evaluate", "--data", str(tmp_path)]) == 1
+
+    assert "sacrebleu is not installed" in (message := capsys.readouterr().err)
+    assert ".[train]" in message
+
+
+def test_extras_hold_every_pinned_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    installed = [*project["dependencies"], *extras["page"], *extras["train"]]
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+
+    assert {re.split(r"[<>=]", name)[0] for name in installed} == set(pins)
+    for package, extra in errors._EXTRAS.items():
+        distribution = {"skimage": "scikit-image"}.get(package, package)
+        assert any(name.startswith(distribution) for name in extras[extra])
