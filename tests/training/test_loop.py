@@ -247,6 +247,17 @@ def test_optimizer_follows_the_schedule_of_its_stage(tmp_path: Path) -> None:
     assert rates == pytest.approx([learning_rate_at(step, 2, 0.001) for step in range(2)])
 
 
+def test_evaluated_weights_are_the_moving_average(tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=4, learning_rate=0.1, ema_decay=0.5, device="cpu", model=_SMALL)
+    state = TrainingState(config, _toy(), tmp_path)
+    weights: list[torch.Tensor] = []
+    train_one_epoch(state, lambda: weights.append(state.model.fc.weight.detach().clone()))
+    first, second = weights  # the decay after the first step is (1 + 1) / (10 + 1)
+    expected = first.lerp(second, 1 - 2 / 11)
+    assert torch.allclose(state.eval_model.fc.weight, expected, atol=1e-6)
+    assert not torch.allclose(state.model.fc.weight, expected, atol=1e-3)
+
+
 def test_stages_advance_only_when_asked(tmp_path: Path) -> None:
     config = TrainConfig(batch_size=8, epochs=3, patience=2, device="cpu", model=_SMALL)
     state = TrainingState(config, _toy(), tmp_path)
