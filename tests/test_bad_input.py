@@ -264,7 +264,7 @@ def _line_break_in_a_name(folder: Path, row: Callable[..., Row], _: object) -> N
         (_missing_column, "no column 'alt_text', only: image"),
         (_mixed_types, "cannot read the parquet files"),
         (_captions_by_language, "captions cannot be a dict"),
-        (_line_break_in_a_name, "over several lines up to 4"),
+        (_line_break_in_a_name, "spans several lines up to line 4"),
     ],
 )
 def test_unreadable_data_is_refused_by_name(

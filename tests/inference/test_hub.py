@@ -67,7 +67,7 @@ def test_front_matter_is_valid_for_the_hub(place: str, space: Path) -> None:
     card = SpaceCard.load(space / "README.md" if place else ROOT / "README.md")
     data = card.data
     assert (data.sdk, data.app_file, data.license) == ("gradio", "app.py", "mit")
-    assert f"gradio=={data.sdk_version}" in (ROOT / "requirements.txt").read_text().splitlines()
+    assert f"\ngradio=={data.sdk_version}  " in (ROOT / "requirements.txt").read_text()
     # The Python that the tests run on.
     assert data.python_version == f"{sys.version_info.major}.{sys.version_info.minor}"
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}

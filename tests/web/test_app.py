@@ -27,7 +27,9 @@ def client(served_page: str) -> Client:
 def ask(url: str, data: bytes | None = None, kind: str = "application/json") -> Any:
     """Return the answer to a plain request: GET, or POST where there is something to send."""
     request = urllib.request.Request(url, data, {"Content-Type": kind})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    # Not urlopen, which keeps the proxies of its first call in this process.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as answer:
         return answer.headers.get_content_type(), answer.read().decode()
 
 
