@@ -86,6 +86,7 @@ def _assert_close(one: Path, other: Path) -> None:
                 assert torch.allclose(left[key].float(), right[key].float(), atol=5e-3), key
 
 
+@pytest.mark.slow
 def test_two_processes_match_a_single_process(
     tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:

@@ -141,6 +141,7 @@ def files_in(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_pending_requests_finish_before_shutdown(tmp_path: Path, photos: list[bytes]) -> None:
     with running_page(tmp_path) as page:
         expected = captions(page.address, photos[:10])
