@@ -23,7 +23,6 @@ from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.model import checkpoint as checkpoints
-from captioner.model.card import model_card
 from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
 from captioner.model.search import Hypothesis, beam_search, decode
@@ -130,7 +129,7 @@ class Captioner:
     @property
     def card(self) -> str:
         """The model card in Markdown: training data, scores, limits, terms."""
-        _, _, text = model_card(self.checkpoint).split("---\n", 2)  # the front matter
+        _, _, text = self.checkpoint.card.split("---\n", 2)  # the front matter
         return text.strip()
 
     def encode(self, photo: Photo) -> EncodedPhoto:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from captioner.config import DEFAULT_LANGUAGE
-
-if TYPE_CHECKING:
-    from captioner.model.checkpoint import Checkpoint
 
 _FLICKR = (
     "It was trained on everyday snapshots, many of people and dogs outdoors. ",
@@ -20,16 +18,23 @@ _OTHER = (
 )
 
 
-def model_card(checkpoint: Checkpoint) -> str:
-    """Return the model card of a checkpoint."""
-    recipe = checkpoint.recipe
+def model_card(
+    *,
+    encoder_name: str,
+    hidden_size: int,
+    vocabulary_size: int,
+    max_length: int,
+    recipe: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> str:
+    """Return the model card of a checkpoint; see ``Checkpoint`` for the arguments."""
     language = recipe.get("language", DEFAULT_LANGUAGE)
     kind = "an English caption" if language == "en" else f"a caption (language: {language})"
     scene, terms = _FLICKR if "flickr" in recipe["data"].lower() else _OTHER
     names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
     numbers = [
         f"| {names.get(name, name.replace('_', ' '))} | {value:.4g} |"
-        for name, value in checkpoint.metrics.items()
+        for name, value in metrics.items()
     ]
     return "\n".join(
         [
@@ -39,11 +44,11 @@ def model_card(checkpoint: Checkpoint) -> str:
             "",
             "# Image captions with attention",
             "",
-            f"A frozen `{checkpoint.encoder['name']}` turns a photo into 7 x 7 vectors; an LSTM of "
-            f"{checkpoint.model.config.hidden_size} units writes {kind} of at most "
-            f"{checkpoint.max_length - 2} words and attends to the photo anew for each word.",
+            f"A frozen `{encoder_name}` turns a photo into 7 x 7 vectors; an LSTM of "
+            f"{hidden_size} units writes {kind} of at most "
+            f"{max_length - 2} words and attends to the photo anew for each word.",
             "",
-            f"Vocabulary: {len(checkpoint.vocabulary):,} entries. Recipe: `{recipe['recipe']}`, "
+            f"Vocabulary: {vocabulary_size:,} entries. Recipe: `{recipe['recipe']}`, "
             f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`"
             + (
                 f", after reading the captions of `{recipe['text']}`."

@@ -66,6 +66,18 @@ class Checkpoint:
     recipe: dict[str, Any]
     metrics: dict[str, Any]
 
+    @property
+    def card(self) -> str:
+        """The model card: Markdown with front matter."""
+        return model_card(
+            encoder_name=self.encoder["name"],
+            hidden_size=self.model.config.hidden_size,
+            vocabulary_size=len(self.vocabulary),
+            max_length=self.max_length,
+            recipe=self.recipe,
+            metrics=self.metrics,
+        )
+
     def check_encoder(self, spec: dict[str, Any]) -> None:
         """Raise ``CheckpointError`` if ``spec`` is not that of the encoder used in training."""
         # JSON has no tuples: compare both sides after a round trip.
@@ -110,7 +122,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (partial / WEIGHTS).write_bytes(weights)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / CONFIG).write_text(text, encoding="utf-8")
-        (partial / CARD).write_text(model_card(checkpoint), encoding="utf-8")
+        (partial / CARD).write_text(checkpoint.card, encoding="utf-8")
 
 
 def find(path_or_hub_id: str | Path) -> Path:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from captioner.config import BOS, CHARACTER_WORDS, EOS, PAD, UNK
 from captioner.errors import DataError
@@ -184,18 +182,3 @@ class Vocabulary:
             if index not in (PAD, BOS):
                 words.append(self.idx2word[index])
         return " ".join(words)
-
-    def save(self, path: Path) -> None:
-        """Write the words as a JSON list, ordered by id."""
-        path.write_text(json.dumps(self.idx2word, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Load a file that ``save`` wrote; any other raises ``DataError``."""
-        try:
-            words = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read a vocabulary from {path}: {error}") from error
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise DataError(f"{path} does not hold a vocabulary: it must be a JSON list of words")
-        return cls(words)

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError, WriteError
-from captioner.model.card import model_card
 from captioner.model.checkpoint import Checkpoint, load, save
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder
@@ -159,11 +158,10 @@ def test_card_names_data_recipe_scores_and_limits(folder: Path) -> None:
 
 def test_card_names_the_language(folder: Path) -> None:
     checkpoint = load(folder)
-    assert "writes an English caption" in model_card(checkpoint)
+    assert "writes an English caption" in checkpoint.card
     recipe = {**checkpoint.recipe, "language": "de"}
-    assert "writes a caption (language: de)" in model_card(
-        dataclasses.replace(checkpoint, recipe=recipe)
-    )
+    german = dataclasses.replace(checkpoint, recipe=recipe)
+    assert "writes a caption (language: de)" in german.card
 
 
 # Written whole, or not at all
@@ -503,7 +501,7 @@ def _load_or_none(folder: Path, encoder: Encoder) -> Checkpoint | None:
         raise
     with contextlib.suppress(CheckpointError):
         loaded.check_encoder(encoder.spec())
-    assert "# Image captions" in model_card(loaded)
+    assert "# Image captions" in loaded.card
     return loaded
 
 
