@@ -12,6 +12,11 @@ from captioner.model import checkpoint as checkpoints
 _ROOT = Path(__file__).resolve().parents[2]
 _TRAINING = "# Training"  # the comment above the requirements that a Space does not need
 
+_CPU_BUILD = """\
+# On a Space without a GPU, uncomment the next line for PyTorch's CPU build, which is much smaller:
+# --extra-index-url https://download.pytorch.org/whl/cpu
+"""
+
 _SPACE = """
 # Captions with attention
 
@@ -57,7 +62,7 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
         _, front, _ = (_ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         (partial / "README.md").write_text(f"---\n{front}---\n{_SPACE}", encoding="utf-8")
         needed, _, _ = (_ROOT / "requirements.txt").read_text().partition(_TRAINING)
-        (partial / "requirements.txt").write_text(needed)
+        (partial / "requirements.txt").write_text(f"{_CPU_BUILD}\n{needed}")
 
 
 def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
