@@ -90,7 +90,7 @@ class _ReplacedOption(argparse.Action):
 
 
 def config_of(options: dict[str, Any]) -> TrainConfig:
-    """Return the settings that the parsed arguments stand for: a recipe, and what they change."""
+    """Return the recipe's settings, changed by the parsed arguments."""
     given = {name: value for name, value in options.items() if value is not None}
     recipe = given.pop("recipe", "seed")
     model = dict(TrainConfig.from_recipe(recipe).model)

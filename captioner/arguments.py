@@ -80,8 +80,8 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="ray is Ray Data (pip install 'ray[data]'), on this machine or on the cluster that "
-        "RAY_ADDRESS names. Default: %(default)s.",
+        help="ray is Ray Data (pip install 'ray[data]<2.64'), on this machine or on the cluster "
+        "that RAY_ADDRESS names. Default: %(default)s.",
     )
     table.add_argument(
         "--workers",

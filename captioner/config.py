@@ -50,7 +50,7 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Dropout = Annotated[float, Field(ge=0, le=0.95)]
 _Size = Annotated[int, Field(ge=1, le=100_000)]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
-_CountOrNone = Annotated[int, Field(ge=0, le=1_000_000)]
+_CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 _MaxLength = Annotated[int, Field(ge=3, le=200)]
 _LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
 _DESCRIPTIONS = {
@@ -125,7 +125,7 @@ class _Config:
 
 @_settings
 class ModelConfig(_Config):
-    """The decoder's shape. With every option off it is the report's model."""
+    """The decoder's shape. The defaults give the original report's model."""
 
     vocabulary_size: Annotated[int, Field(ge=5, le=10_000_000)]
     """Number of words (V), the four special tokens included."""
@@ -154,7 +154,7 @@ class ModelConfig(_Config):
     tied_embedding: bool = False
     """Share the embedding's matrix with the output layer; needs deep_output."""
     dropout: _Dropout = 0.0
-    """Dropout before the LSTM's word input and before the output layer."""
+    """Dropout on the word embedding and on the output layer's input."""
     feature_dropout: _Dropout = 0.0
     """Dropout of whole channels of the encoder's features."""
 
@@ -168,7 +168,7 @@ class ModelConfig(_Config):
 
 @_settings
 class DecodingOptions(_Config):
-    """How a caption is searched for. The defaults are those of the app."""
+    """How captions are decoded. The defaults are those of the app."""
 
     beam_size: Annotated[int, Field(ge=1, le=100)] = 3
     """Number of hypotheses kept at each step. 1 = greedy. Unused with a temperature above 0."""
@@ -231,7 +231,7 @@ class Appearance(_Config):
 
 @_settings
 class TrainConfig(_Config):
-    """The settings of a training run. ``TrainConfig.from_recipe`` returns the two recommended ones.
+    """The settings of a training run. ``TrainConfig.from_recipe`` returns one of the two recipes.
 
     ``recipe`` is only the name under which the other settings go.
     """
@@ -265,15 +265,15 @@ class TrainConfig(_Config):
     word2vec: bool = True
     """Initialize the embedding with Word2Vec vectors of the training captions."""
     attention_gain: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Factor on the initial weights Wh and v of the attention. At 1 the maps of a short training
-    stay nearly uniform, and alike for all words."""
+    """Factor on the initial weights Wh and v of the attention. At 1, maps stay nearly uniform
+    after a short training run and look alike for all words."""
     views: Annotated[int, Field(ge=1, le=100)] = 1
     """Number of views of each photo; each epoch uses one. 1 = the photo itself; 2 = also mirrored,
     with left and right swapped in its captions; each further view is a random crop."""
     text: str | None = None
     """Folder of Parquet files with more captions (alt_text) but no photos, to be learned first.
     Word2Vec uses them too; the vocabulary remains that of the training captions."""
-    text_epochs: _CountOrNone = 1
+    text_epochs: _CountOrZero = 1
     """Epochs on the captions of --text together with the training captions, with the mean cell of
     all photos in place of a photo."""
     batch_size: _Count = 32
@@ -288,7 +288,7 @@ class TrainConfig(_Config):
     """plateau = divide the learning rate by 10 after 2 epochs without a lower validation loss;
     cosine = linear warmup, then cosine decay to zero."""
     warmup: _Probability = 0.0
-    """Share of all steps that the cosine schedule warms up."""
+    """Share of all steps used for warmup by the cosine schedule."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay (AdamW). 0 = Adam."""
     gradient_clip: Annotated[float, Field(ge=0)] = 0.0
@@ -300,7 +300,7 @@ class TrainConfig(_Config):
     bfloat16: bool | Literal["auto"] = "auto"
     """Multiply matrices in bfloat16 while training (weights stay float32); auto = if this machine
     is faster with it."""
-    reward_epochs: _CountOrNone = 0
+    reward_epochs: _CountOrZero = 0
     """Maximum number of epochs of self-critical training on CIDEr-D (Rennie et al. 2017) after
     cross-entropy, starting from its best epoch."""
     reward_batch_size: _Count = 64
@@ -341,7 +341,7 @@ class TrainConfig(_Config):
         return cls.from_dict({"recipe": name, **RECIPES[name], **changes})
 
 
-# "seed" is the report's own recipe: every field's default. "best" is what paid here.
+# "seed" is the original report's recipe: all defaults. "best" adds everything that helped.
 RECIPES: dict[str, dict[str, Any]] = {
     "seed": {},
     "best": {

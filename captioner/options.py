@@ -1,4 +1,4 @@
-"""Command lines: options made from the fields of a settings class, and errors of one sentence."""
+"""Command lines: options made from the fields of a settings class, and one-sentence errors."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def add_options(
     defaults: Mapping[str, object],
     prefix: str = "",
 ) -> None:
-    """Add options for the fields of a settings class; they parse to None where they are not given.
+    """Add options for the fields of a settings class; an omitted option parses to None.
 
     Args:
-        parser: or a group of one.
+        parser: a parser or an argument group.
         settings: a class of ``captioner.config``.
         defaults: the fields' names, and their defaults for ``--help``.
-        prefix: of the options, and of their names in the result.
+        prefix: put before option names and result keys.
     """
     for name, default in defaults.items():
         field = settings.__pydantic_fields__[name]
@@ -83,7 +83,7 @@ def show(value: object) -> str:
 def _parse(kind: Any, text: str) -> object:
     """Return the value that ``text`` stands for.
 
-    A text that fits no such value is returned as it is, for the settings class to refuse by name.
+    Invalid text is returned unchanged; the settings class then raises an error that names it.
     """
     if kind in (int, float):
         with contextlib.suppress(ValueError):

@@ -366,7 +366,7 @@ def _caption_with_ray(
         import ray.data
     except ImportError as error:
         raise ConfigError(
-            'the engine "ray" is not installed: pip install "ray[data]", or leave out --engine'
+            'the engine "ray" is not installed: pip install "ray[data]<2.64", or leave out --engine'
         ) from error
 
     started = not ray.is_initialized()

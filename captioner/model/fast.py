@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from captioner.config import PAD
 from captioner.model.decoder import CaptionModel, Memory
 
-# Training: all steps' input products at once, ended captions left out, one product per gradient.
+# Training: all steps' input products at once, finished captions skipped, one product per gradient.
 
 
 class FusedForward(nn.Module):
@@ -127,7 +127,7 @@ class _DeferredWeightGrad:
         self._inputs: list[Tensor] = []
 
     def attach(self, summand: Tensor) -> Tensor:
-        """Return ``summand`` (N, out), the steps one after another."""
+        """Return ``summand`` (N, out), unchanged, its rows ordered step by step."""
         result: Tensor = _AttachWeight.apply(summand, self._weight, self._inputs)
         return result
 
@@ -138,7 +138,7 @@ class _DeferredWeightGrad:
 
 
 class _AttachWeight(torch.autograd.Function):
-    """The identity forward; backward the gradient of a ``_DeferredWeightGrad``."""
+    """Identity in the forward pass; computes the weight's gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, summand: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -155,9 +155,9 @@ class _AttachWeight(torch.autograd.Function):
 # Captioning on a CPU. A step multiplies few rows with each weight, so most time goes into reading
 # the weights. torch's ``linear`` reads them once per row; oneDNN reads its own layout only once.
 
-# With more rows arithmetic takes the time, and oneDNN compiles a kernel for each number of rows.
+# With more rows, arithmetic dominates, and oneDNN compiles a kernel for each number of rows.
 _MAX_PACKED_ROWS = 16
-# Applied to all cells of a photo, once.
+# Run once per photo, on all its cells.
 _NOT_PACKED = ("projection", "attn.Wf")
 
 

@@ -153,7 +153,7 @@ def sample(
 ) -> list[list[Hypothesis]]:
     """Sample ``samples`` captions of each photo, independently.
 
-    Arguments that are not listed here are those of ``beam_search``.
+    See ``beam_search`` for details of the shared arguments.
 
     Args:
         step: see ``Step``.
@@ -362,8 +362,8 @@ class _Search:
     def _constrained_scores(
         self, history: Tensor, log_probabilities: Tensor, length: int
     ) -> Tensor:
-        """Return scores (B, W, V) of the ids that may come next."""
-        # An impossible id counts as a suppressed one, so that a caption always comes back.
+        """Return scores (B, W, V) of all ids, with the constraints applied."""
+        # Treat ids of probability 0 as suppressed, so that the search always returns a caption.
         size = log_probabilities.shape[-1]
         scores = log_probabilities.clamp(min=_SUPPRESSED)
         scores = scores + penalties(history, size, self.constraints)
@@ -398,7 +398,7 @@ def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
     Args:
         history: the ids so far, (B, W, t), ``<bos>`` first.
         size: V.
-        constraints: of the search.
+        constraints: the search's constraints.
     """
     suppress, not_before_eos = _fixed_penalties(constraints, size, history.device)
     result = suppress.repeat(*history.shape[:2], 1)
@@ -462,7 +462,7 @@ class _BeamHistory:
         """Return the caption that ends with ``last_id`` after the beam ``parent``.
 
         Args:
-            photo: which of the photos.
+            photo: index of the photo.
             parent: the beam, as numbered before this step.
             last_id: the id that ends it.
             log_probability: of that id.

@@ -1,4 +1,6 @@
-"""Training the decoder on cached features: ``train_one_epoch``, ``evaluate`` and ``fit``.
+"""Train on cached features: ``caption_loss``, ``train_one_epoch``, ``evaluate``, ``fit``.
+
+The other loss is ``self_critical_loss``, in ``self_critical.py``.
 
 Knows nothing of the app. A run can be killed at any moment: it resumes from its last save, with
 the same result as without the interruption.
@@ -61,7 +63,7 @@ class Batch(NamedTuple):
     """This process's share of a batch.
 
     Attributes:
-        indices: in the training set.
+        indices: positions in the training set.
         features: (B, P, C).
         captions: ids (B, K, T).
         is_counted: False for the stand-in share of a process for which there are no photos left.
@@ -196,7 +198,7 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
     """Train from ``state.step`` to the end of the epoch.
 
     Args:
-        state: is changed.
+        state: updated in place.
         after_step: called after each step; may save, and may raise to stop.
 
     Returns:
@@ -243,7 +245,7 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
 def evaluate(state: TrainingState) -> dict[str, float]:
     """Return the validation loss and the scores of the captions that the model writes now."""
     config, data = state.config, state.data
-    # Runs that are selected by the loss report the decoding of the original report.
+    # Runs selected by validation loss are scored with the original report's decoding.
     by_cider = config.select_by == "cider"
     options = DecodingOptions() if by_cider else DecodingOptions.plain_greedy()
     options = dataclasses.replace(options, max_length=config.max_length)

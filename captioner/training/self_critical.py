@@ -78,9 +78,9 @@ def sample_captions(
         model: in evaluation mode, without dropout.
         features: (B, P, C).
         samples: K, the number of captions per photo.
-        temperature: below 1 the likely words become likelier.
+        temperature: below 1 makes likely words more likely.
         max_length: the maximum of T; a caption that has not ended by then has no ``<eos>``.
-        generator: of the random numbers; None is torch's own.
+        generator: random generator; None uses torch's default.
 
     Returns:
         ids (B, K, T): ``<bos>``, words, ``<eos>``, padding.
@@ -124,9 +124,9 @@ def self_critical_loss(
     Args:
         model: the model that sampled the captions, or a wrapper of its ``forward``.
         features: (B, P, C).
-        captions: ids (B, K, T) from ``sample_captions``, K of at least 2.
+        captions: ids (B, K, T) from ``sample_captions``, K >= 2.
         rewards: (B, K).
-        temperature: at which they were sampled.
+        temperature: the sampling temperature.
     """
     num_others = rewards.shape[1] - 1
     baseline = (rewards.sum(dim=1, keepdim=True) - rewards) / num_others

@@ -222,7 +222,7 @@ class TrainingState:
         self.plateau.load_state_dict(values["plateau"])
 
     def _check_same_run(self, values: dict[str, Any]) -> None:
-        """Refuse to resume a run of other settings or other data."""
+        """Refuse to resume with other settings or data."""
         settings, saved = self.config.to_dict(), values["config"]
         changed = [
             name

@@ -22,7 +22,7 @@ def word2vec_matrix(
 ) -> Tensor:
     """Return an embedding matrix (V, size) of skip-gram vectors of the cleaned ``captions``.
 
-    The vectors are centred and scaled to a standard deviation of 1 / sqrt(size), so that a row's
+    The vectors are centered and scaled to a standard deviation of 1 / sqrt(size), so that a row's
     norm is about 1 and an output layer tied to the matrix starts with small logits; raw vectors
     share a large common part, which makes such a model start at a loss of 10. Words unknown to
     Word2Vec, and the specials, are random with the same deviation; ``<pad>`` is zero.
