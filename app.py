@@ -40,7 +40,7 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         with gr.Accordion("How it works", open=False):
             checkpoint = captioner.checkpoint
             gr.Markdown(viewer.how_it_works(checkpoint.model.config, checkpoint.encoder))
-        with gr.Accordion("What it was trained on, and its limits", open=False, elem_id="card"):
+        with gr.Accordion("Training data and limits", open=False, elem_id="card"):
             gr.Markdown(captioner.card)
         file = gr.File(visible=False)
         photo = viewer.PhotoInput(visible=False)
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", metavar="PATH|HUB_ID", help="default: the shipped one")
     parser.add_argument("--encoder-weights", metavar="FILE", help="weights of the encoder")
     parser.add_argument("--host", help="address to listen on; default: this machine only")
-    parser.add_argument("--port", type=int, help="default: the first free port from 7860 on")
+    parser.add_argument("--port", type=int, help="default: the first free port starting at 7860")
     parser.add_argument("--root-path", help="path on a proxy, such as /captions")
     options = parser.parse_args(arguments)
     try:

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache",
         type=user_path,
         default=FEATURES_FOLDER,
-        help="Folder of the encoder's features. Default: %(default)s.",
+        help="Folder for the cached encoder features. Default: %(default)s.",
     )
     run.add_argument("--set", action=_ReplacedOption, help=argparse.SUPPRESS)
     recipes = {name: TrainConfig.from_recipe(name) for name in RECIPES}

@@ -1,4 +1,4 @@
-"""Captions for photos, and where the model looked for each word.
+"""Caption photos and show where the model looked for each word.
 
     >>> from captioner import Captioner
     >>> caption = Captioner.load().caption("photo.jpg")

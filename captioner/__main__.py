@@ -302,7 +302,7 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
     conditions = result.conditions
     print(
         f"{conditions['photos']} photos of {conditions['data']} {conditions['split']}, "
-        f"{conditions['references_a_photo']} references each; {conditions['tokenization']}"
+        f"{conditions['references_per_photo']} references each; {conditions['tokenization']}"
     )
     print(f"cross-entropy {result.cross_entropy:.4f} nats per word, unsmoothed")
     search = f"beam {options.beam_size}" if options.beam_size > 1 else "greedy"

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = OptionParser(
         prog="captioner" if Path(sys.argv[0]).stem == "captioner" else "python -m captioner",
-        description="Captions for photos, and where the model looked for each word.",
+        description="Caption photos and show where the model looked for each word.",
         epilog="Exit codes: 0 success, 1 something could not be read or done, 2 a setting, a "
         "checkpoint or a data set cannot be used.",
     )
@@ -68,7 +68,7 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
     table.add_argument(
         "--data",
         metavar="HUB_ID|FOLDER",
-        help="Caption the photos of a data set instead of PATH: a Hub id, a folder of Parquet "
+        help="Caption the photos of a dataset instead of PATH: a Hub id, a folder of Parquet "
         "files (column image), or photos with captions.csv, captions.txt or metadata.csv.",
     )
     table.add_argument(
@@ -88,7 +88,7 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="Number of Ray's workers, each with its own model. Default: %(default)s.",
+        help="Number of Ray workers, each with its own model. Default: %(default)s.",
     )
 
 
@@ -133,7 +133,7 @@ def _add_evaluate(commands: Any) -> None:
         "--cache",
         type=user_path,
         default=FEATURES_FOLDER,
-        help="Folder of the encoder's features. Default: %(default)s.",
+        help="Folder for the cached encoder features. Default: %(default)s.",
     )
     _add_model(evaluate)
     _add_decoding(evaluate)
@@ -142,7 +142,7 @@ def _add_evaluate(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
-        help="make a Hugging Face Space of a checkpoint, or upload it to the Hub",
+        help="make a Hugging Face Space from a checkpoint, or upload it to the Hub",
         description="Write the folder of a Space, ready to be uploaded, or upload a checkpoint as "
         "a model, which --checkpoint USER/NAME then takes. Uploading needs `hf auth login`.",
     )
@@ -175,7 +175,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", metavar="PATH|HUB_ID", help="Default: the checkpoint that is shipped."
+        "--checkpoint", metavar="PATH|HUB_ID", help="Default: the shipped checkpoint."
     )
 
 

@@ -312,7 +312,7 @@ class TrainConfig(_Config):
     reward_learning_rate: _LearningRate = 5e-5
     """Initial learning rate of self-critical training, which a half cosine brings to zero."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Random seed of everything."""
+    """Random seed for everything."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto = the fastest available."""
     model: dict[str, Any] = Field(default_factory=dict)

@@ -160,7 +160,7 @@ def hub_reason(error: BaseException, path: str) -> str:
             status = each.response.status_code
             if status in (401, 403):
                 return f"the Hub refuses access ({status}): log in with `hf auth login`"
-            return f"the Hub answers {status} ({first_line(each)[:160]}): try again later"
+            return f"the Hub returned {status} ({first_line(each)[:160]}): try again later"
     if is_due_to(hub.LocalEntryNotFoundError) or any(
         type(each).__module__.startswith("httpx") for each in causes
     ):

@@ -102,7 +102,7 @@ def _claim_huge_header(folder: Path) -> None:
 # Message -> damage.
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "is truncated, damaged": lambda folder: _edit_weights(folder, lambda data: data.pop()),
-    "damaged or of another": lambda folder: _edit_weights(folder, _flip_bit),
+    "damaged or from another": lambda folder: _edit_weights(folder, _flip_bit),
     "fc.bias holds values that are not finite": _write_nan,
     "is not a safetensors file": _write_pickle,
     "header too large": _claim_huge_header,

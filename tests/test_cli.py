@@ -594,7 +594,7 @@ def test_evaluate_prints_scores_and_writes_captions_and_sheet(
     for name in ("BLEU-1", "BLEU-4", "CIDEr", "ROUGE-L", "cross-entropy", "repetition"):
         assert name in printed
     record = json.loads(out.read_text())
-    assert record["conditions"]["references_a_photo"] == 5
+    assert record["conditions"]["references_per_photo"] == 5
     assert record["conditions"]["photos"] == len(record["photos"])
     assert all(photo["caption"] and photo["references"] for photo in record["photos"])
     Image.open(picture).verify()

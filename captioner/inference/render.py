@@ -294,7 +294,7 @@ def _explanation(appearance: Appearance) -> str:
         scale = "Each map has its own scale, from its weakest to its strongest cell"
     return (
         f"Where the model looked before each word. {scale}. Percentages are the probabilities of "
-        "the words. Attention does not prove cause."
+        "the words. Attention does not prove causation."
     )
 
 

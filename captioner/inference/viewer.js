@@ -141,7 +141,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     find(".low").textContent = percent(low);
     find(".high").textContent = percent(high);
     find(".scale-text").textContent =
-      `share of attention per cell (scaled ${appearance.scale === "word" ? "per word" : "for all words alike"})`;
+      `share of attention per cell (scaled ${appearance.scale === "word" ? "per word" : "the same for all words"})`;
   }
 
   // Shows a word at once: its map is painted in the next frame, without a request.
@@ -170,12 +170,12 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     const cells = word.attention.flat();
     mark(find(".word-title"), !isEnd(word)).textContent = isEnd(word) ? "The end of the caption" : `“${display(word.text)}”`;
     find(".detail").textContent =
-      `Probability ${percent(word.probability)}${word.known ? "" : ", that of any word outside the vocabulary"}. ` +
+      `Probability ${percent(word.probability)}${word.known ? "" : " (that of any word outside the vocabulary)"}. ` +
       `Attention is spread over about ${Math.round(word.cells)} of ${cells.length} cells, strongest at ${word.region} (${percent(Math.max(...cells))}).`;
     find(".alternatives").replaceChildren(...word.alternatives.map((other) => make("li", "", alternative(word, at, other))));
     find(".hint").textContent = find(".alternatives button")
       ? "Click a word to rewrite the caption from here:"
-      : "The most likely words at this place:";
+      : "The most likely words at this position:";
   }
 
   function alternative(word, at, { text, probability }) {
@@ -227,7 +227,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     const largest = Math.max(...shares, 1e-9);
     [...find(".words").children].forEach((node, at) => {
       const { known, probability } = words[at];
-      const prefix = !known ? "not known · " : isGiven(at) ? "yours · " : "";
+      const prefix = !known ? "unknown · " : isGiven(at) ? "yours · " : "";
       node.classList.toggle("sharing", selection.size > 0);
       node.style.setProperty("--share", selection.size ? shares[at] / largest : probability);
       node.querySelector(".number").textContent = selection.size ? percent(shares[at]) : prefix + percent(probability);
@@ -235,7 +235,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     const ranked = words.map((word, at) => [shares[at], label(word)]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     find(".clear").hidden = !selection.size;
     find(".cells-note").textContent = selection.size
-      ? `Most attention to ${selected()}: ${ranked.map(([share, text]) => `${text} ${percent(share)}`).join(", ")}.`
+      ? `Words that attended most to ${selected()}: ${ranked.map(([share, text]) => `${text} ${percent(share)}`).join(", ")}.`
       : "";
     drawBadge();
     drawCells();

@@ -282,7 +282,7 @@ def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:
     data = _read(path, bytes_expected + _MAX_HEADER)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
-            f"{path} is truncated, damaged or of another checkpoint: its SHA-256 differs from "
+            f"{path} is truncated, damaged or from another checkpoint: its SHA-256 differs from "
             f"the one in {CONFIG}; copy or download the checkpoint again"
         )
     try:

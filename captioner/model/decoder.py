@@ -60,8 +60,8 @@ class Attention(nn.Module):
 
     def attend(self, memory: Memory, projected_query: Tensor) -> tuple[Tensor, Tensor]:
         """Attend with ``projected_query = Wh(query)``, (B, W, A)."""
-        keys = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
-        scores = self.v(torch.tanh(keys)).squeeze(-1)  # (B, W, P)
+        summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
+        scores = self.v(torch.tanh(summed)).squeeze(-1)  # (B, W, P)
         attention = scores.float().softmax(dim=-1)
         return attention.to(memory.features.dtype) @ memory.features, attention
 

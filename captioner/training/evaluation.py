@@ -150,7 +150,7 @@ def evaluate_checkpoint(
             "data": source,
             "split": photos.split,
             "photos": len(references),
-            "references_a_photo": counts[0] if len(counts) == 1 else [counts[0], counts[-1]],
+            "references_per_photo": counts[0] if len(counts) == 1 else [counts[0], counts[-1]],
             "tokenization": "lower case, punctuation removed, split at spaces; references not cut",
             "decoding": options.to_dict(),
             "report_decoding": report.to_dict(),

@@ -17,13 +17,13 @@ from captioner.model.vocabulary import Vocabulary
 from captioner.training.metrics import CiderD
 
 # Never sampled. Masked before the softmax: masked after it, their probability would grow unseen.
-_SUPPRESSED = [PAD, BOS, UNK]
+_SUPPRESSED_IDS = [PAD, BOS, UNK]
 
 
 def _log_policy(logits: Tensor, temperature: float) -> Tensor:
     """Return log-probabilities (..., V) of the next id, suppressed ids at minus infinity."""
     logits = logits.float().clone()
-    logits[..., _SUPPRESSED] = -torch.inf
+    logits[..., _SUPPRESSED_IDS] = -torch.inf
     return (logits / temperature).log_softmax(dim=-1)
 
 

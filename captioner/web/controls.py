@@ -52,7 +52,7 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
     """
     rows, columns = encoder["grid"]
     size = encoder["transform"]["size"]
-    query = "the LSTM's memory"
+    query = "the LSTM's hidden state"
     if config.word_query:
         query += " and the previous word"
     start = "the mean of the grid" if config.mean_start else "zeros"
@@ -72,7 +72,7 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
             f"{config.embedding_size} numbers. From {output} comes a probability for each of "
             f"{config.vocabulary_size:,} words.",
             "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "
-            "decoding (beam size 1) keeps one. Bans prevent stuttering: switch them off under "
+            "decoding (beam size 1) keeps one. The bans prevent repetition. Turn them off under "
             "*Search settings* to see what the model does without them.",
         ]
     )

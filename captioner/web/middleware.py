@@ -165,11 +165,11 @@ class RequestFilter:
                     data.extend(chunk)
                     self._buffered += len(chunk)
                     if len(data) > max_bytes:
-                        return _refuse(413, "The request is too large: send a smaller file.")
+                        return _refuse(413, "The request is too large. Send a smaller file.")
                     if len(data) - body.window_offset >= _WINDOW_BYTES:
                         body.window_offset, body.window_start = len(data), now()
                     if not self._make_room(body, now()):
-                        return _refuse(503, "The server is busy: try again in a minute.")
+                        return _refuse(503, "The server is busy. Try again in a minute.")
                     body.deadline.reschedule(
                         min(now() + self.stall_seconds, started + self.max_body_seconds)
                     )
@@ -178,7 +178,7 @@ class RequestFilter:
         finally:
             self._arriving.discard(body)
         if body.dropped:  # nothing is kept open for the rest
-            response = _refuse(408, "The request came too slowly: send it again.")
+            response = _refuse(408, "The request arrived too slowly. Send it again.")
             response.headers["connection"] = "close"
             return response
         return None if is_upload else self.check_body(data, scope)
@@ -207,17 +207,17 @@ class RequestFilter:
             return _refuse(404, "There is nothing at this address.")
         _, is_file, name = path.partition("/gradio_api/file=")
         if is_file and not self._is_own_file(name):
-            return _refuse(403, "This server serves only its page's files.")
+            return _refuse(403, "This server serves only the page's own files.")
         if method != "POST":
             blocks = getattr(scope.get("app"), "blocks", None)
             if blocks and not _has_answer(path, query, blocks._queue):
-                return _refuse(404, "There is no answer here: it was fetched or has expired.")
+                return _refuse(404, "This answer was already fetched or has expired.")
             return None
         if self.closed:
             # Gradio's page reports a 503 as "busy".
-            return _refuse(503, "The server is restarting: try again in a minute.")
+            return _refuse(503, "The server is restarting. Try again in a minute.")
         if path.endswith("/upload") and shutil.disk_usage(self._folder).free < _MIN_FREE_DISK:
-            return _refuse(503, "The server's disk is full: try again in an hour.")
+            return _refuse(503, "The server's disk is full. Try again in an hour.")
         return None
 
     def check_body(self, body: bytearray, scope: Scope) -> JSONResponse | None:

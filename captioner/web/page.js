@@ -195,7 +195,7 @@ function mountPage(root, { caption, save, upload }) {
     note("Sending the photo…");
     try {
       const file = await shrink(original);
-      if (file.size > 10_000_000) throw new Error("This file is larger than 10 MB, and the browser can't scale it down: save it as a JPEG first.");
+      if (file.size > 10_000_000) throw new Error("This file is larger than 10 MB, and your browser can't shrink it. Save it as a smaller JPEG and try again.");
       const url = URL.createObjectURL(file);
       const [sent, drawn] = await Promise.all([upload(file), canDraw(url)]);
       if (mine !== number) return URL.revokeObjectURL(url);
@@ -205,7 +205,7 @@ function mountPage(root, { caption, save, upload }) {
     } catch (error) {
       if (mine !== number) return;
       busy(false);
-      note(error.message?.endsWith(".") ? error.message : "The photo did not arrive: check the connection and try again.");
+      note(error.message?.endsWith(".") ? error.message : "The upload failed. Check your connection and try again.");
     }
   }
 
@@ -243,7 +243,7 @@ function mountPage(root, { caption, save, upload }) {
     try {
       video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch {
-      return note("The browser did not give access to a camera.");
+      return note("Your browser didn't allow access to a camera.");
     } finally {
       find(".camera").disabled = false;
     }
@@ -292,7 +292,7 @@ function mountPage(root, { caption, save, upload }) {
       form.elements[name][typeof setting === "boolean" ? "checked" : "value"] = setting;
     }
     find(".link").disabled = !state.example;
-    find(".link").title = state.example ? "" : "A link can show examples only: your photo is not stored.";
+    find(".link").title = state.example ? "" : "Links work only for the examples, because uploaded photos are deleted.";
   }
 
   // ---- The address: a link opens the same state.
@@ -355,7 +355,7 @@ function mountPage(root, { caption, save, upload }) {
   const copy = (text, done) =>
     Promise.resolve(navigator.clipboard?.writeText(text) ?? Promise.reject()).then(
       () => exported(done),
-      () => exported("The browser did not let the page copy."),
+      () => exported("Your browser didn't allow copying."),
     );
   onClick(".copy", () => copy(viewer.text(), "Caption copied."));
   onClick(".link", () => copy(location.href, "Link copied."));
@@ -369,11 +369,11 @@ function mountPage(root, { caption, save, upload }) {
 
   // ---- The tour, on the current caption.
   const STEPS = [
-    [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys: the photo shows where the model looked before it wrote that word."],
-    [".panel", "The runners-up", "These words were the most likely at this place. Click another one: the model rewrites the rest of the caption. Undo takes it back."],
-    [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several: each word shows how much of its attention lies there."],
+    [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows where the model looked before it wrote that word."],
+    [".panel", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
+    [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several. Each word then shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],
-    [".export", "Export", "Save the caption as a picture, an animation, numbers or a web page that works offline, or copy a link to it."],
+    [".export", "Export", "Save the caption as an image, an animation, JSON or a web page that works offline, or copy a link to it."],
   ];
   let step = 0;
   const bubble = find(".bubble");

@@ -34,11 +34,11 @@ class ExamplePhoto:
 _EXAMPLES = {
     "cat": (
         *("skimage", "data/chelsea.png", "cat"),
-        "Right about the cat. Does it lick its nose? Click “nose” to see what else was likely.",
+        "Right about the cat, but is it licking its nose? Click “nose” for the runners-up.",
     ),
     "photographer": (
         *("skimage", "data/camera.png", "photographer with a camera"),
-        "It works without color, too: compare the maps of “man” and “camera”.",
+        "It works without color, too. Compare the maps for “man” and “camera”.",
     ),
     "motorcycle": (
         *("skimage", "data/motorcycle_left.png", "motorcycle"),
@@ -66,7 +66,7 @@ _EXAMPLES = {
     ),
     "tower": (
         *("gradio", "media_assets/images/tower.jpg", "tower"),
-        "Start a caption with “a tall” under Your own words, and see how the model goes on.",
+        "Start a caption with “a tall” under Your own words, and see how the model continues.",
     ),
 }
 
@@ -121,4 +121,4 @@ class PhotoInput(gr.Image):
                 raise ImageError("the photo was not uploaded: send the file first")
             return path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: not a possible file name
-            raise ImageError("the photo did not arrive: send it again") from error
+            raise ImageError("the upload failed; send the photo again") from error

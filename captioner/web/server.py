@@ -1,4 +1,4 @@
-"""How the page is served: launch, health, and the end. Knows nothing of photos and captions."""
+"""Serves the page: launch, health checks and shutdown. Knows nothing of photos and captions."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def serve(
 ) -> None:
     """Serve a page until a signal; then finish pending requests and delete temporary files.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP; a second one ends at once.
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP; a second one exits immediately.
 
     Args:
         build: makes the page.

@@ -273,7 +273,7 @@ def test_weights_of_another_checkpoint_are_rejected(
 ) -> None:
     save(tmp_path / "other", _make(encoder, BEST, seed=1))
     (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="of another checkpoint"):
+    with pytest.raises(CheckpointError, match="from another checkpoint"):
         load(folder)
 
 
@@ -475,7 +475,7 @@ def test_disguised_pickle_is_rejected_and_not_executed(tmp_path: Path, folder: P
     torch.save({"embedding.weight": Disguise(marker)}, zipped)
     for weights in (zipped.getvalue(), pickle.dumps(Disguise(marker))):
         (folder / "model.safetensors").write_bytes(weights)
-        with pytest.raises(CheckpointError, match="of another checkpoint"):
+        with pytest.raises(CheckpointError, match="from another checkpoint"):
             load(folder)
         _seal(folder)
         with pytest.raises(CheckpointError, match="not a safetensors file"):
@@ -605,7 +605,7 @@ def test_hub_id_is_rejected_offline() -> None:
         (404, "RevisionNotFound", r"captioner@old.*no such revision"),
         (401, "", r"hf auth login"),
         (403, "", r"refuses access \(403\).*hf auth login"),
-        (503, "", r"answers 503.*later"),
+        (503, "", r"returned 503.*later"),
     ],
 )
 def test_hub_error_names_the_cause(

@@ -571,7 +571,7 @@ def test_how_it_works_changes_with_the_model() -> None:
     assert "started from the mean of the grid" in mean
     assert "From the LSTM's state comes" in plain
     assert "the previous word and that mean comes" in deep
-    assert "memory and the previous word with each" in query
+    assert "hidden state and the previous word with each" in query
     assert len({plain, mean, deep, query}) == 4
 
 
@@ -638,9 +638,9 @@ def test_unreadable_upload_is_an_error_in_a_sentence(handlers: Handlers, data: b
     [
         (
             {"path": str(Path(PhotoInput().GRADIO_CACHE, "gone.jpg"))},
-            r"^'The photo did not arrive: send it again\.'$",
+            r"^'The upload failed; send the photo again\.'$",
         ),
-        ({"path": "a\0b"}, r"^'The photo did not arrive: send it again\.'$"),
+        ({"path": "a\0b"}, r"^'The upload failed; send the photo again\.'$"),
         ({"url": "data:image/png;base64,!!!!"}, r"^'No photo came with the request"),
         ({"url": "http://127.0.0.1:9/x.png"}, r"^'No photo came with the request"),
         ({}, r"^'No photo came with the request"),

@@ -142,7 +142,7 @@ def test_links_never_lead_to_a_visitors_photo(visit: Page) -> None:
     assert query(visit) == {}
     expect(visit.locator(".link")).to_be_disabled()
     expect(visit.locator(".link")).to_have_attribute(
-        "title", "A link can show examples only: your photo is not stored."
+        "title", "Links work only for the examples, because uploaded photos are deleted."
     )
     steer(visit, 1)
     set_setting(visit, "beam_size", "2")

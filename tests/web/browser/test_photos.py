@@ -200,7 +200,7 @@ def test_photo_is_dropped_pasted_chosen_and_taken(
 
     earlier = visit.locator(".photo").get_attribute("src") or ""
     visit.locator(".camera").click()
-    shoot = visit.get_by_role("button", name="Take the photo")
+    shoot = visit.get_by_role("button", name="Take photo")
     expect(shoot).to_be_focused(timeout=ASK)
     visit.evaluate("window.tracks = document.querySelector('video').srcObject.getTracks()")
     shoot.click()
@@ -213,7 +213,7 @@ def test_photo_is_dropped_pasted_chosen_and_taken(
     visit.locator(".camera").click()
     expect(shoot).to_be_focused(timeout=ASK)
     visit.evaluate("window.tracks = document.querySelector('video').srcObject.getTracks()")
-    visit.get_by_role("button", name="Close the camera").click()
+    visit.get_by_role("button", name="Close camera").click()
     assert visit.evaluate("tracks.map((track) => track.readyState)") == ["ended"]
 
 
@@ -267,7 +267,7 @@ def test_broken_connection_leaves_the_page_unchanged(
     before = state(visit)
     visit.route("**/upload*", lambda route: route.abort())
     visit.locator(".file").set_input_files(example_photos[1])
-    expect(visit.locator(".note")).to_contain_text("did not arrive", timeout=ASK)
+    expect(visit.locator(".note")).to_contain_text("upload failed", timeout=ASK)
     expect_idle(visit)
     assert state(visit) == before
     visit.unroute("**/upload*")

@@ -170,7 +170,7 @@ def test_scored_caption_shows_end_and_unknown_words_and_can_be_steered(
     scored = captioner.score(CAT, "A zorblax on the grass!")
     words = visit.locator(".word")
     expect(visit.locator(".word.given")).to_have_count(6)
-    expect(words.nth(1).locator(".number")).to_contain_text("not known")
+    expect(words.nth(1).locator(".number")).to_contain_text("unknown")
     expect(words.nth(4).locator(".number")).to_contain_text("yours")
     expect(words.nth(5).locator(".text")).to_have_text("end")
     expect(visit.locator(".beam")).to_have_count(1)

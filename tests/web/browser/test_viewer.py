@@ -307,7 +307,7 @@ def test_unknown_word_is_named_and_never_looks_chosen(
     chosen, unknown, known = look(page, 0), look(page, 2), look(page, 3)
     assert len({chosen, unknown, known}) == 3
     assert chosen[0] != unknown[0]
-    expect(page.locator(".word").nth(2)).to_contain_text("not known")
+    expect(page.locator(".word").nth(2)).to_contain_text("unknown")
     for number in range(5):
         page.locator(".word").nth(number).click()
         shown = page.locator(".page").evaluate("page => page.innerHTML + page.innerText")
@@ -427,7 +427,7 @@ def test_appearance_settings_change_the_map(
     page.locator(".range").select_option("same for all words")
     maps.append(drawn(page))
     assert len(set(maps)) == len(maps)
-    expect(scale).to_contain_text("for all words alike")
+    expect(scale).to_contain_text("the same for all words")
     expect(scale.locator(".high")).to_have_text("100%")
 
     page.add_style_tag(content=".badge { display: none }")
