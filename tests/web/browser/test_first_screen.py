@@ -12,12 +12,12 @@ from playwright.sync_api import Page, expect
 from captioner import Captioner
 from tests.web.browser.visits import (
     CAT,
-    augment,
     cells,
     click_cell,
     drawn,
     expect_pressed,
     expect_words,
+    make_view,
     open_all,
     steer,
     wait_for_photo,
@@ -25,7 +25,7 @@ from tests.web.browser.visits import (
 )
 
 Box: TypeAlias = dict[str, float]
-LONG = augment(
+LONG = make_view(
     [
         word(text, cells({(3, 3): 1.0}))
         for text in re.findall(
@@ -211,6 +211,6 @@ def test_page_never_scrolls_sideways_and_targets_are_large_enough(
 
 def test_long_word_does_not_widen_a_narrow_page(show: Callable[..., Page]) -> None:
     text = "donaudampfschifffahrtsgesellschaft" * 3
-    page = show(augment([word(text, cells({(3, 3): 1.0}))]))
+    page = show(make_view([word(text, cells({(3, 3): 1.0}))]))
     page.set_viewport_size({"width": 360, "height": 780})
     expect_no_sideways_scroll(page, 360)

@@ -10,10 +10,10 @@ from captioner.web import View
 from tests.web.browser.visits import (
     ASK,
     KNOWN,
-    augment,
     cells,
     expect_idle,
     expect_pressed,
+    make_view,
     open_settings,
     tab_to,
     word,
@@ -143,6 +143,6 @@ def test_keyboard_operates_sliders_selects_and_play(
 
 def test_arrow_keys_follow_right_to_left_words(show: Callable[..., Page]) -> None:
     words = [word(text, cells({(0, 0): 1.0})) for text in ("كلب", "بني", "يجري")]
-    page = show(augment(words), language="ar")
+    page = show(make_view(words), language="ar")
     page.locator(".word").nth(1).click()
     walk(page, ("ArrowLeft", 2), ("ArrowRight", 1), ("ArrowDown", 2), ("ArrowUp", 1))

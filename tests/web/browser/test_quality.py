@@ -17,12 +17,12 @@ from captioner.web.server import launch_options
 from tests.web.browser.visits import (
     ASK,
     KNOWN,
-    augment,
     bring,
     cells,
     click_cell,
     click_example,
     expect_words,
+    make_view,
     open_all,
     steer,
     type_own,
@@ -139,7 +139,7 @@ HOSTILE = [
     "constructor",
     "__proto__",
 ]
-HOSTILE_VIEW = augment([word(text, cells({(3, 3): 1.0})) for text in HOSTILE])
+HOSTILE_VIEW = make_view([word(text, cells({(3, 3): 1.0})) for text in HOSTILE])
 
 
 def expect_only_text(page: Page) -> None:

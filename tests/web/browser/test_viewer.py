@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from captioner.web import View, example_photos
 from tests.web.browser.visits import (
     CAT,
     KNOWN,
-    augment,
     cells,
     click_cell,
     drawn,
     expect_pressed,
     expect_words,
+    make_view,
     open_settings,
     picture,
     set_setting,
@@ -108,7 +109,7 @@ def test_hover_paints_the_map_in_one_frame_and_click_pins_it(visit: Page) -> Non
 def test_brightest_place_is_the_attended_cell(
     show: Callable[..., Page], size: tuple[int, int]
 ) -> None:
-    page = show(augment([word(f"{cell}", cells({cell: 1.0})) for cell in CORNERS_AND_MORE], size))
+    page = show(make_view([word(f"{cell}", cells({cell: 1.0})) for cell in CORNERS_AND_MORE], size))
     page.locator(".appearance summary").click()
     for shape in ("smooth", "raw cells"):
         page.locator(".shape").select_option(shape)
@@ -131,7 +132,7 @@ def test_brightest_place_is_the_attended_cell(
 
 
 def test_photo_is_visible_through_the_map(show: Callable[..., Page]) -> None:
-    view = augment([word("left", cells({(3, 0): 1.0}))])
+    view = make_view([word("left", cells({(3, 0): 1.0}))])
     colors = Image.new("RGB", (420, 280), "blue")
     colors.paste("red", (210, 0, 420, 280))
     page = show(View(view.caption, colors))
@@ -296,7 +297,7 @@ def test_unknown_word_is_named_and_never_looks_chosen(
         word("constructor", at, known=False),
         Word("dog", 0.3, ((UNK, 0.4), ("dog", 0.3)), at),
     ]
-    page = show(augment(words))
+    page = show(make_view(words))
     assert page.locator(".word .text").all_inner_texts() == [
         *("a", "(unknown word)", "constructor", "dog", "end")
     ]
@@ -338,7 +339,7 @@ def test_unknown_words_of_plain_decoding_are_named(
 
 def test_words_have_language_and_direction(show: Callable[..., Page]) -> None:
     page = show(
-        augment([word("كلب", cells({(0, 0): 1.0})), word("يجري", cells({(1, 1): 1.0}))]),
+        make_view([word("كلب", cells({(0, 0): 1.0})), word("يجري", cells({(1, 1): 1.0}))]),
         language="ar",
     )
     page.locator(".overview summary").click()
@@ -372,21 +373,28 @@ NOTE = """() => {
 }"""
 
 
-def test_play_steps_through_the_words_and_stops(
-    page: Page, open_standalone: Callable[[View], Page]
-) -> None:
+@pytest.fixture
+def clock(page: Page) -> Iterator[Any]:
+    """A clock that tests move. It belongs to the context, which later tests share."""
     page.clock.install(time=dt.datetime(2026, 1, 1))
+    yield page.clock
+    page.clock.resume()
+
+
+def test_play_steps_through_the_words_and_stops(
+    page: Page, clock: Any, open_standalone: Callable[[View], Page]
+) -> None:
     open_standalone(KNOWN)
-    page.clock.pause_at(dt.datetime(2026, 1, 2))
+    clock.pause_at(dt.datetime(2026, 1, 2))
     play = page.locator(".play")
     page.locator(".word").first.dispatch_event("click")
     page.evaluate(NOTE)
     play.click()
     expect(play).to_have_text("Pause")
     for at in (1, 2, 3):
-        page.clock.run_for(900)
+        clock.run_for(900)
         expect_pressed(page, at)
-    page.clock.run_for(2000)
+    clock.run_for(2000)
     expect(play).to_have_text("Play")
     assert page.evaluate("window.shown") == ["one", "two", "three", "end"]
     # After the end it starts anew, and it can be paused.
@@ -394,7 +402,7 @@ def test_play_steps_through_the_words_and_stops(
     expect_pressed(page, 0)
     play.click()
     expect(play).to_have_text("Play")
-    page.clock.run_for(2000)
+    clock.run_for(2000)
     expect_pressed(page, 0)
 
 

@@ -32,14 +32,14 @@ def word(text: str, attention: np.ndarray, probability: float = 0.5, known: bool
     return Word(text, probability, ((text, probability), ("other", 0.25)), attention, known)
 
 
-def augment(words: Sequence[Word], size: tuple[int, int] = (420, 280)) -> View:
+def make_view(words: Sequence[Word], size: tuple[int, int] = (420, 280)) -> View:
     """These words over a gray photo; the end looks at the lower right corner."""
     beam = Beam(tuple(words), word("<eos>", cells({(6, 6): 1.0})), -3.0, -1.0)
     return View(Caption((beam,), size), Image.new("RGB", size, (90, 90, 90)))
 
 
 # "one" looks at two cells, "two" at one of them and another, "three" elsewhere.
-KNOWN = augment(
+KNOWN = make_view(
     [
         word("one", cells({(0, 0): 0.75, (0, 1): 0.25})),
         word("two", cells({(0, 0): 0.25, (1, 1): 0.75})),
