@@ -157,6 +157,7 @@ def _fonts_for(characters: str) -> tuple[str, ...]:
         # Matplotlib caches its list of fonts on disk: look for fonts installed since.
         known = {entry.fname for entry in font_manager.fontManager.ttflist}
         for path in set(map(str, font_manager.findSystemFonts())) - known:
+            # A font that FreeType cannot read is no help here.
             with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
                 font_manager.fontManager.addfont(path)
         families, missing = _search_fonts(characters)

@@ -28,7 +28,7 @@ _Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 # Added to the score of a suppressed id. It loses to every id that is allowed; if all are
 # suppressed, the search still returns a caption.
 _SUPPRESSED = -1e4
-# The score of a beam that does not exist.
+# The score of a beam that does not exist. A total below half of it cannot be reached.
 _UNREACHABLE = -1e8
 
 
@@ -306,15 +306,17 @@ class _Search:
             state=state,
             memory=memory,
         )
-        history = _BeamHistory(num_photos)
+        beam_history = _BeamHistory(num_photos)
         finished: list[list[Hypothesis]] = [[] for _ in range(num_photos)]
         for length in range(1, max_steps + 1):
             logits, attention, batch.state = self.step(
                 batch.history[..., -1], batch.state, batch.memory
             )
             log_probabilities = logits.float().log_softmax(dim=-1)  # (B, W, V)
-            history.record_scores(batch.photos, attention, log_probabilities, self.alternatives)
-            self._extend(batch, log_probabilities, length, history, finished)
+            beam_history.record_scores(
+                batch.photos, attention, log_probabilities, self.alternatives
+            )
+            self._extend(batch, log_probabilities, length, beam_history, finished)
             running = self._running_rows(batch, length, finished)
             if not running:
                 break
@@ -327,7 +329,7 @@ class _Search:
         batch: _Batch,
         log_probabilities: Tensor,
         length: int,
-        history: _BeamHistory,
+        beam_history: _BeamHistory,
         finished: list[list[Hypothesis]],
     ) -> None:
         """Write one more id: captions that end go to ``finished``, the best others continue."""
@@ -340,22 +342,22 @@ class _Search:
         else:
             scores = self._constrained_scores(batch.history, log_probabilities, length)
             parents, ids, totals = self.choose(batch.totals, scores)
-        written = log_probabilities.flatten(1).gather(1, parents * size + ids)
-        ends = ids == EOS
-        reachable_ends = ends & (totals > _UNREACHABLE / 2)
+        chosen_log_probabilities = log_probabilities.flatten(1).gather(1, parents * size + ids)
+        is_end = ids == EOS
+        reachable_ends = is_end & (totals > _UNREACHABLE / 2)
         for row, rank in reachable_ends[:, : self.width].nonzero().tolist():
-            hypothesis = history.backtrack(
+            hypothesis = beam_history.backtrack(
                 batch.photos[row],
                 int(parents[row, rank]),
                 EOS,
-                float(written[row, rank]),
+                float(chosen_log_probabilities[row, rank]),
                 float(totals[row, rank]) / length**self.length_penalty,
             )
             finished[batch.photos[row]].append(hypothesis)
         width = min(self.width, ids.shape[1])
-        batch.totals, best = totals.masked_fill(ends, _UNREACHABLE).topk(width)
+        batch.totals, best = totals.masked_fill(is_end, _UNREACHABLE).topk(width)
         parents, ids = parents.gather(1, best), ids.gather(1, best)
-        history.record_choice(parents, ids, written.gather(1, best))
+        beam_history.record_choice(parents, ids, chosen_log_probabilities.gather(1, best))
         batch.history = torch.cat([_gather(batch.history, parents), ids[..., None]], dim=-1)
         batch.state = _map(functools.partial(_gather, beams=parents), batch.state)
 

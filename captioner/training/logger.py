@@ -34,7 +34,7 @@ _PANELS = {
 
 
 class MetricsLogger:
-    """Writes each row immediately, so that a killed run leaves its figures.
+    """Writes each row immediately, so that a killed run leaves its metrics.
 
     Both methods raise ``WriteError`` if the disk is full.
     """
@@ -60,7 +60,7 @@ class MetricsLogger:
         ]
         self._write_event(summary=Summary(value=values), step=int(row["epoch"]))
         table = io.StringIO(newline="")
-        # Stages have different figures; missing ones stay empty.
+        # Stages have different metrics; missing ones stay empty.
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(table, fieldnames=names)
         writer.writeheader()
@@ -116,7 +116,7 @@ def write_record(
     processes: int,
     precision: str,
 ) -> None:
-    """Write run.json: settings, versions, commit and each epoch's figures."""
+    """Write run.json: settings, versions, commit and each epoch's metrics."""
     packages = ("torch", "torchvision", "timm", "datasets", "gensim", "numpy", "sacrebleu")
     record = {
         "config": config.to_dict(),

@@ -40,7 +40,7 @@ from captioner.training.setup import choose_precision, describe, prepare
 from captioner.training.state import REWARDS, TEXT, TrainingState
 
 _SAVE_SECONDS = 120
-# The figures of its epoch that a checkpoint keeps.
+# The metrics of its epoch that a checkpoint stores.
 _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
     *("repetition", "distinct_words", "distinct_captions", "mean_length"),
@@ -257,7 +257,7 @@ def evaluate(state: TrainingState) -> dict[str, float]:
 
 
 def selection_loss(config: TrainConfig, row: dict[str, float]) -> float:
-    """Return the figure by which the best epoch is selected; lower is better."""
+    """Return the metric by which the best epoch is selected; lower is better."""
     return row["val_loss"] if config.select_by == "loss" else -row["CIDEr"]
 
 
@@ -327,13 +327,13 @@ def fit(
 ) -> dict[str, float]:
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 
-    Beside it: run.json (settings, versions, commit, figures), metrics.csv, curves.png,
+    Beside it: run.json (settings, versions, commit, metrics), metrics.csv, curves.png,
     tensorboard/, and state/, from which ``resume`` continues, on any number of processes. Several
     processes, started by torchrun, share the photos of each batch. All of them need access to
     ``folder`` and ``cache``; on several machines the features must already be cached.
 
     Returns:
-        the figures of the best epoch.
+        the metrics of the best epoch.
 
     Raises:
         ConfigError: the folder is not empty, the run to resume has other settings, the device does
@@ -377,11 +377,11 @@ def _train(state: TrainingState, record: Callable[[Sequence[dict[str, float]]], 
     with _SaveOnSignal(state) as saver:
         while state.should_continue() or state.advance_stage():
             started = time.monotonic()
-            figure = "reward" if state.stage == REWARDS else "train_loss"
+            loss_name = "reward" if state.stage == REWARDS else "train_loss"
             mean = train_one_epoch(state, saver.after_step)
             row = {
                 "epoch": state.epoch + 1,
-                figure: mean,
+                loss_name: mean,
                 **processes.broadcast(evaluate(state) if processes.is_main else None),
                 "learning_rate": state.optimizer.param_groups[0]["lr"],
                 "seconds": time.monotonic() - started,
@@ -393,7 +393,7 @@ def _train(state: TrainingState, record: Callable[[Sequence[dict[str, float]]], 
                 logger.add(row)
             record(state.rows)
             state.save()
-            _print(processes, _epoch_line(row, figure, is_best))
+            _print(processes, _epoch_line(row, loss_name, is_best))
             saver.after_step()
     if state.bad_epochs >= config.patience:
         _print(processes, f"no better epoch for {config.patience} epochs: stopped")
@@ -417,10 +417,10 @@ def _print(processes: DistributedContext, text: str) -> None:
         print(text, flush=True)
 
 
-def _epoch_line(row: dict[str, float], figure: str, is_best: bool) -> str:
+def _epoch_line(row: dict[str, float], loss_name: str, is_best: bool) -> str:
     """Return the line that is printed after an epoch."""
     return (
-        f"Epoch {row['epoch']:02} | {figure}={row[figure]:.4f} | "
+        f"Epoch {row['epoch']:02} | {loss_name}={row[loss_name]:.4f} | "
         f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f} | "
         f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
         + (" | best so far" if is_best else "")

@@ -55,7 +55,7 @@ class TrainingState:
         loss_sum: sum of the epoch's losses (or rewards) so far.
         num_tokens: number of tokens (or captions) in ``loss_sum``.
         best_loss: the lowest ``selection_loss`` so far; ``bad_epochs`` have passed since.
-        rows: the figures of each completed epoch.
+        rows: the metrics of each completed epoch.
     """
 
     def __init__(
