@@ -46,9 +46,9 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         photo = viewer.PhotoInput(visible=False)
         button, json = gr.Button(visible=False), gr.JSON(visible=False)
 
-        # Two at once: reading and writing files leave a core free.
+        # Two at once, because file I/O leaves a core idle.
         button.click(handlers.api, photo, json, api_name="caption", concurrency_limit=2)
-        # One at a time, in order: an answer to an older request never comes after a newer one's.
+        # One at a time, in order, so an older answer never arrives after a newer one.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         model |= {"api_visibility": "private", "show_progress": "hidden"}
         caption_event = page.caption(

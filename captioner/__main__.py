@@ -153,7 +153,7 @@ def _from_paths(
 
 
 def _read_standard_input() -> bytes | ImageError:
-    """Read a photo; if it is too large, only as much as shows it."""
+    """Read a photo, but at most one byte more than the limit."""
     from captioner.images import MAX_BYTES
 
     try:
@@ -263,7 +263,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     """Print the scores; write captions and sheet if asked to."""
     from captioner.images import SUFFIXES
 
-    # Before minutes of work.
+    # Fail here, not after minutes of work.
     for file in (arguments.json, arguments.sheet):
         if file and os.path.isdir(file):  # noqa: PTH112 -- Path raises where a name is too long
             raise ConfigError(f"{file} is a folder: give a file")

@@ -96,7 +96,8 @@ def _add_score(commands: Any) -> None:
     score = commands.add_parser(
         "score",
         help="score a caption that you wrote",
-        description="Print the model's probability of each word of a caption, and of all of it.",
+        description="Print the model's probability of each word of a caption and of the whole "
+        "caption.",
     )
     score.add_argument("photo", metavar="PHOTO", help="Photo; - reads it from standard input.")
     score.add_argument("text", metavar="TEXT", help='The caption, as in "two dogs play".')
@@ -148,9 +149,7 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("--space", type=user_path, metavar="DIR", help="New folder for a Space.")
     export.add_argument("--hub", metavar="USER/NAME", help="Name of the model on the Hub.")
-    export.add_argument(
-        "--private", action="store_true", help="Make the model of --hub visible to its owner only."
-    )
+    export.add_argument("--private", action="store_true", help="Make the uploaded model private.")
     _add_checkpoint(export)
 
 
@@ -168,7 +167,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="png",
-        help="Kind of those files: a sheet, an animation, every number, or a web page that works "
+        help="Format of those files: a sheet, an animation, every number, or a web page that works "
         "offline. Default: %(default)s.",
     )
 

@@ -180,7 +180,7 @@ class DecodingOptions(_Config):
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0 = beam search; above 0 samples words, more randomly as it rises."""
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
-    """When sampling, choose among the likeliest words that together reach this probability."""
+    """When sampling, choose among the most likely words that together reach this probability."""
     samples: Annotated[int, Field(ge=1, le=100)] = 1
     """Number of captions to sample; needs a temperature above 0."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
@@ -233,7 +233,7 @@ class Appearance(_Config):
 class TrainConfig(_Config):
     """The settings of a training run. ``TrainConfig.from_recipe`` returns one of the two recipes.
 
-    ``recipe`` is only the name under which the other settings go.
+    ``recipe`` only names the recipe that the other settings come from.
     """
 
     data: str = DEFAULT_SOURCE
@@ -261,7 +261,7 @@ class TrainConfig(_Config):
     max_length: _MaxLength = 20
     """Maximum number of tokens per caption, <bos> and <eos> included."""
     min_count: Annotated[int, Field(ge=1)] = 5
-    """Words that occur less often become <unk>."""
+    """Words that occur fewer times than this become <unk>."""
     word2vec: bool = True
     """Initialize the embedding with Word2Vec vectors of the training captions."""
     attention_gain: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -298,8 +298,8 @@ class TrainConfig(_Config):
     ema_decay: Annotated[float, Field(ge=0, le=0.999999)] = 0.0
     """Decay of the averaged weights, which are evaluated and saved. 0 = no averaging."""
     bfloat16: bool | Literal["auto"] = "auto"
-    """Multiply matrices in bfloat16 while training (weights stay float32); auto = if this machine
-    is faster with it."""
+    """Multiply matrices in bfloat16 while training (weights stay float32); auto = only if that
+    is faster on this machine."""
     reward_epochs: _CountOrZero = 0
     """Maximum number of epochs of self-critical training on CIDEr-D (Rennie et al. 2017) after
     cross-entropy, starting from its best epoch."""

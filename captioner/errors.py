@@ -41,7 +41,7 @@ class ImageError(CaptionerError):
 
 
 class DataError(CaptionerError):
-    """A data set cannot be read, or lacks something that training or scoring needs."""
+    """A dataset cannot be read, or lacks something that training or scoring needs."""
 
     exit_code = 2
 

@@ -23,7 +23,7 @@ class OptionParser(argparse.ArgumentParser):
     """A parser that raises ``ConfigError`` instead of printing its usage."""
 
     def __init__(self, **options: Any) -> None:
-        """Take what ``ArgumentParser`` takes; options cannot be abbreviated."""
+        """Accept the arguments of ``ArgumentParser``; options cannot be abbreviated."""
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -94,7 +94,7 @@ def _caption(
 
 
 def _key(photo: str) -> int:
-    """Return a 64-bit hash of a photo's name: millions of names would fill the memory."""
+    """Return a 64-bit hash of a photo's name, because millions of names would fill the memory."""
     return int.from_bytes(hashlib.blake2b(photo.encode(), digest_size=8).digest())
 
 
@@ -245,7 +245,7 @@ def caption_all(
 
 
 def _check_arguments(output: Path, engine: str, workers: int) -> None:
-    """Raise before the model is loaded."""
+    """Check the arguments before the model is loaded."""
     if engine not in ENGINES:
         raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if not 1 <= workers <= 10_000:

@@ -23,14 +23,14 @@ class HeatmapFolder:
     """Writes the maps of captions into a folder, under the names of their photos."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """Check the folder; ``make`` makes it.
+        """Check the folder; ``make`` creates it.
 
         Args:
             folder: of the files.
             kind: of the files, one of ``config.FORMATS``.
 
         Raises:
-            ConfigError: ``folder`` is a file, or has the name of one.
+            ConfigError: ``folder`` is a file, or has the suffix of one.
         """
         self._folder, self._kind = folder, kind
         self._used: set[Path] = set()
@@ -44,7 +44,7 @@ class HeatmapFolder:
             )
 
     def make(self) -> None:
-        """Make the folder, so that a fault of the disk shows before the first caption.
+        """Create the folder, so that a disk error shows before the first caption.
 
         Raises:
             WriteError: it cannot be made.
@@ -56,12 +56,12 @@ class HeatmapFolder:
         """Write the maps of a caption.
 
         Args:
-            photo: is opened anew.
+            photo: opened again.
             name: of the photo, with its folders; the file gets it with one more suffix.
             caption: of the photo.
 
         Raises:
-            ImageError: the photo cannot be read any more.
+            ImageError: the photo can no longer be read.
             WriteError: the file cannot be written.
         """
         from captioner.inference.render import render

@@ -1,4 +1,4 @@
-"""The photos that a path stands for: itself, or those of a folder and of all folders in it."""
+"""Find the photos at a path: a single file, or all photos in a folder and its subfolders."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def model_card(
             "",
             "## Terms",
             "",
-            f"{terms}The encoder's weights come under their own licence and are not part of this "
+            f"{terms}The encoder's weights come under their own license and are not part of this "
             "folder.",
             "",
         ]

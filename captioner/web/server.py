@@ -369,7 +369,7 @@ class _Server(gradio.http_server.Server):
         return await super().on_tick(counter)
 
     def _drop_stalled(self, now: float) -> None:
-        """Drop connections that wait too long for their client, or that are too many."""
+        """Drop connections that wait too long for their client, and those over the limit."""
         connections: set[Any] = {*self.server_state.connections}
         idle: dict[Any, tuple[object, float]] = {}
         pages = set()
@@ -398,7 +398,7 @@ def launch(demo: gr.Blocks, sockets: Sequence[socket.socket], options: dict[str,
 
     Args:
         demo: the page.
-        sockets: listening ones.
+        sockets: listening sockets.
         options: from ``launch_options``.
 
     Raises:
