@@ -156,7 +156,7 @@ def test_pending_requests_finish_before_shutdown(tmp_path: Path, photos: list[by
                 assert health.json() == {"status": "stopping"}
                 status, refusal = await ask(client, photos[10])
                 assert status == 503
-                assert "try again" in refusal
+                assert "Try again" in refusal
                 refused = await client.post(CALL, json={"data": [None]})
                 assert refused.status_code == 503
                 return await asyncio.gather(*pending)
@@ -378,7 +378,7 @@ def test_running_page_deletes_old_files_and_results(tmp_path: Path, photos: list
         event = httpx.post(page.address + CALL, json={"data": [file]}).json()["event_id"]
         text = httpx.get(f"{page.address}{CALL}/{event}").text
         assert "event: error" in text
-        assert "send it again" in text
+        assert "send the photo again" in text
         assert "Traceback" not in page.log
 
 
