@@ -45,6 +45,12 @@ def is_language(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(tag, value) is not None
 
 
+def split_share(source: str) -> tuple[str, str]:
+    """Split "photos=0.3" into a source and its share of each epoch, empty if it has none."""
+    name, equals, share = source.rpartition("=")
+    return (name, share) if equals else (source, "")
+
+
 _T = TypeVar("_T", bound=type)
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Dropout = Annotated[float, Field(ge=0, le=0.95)]
@@ -53,11 +59,14 @@ _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 _MaxLength = Annotated[int, Field(ge=3, le=200)]
 _LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
+# Not strict: JSON and the command line have lists, not tuples.
+_Sources = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 _DESCRIPTIONS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "text",
+    tuple[str, ...]: "a list of at least one text",
     str | None: "text or nothing",
     bool | Literal["auto"]: "true, false or auto",
     dict[str, Any]: "names with values",
@@ -236,9 +245,10 @@ class TrainConfig(_Config):
     ``recipe`` only names the recipe that the other settings come from.
     """
 
-    data: str = DEFAULT_SOURCE
+    data: _Sources = (DEFAULT_SOURCE,)
     """Hub id, folder of Parquet files (image, alt_text), or folder of photos with a captions.csv
-    (image,caption)."""
+    (image,caption). Repeat the option to train on several sources: SOURCE=0.3 gives one of them 30%
+    of each epoch, and those without a share divide the rest by their sizes."""
     encoder: str = "resnet50"
     """Frozen backbone: resnet50, efficientnet_lite2 or timm:<name>."""
     encoder_weights: str | None = None
@@ -257,7 +267,7 @@ class TrainConfig(_Config):
     select_by: Literal["loss", "cider"] = "loss"
     """How the best epoch is chosen: by validation loss, or by CIDEr-D of generated captions."""
     limit: Annotated[int, Field(ge=0)] = 0
-    """Maximum number of photos per split. 0 = all."""
+    """Maximum number of photos per source and split. 0 = all."""
     max_length: _MaxLength = 20
     """Maximum number of tokens per caption, <bos> and <eos> included."""
     min_count: Annotated[int, Field(ge=1)] = 5

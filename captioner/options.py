@@ -16,6 +16,7 @@ _METAVARS = {
     float: "X",
     bool: "{true,false}",
     bool | Literal["auto"]: "{true,false,auto}",
+    tuple[str, ...]: "SOURCE",
 }
 
 
@@ -49,6 +50,8 @@ def add_options(
 ) -> None:
     """Add options for the fields of a settings class; an omitted option parses to None.
 
+    A field with several values is an option that can be repeated.
+
     Args:
         parser: a parser or an argument group.
         settings: a class of ``captioner.config``.
@@ -62,6 +65,7 @@ def add_options(
         parser.add_argument(
             f"--{prefix}{name}".replace("_", "-"),
             dest=f"{prefix}{name}",
+            action="append" if get_origin(kind) is tuple else "store",
             type=functools.partial(_parse, kind),
             metavar=_METAVARS.get(kind, metavar),
             help=f"{field.description} Default: {show(default)}.".replace("%", "%%"),
@@ -77,6 +81,8 @@ def show(value: object) -> str:
             return f"{value:g}"
         case None | "":
             return "none"
+        case tuple():
+            return ", ".join(value)
     return str(value)
 
 

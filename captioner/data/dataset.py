@@ -71,8 +71,7 @@ class PhotoDataset(torch.utils.data.Dataset[tuple[int, Tensor | None]]):
 class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """The cells (P, C) of each photo with the ids (K, T) of its captions.
 
-    K is the largest number of captions per photo. Missing captions are rows of ``<pad>``, which
-    no loss counts.
+    Missing captions are rows of ``<pad>``, which no loss counts.
     """
 
     def __init__(
@@ -83,11 +82,15 @@ class CaptionDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         vocabulary: Vocabulary,
         *,
         max_length: int,
+        per_photo: int | None = None,
     ) -> None:
-        """Pair ``features[rows[i]]`` with the cleaned captions ``captions[i]``."""
+        """Pair ``features[rows[i]]`` with the cleaned captions ``captions[i]``.
+
+        ``per_photo`` is K; None is the largest number of captions per photo.
+        """
         self.features = features
         self.rows = np.asarray(rows)
-        per_photo = max((len(texts) for texts in captions), default=1)
+        per_photo = per_photo or max((len(texts) for texts in captions), default=1)
         # One array for all captions: lists of ids would take kilobytes per photo.
         self.tokens = np.full((len(captions), per_photo, max_length), PAD, dtype=np.int32)
         for photo_index, texts in enumerate(captions):

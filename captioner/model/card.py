@@ -30,7 +30,7 @@ def model_card(
     """Return the model card of a checkpoint; see ``Checkpoint`` for the arguments."""
     language = recipe.get("language", DEFAULT_LANGUAGE)
     kind = "an English caption" if language == "en" else f"a caption (language: {language})"
-    scene, terms = _FLICKR if "flickr" in recipe["data"].lower() else _OTHER
+    scene, terms = _FLICKR if "flickr" in str(recipe["data"]).lower() else _OTHER
     names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
     numbers = [
         f"| {names.get(name, name.replace('_', ' '))} | {value:.4g} |"

@@ -41,7 +41,7 @@ _ENCODER_FIELDS: dict[str, type] = {
     "transform": dict,
     "sha256": str,
 }
-_RECIPE_FIELDS: dict[str, type] = {"recipe": str, "data": str}
+_RECIPE_FIELDS: dict[str, type] = {"recipe": str, "data": list}
 # Limits in bytes that no real file reaches: config.json with a million words, weights' header.
 _MAX_CONFIG, _MAX_HEADER = 32_000_000, 1_000_000
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
+from captioner.data.sources import parse_sources
 from captioner.distributed import DistributedContext, process_group
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, TrainingError
@@ -45,6 +47,10 @@ _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
     *("repetition", "distinct_words", "distinct_captions", "mean_length"),
 )
+
+
+# The metrics of each source, if there are several, as in "CIDEr flickr8k".
+_SOURCE_METRICS = ("CIDEr", "BLEU-4", "val_loss")
 
 
 class Stopped(TrainingError):
@@ -90,13 +96,31 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup: float = 0.0
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
 
 
-def epoch_order(num_photos: int, views: int, *, seed: int, epoch: int) -> list[int]:
-    """Return the training indices of an epoch: each photo once, in a random one of its views.
+def epoch_order(
+    sizes: Sequence[int], counts: Sequence[int], views: int, *, seed: int, epoch: int
+) -> list[int]:
+    """Return the training indices of an epoch, each photo in a random one of its views.
 
     View v of photo i has the index ``v * num_photos + i``.
+
+    Args:
+        sizes: the number of photos of each source.
+        counts: the number to take from each source; their sum is that of ``sizes``. All photos of
+            a source are taken before one is taken again.
+        views: the number of views.
+        seed: of the run.
+        epoch: completed epochs.
     """
+    num_photos = sum(sizes)
+    taken = [
+        start + np.resize(np.random.default_rng((seed, epoch, source)).permutation(size), count)
+        for source, (start, size, count) in enumerate(
+            zip(np.cumsum([0, *sizes[:-1]]), sizes, counts, strict=True)
+        )
+    ]
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(num_photos)
+    # Sorted, so that an epoch of all photos is one permutation of them.
+    order = np.sort(np.concatenate(taken))[random.permutation(num_photos)]
     if views > 1:
         order = order + num_photos * random.integers(0, views, num_photos)
     return order.tolist()
@@ -104,7 +128,9 @@ def epoch_order(num_photos: int, views: int, *, seed: int, epoch: int) -> list[i
 
 def _batches(state: TrainingState) -> Iterator[Batch]:
     """Yield this process's share of the rest of the epoch."""
-    order = epoch_order(state.num_photos, state.views, seed=state.config.seed, epoch=state.epoch)
+    order = epoch_order(
+        state.sizes, state.counts, state.views, seed=state.config.seed, epoch=state.epoch
+    )
     size = state.batch_size
     batches = [order[at : at + size] for at in range(state.step * size, len(order), size)]
     rank, world_size = state.processes.rank, state.processes.world_size
@@ -243,17 +269,28 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
 
 
 def evaluate(state: TrainingState) -> dict[str, float]:
-    """Return the validation loss and the scores of the captions that the model writes now."""
+    """Return the validation loss and the scores of the captions that the model writes now.
+
+    They are means over the sources; of several sources, each one's own scores follow.
+    """
     config, data = state.config, state.data
     # Runs selected by validation loss are scored with the original report's decoding.
     by_cider = config.select_by == "cider"
     options = DecodingOptions() if by_cider else DecodingOptions.plain_greedy()
     options = dataclasses.replace(options, max_length=config.max_length)
-    captions = write_captions(state.eval_model, data.validation, data.vocabulary, options)
-    return {
-        "val_loss": cross_entropy_of(state.eval_model, data.validation),
-        **score_cleaned_captions(captions, data.references),
-    }
+    by_source = {}
+    for source in data.sources:
+        captions = write_captions(state.eval_model, source.validation, data.vocabulary, options)
+        by_source[source.name] = {
+            "val_loss": cross_entropy_of(state.eval_model, source.validation),
+            **score_cleaned_captions(captions, source.references),
+        }
+    names = next(iter(by_source.values()))
+    row = {name: statistics.mean(s[name] for s in by_source.values()) for name in names}
+    if len(by_source) > 1:
+        for source_name, scores in by_source.items():
+            row |= {f"{name} {source_name}": scores[name] for name in _SOURCE_METRICS}
+    return row
 
 
 def selection_loss(config: TrainConfig, row: dict[str, float]) -> float:
@@ -265,9 +302,9 @@ def save_best(state: TrainingState) -> None:
     """Save the checkpoint of the last completed epoch."""
     # Without paths of this machine.
     recipe = state.config.to_dict()
-    for name in ("data", "text"):
-        if recipe[name] is not None and Path(recipe[name]).exists():
-            recipe[name] = Path(recipe[name]).resolve().name
+    recipe["data"] = [source.portable for source in parse_sources(state.config.data)]
+    if recipe["text"] is not None and Path(recipe["text"]).exists():
+        recipe["text"] = Path(recipe["text"]).resolve().name
     del recipe["encoder_weights"]
     checkpoints.save(
         state.folder / "checkpoint",
@@ -277,7 +314,11 @@ def save_best(state: TrainingState) -> None:
             state.config.max_length,
             state.data.encoder,
             recipe,
-            {name: value for name, value in state.rows[-1].items() if name in _METRICS},
+            {
+                name: value
+                for name, value in state.rows[-1].items()
+                if name.split(" ", 1)[0] in _METRICS
+            },
         ),
     )
 
@@ -419,9 +460,17 @@ def _print(processes: DistributedContext, text: str) -> None:
 
 def _epoch_line(row: dict[str, float], loss_name: str, is_best: bool) -> str:
     """Return the line that is printed after an epoch."""
+    prefix = "CIDEr "
+    ciders = [
+        f"{name.removeprefix(prefix)} {value:.1f}"
+        for name, value in row.items()
+        if name.startswith(prefix)
+    ]
     return (
         f"Epoch {row['epoch']:02} | {loss_name}={row[loss_name]:.4f} | "
-        f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f} | "
+        f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f}"
+        + (f" ({', '.join(ciders)})" if ciders else "")
+        + f" | "
         f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
         + (" | best so far" if is_best else "")
     )

@@ -1,4 +1,4 @@
-"""From a source and an encoder to the data and the precision that a run trains with."""
+"""From sources and an encoder to the data and the precision that a run trains with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,9 +22,15 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from captioner.config import FEATURES_FOLDER, TrainConfig
 from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
-from captioner.data.sources import CaptionedPhotos, load_captions, load_texts
+from captioner.data.sources import (
+    CaptionedPhotos,
+    DataSource,
+    load_captions,
+    load_texts,
+    parse_sources,
+)
 from captioner.distributed import DistributedContext
-from captioner.errors import DataError
+from captioner.errors import ConfigError, DataError
 from captioner.model.encoder import check_encoder_name, choose_device, load_encoder
 from captioner.model.vocabulary import Vocabulary
 
@@ -37,32 +43,67 @@ _MIN_SPEEDUP = 1.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of the sources that a run trains and validates on.
+
+    Attributes:
+        name: short and unique in the run.
+        num_photos: the number of its training photos.
+        per_epoch: the number of training photos that each epoch takes from it.
+        validation: its validation photos with the captions of the validation loss.
+        references: all captions of each validation photo.
+    """
+
+    name: str
+    num_photos: int
+    per_epoch: int
+    validation: CaptionDataset
+    references: list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """The data that a run trains and validates on.
 
     Attributes:
         vocabulary: of the training captions.
-        train: the training photos, view after view.
-        num_photos: the number of training photos.
+        train: the training photos, view after view; in a view source after source.
+        sources: what differs between the sources.
         text: captions with the mean cell in place of their photo, or None.
         train_references: the captions of each item of ``train``.
-        validation: the validation photos with the captions of the validation loss.
-        references: all captions of each validation photo.
         embedding: initial values of the embedding (V, E), or None.
         encoder: the encoder's ``spec()``.
-        sources: names that change with the photos, the encoder and the text.
+        fingerprint: names that change with the photos, their shares, the encoder and the text.
     """
 
     vocabulary: Vocabulary
     train: Dataset[tuple[Tensor, Tensor]]
-    num_photos: int
+    sources: list[Source]
     text: CaptionDataset | None
     train_references: list[list[str]]
-    validation: CaptionDataset
-    references: list[list[str]]
     embedding: Tensor | None
     encoder: dict[str, Any]
-    sources: list[str]
+    fingerprint: list[str]
+
+
+class _Photos(NamedTuple):
+    """The readable photos of one source, with their features.
+
+    Attributes:
+        views: the features of the training photos in each view.
+        rows: of the training photos.
+        captions: of the training photos, those to train on.
+        validation: the features of the validation photos.
+        validation_rows: of the validation photos.
+        references: all captions of each validation photo.
+    """
+
+    views: list[Features]
+    rows: list[int]
+    captions: list[list[str]]
+    validation: Features
+    validation_rows: list[int]
+    references: list[list[str]]
 
 
 def prepare(
@@ -75,44 +116,89 @@ def prepare(
     All ``processes`` of a run call this; each extracts its share of the features.
     """
     check_encoder_name(config.encoder)
-    (photos, train_rows), (validation_photos, validation_rows) = _load_splits(config)
+    sources = parse_sources(config.data)
+    splits = [_load_splits(config, source.source) for source in sources]
     texts = [] if config.text is None else load_texts(config.text)
     per_photo = 1 if config.captions == "first" else None
     # Before the features, which can take hours: captions without a vocabulary fail here.
-    training_texts = [text for row in train_rows for text in photos.captions[row][:per_photo]]
+    training_texts = [
+        text
+        for (photos, rows), _ in splits
+        for row in rows
+        for text in photos.captions[row][:per_photo]
+    ]
     vocabulary = Vocabulary.build(training_texts, config.min_count)
     check_lengths(training_texts, vocabulary, config.max_length)
     encoder = load_encoder(config.encoder, config.encoder_weights)
     encoder.to(choose_device(config.device))
     extract = functools.partial(cache_features, encoder, folder=cache, processes=processes)
-    views = [extract(photos)]
-    validation = views[0] if validation_photos is photos else extract(validation_photos)
-    views += [extract(photos, view=view) for view in range(1, config.views)]
-    train_rows = _readable_rows(train_rows, views[0], "train", at_least=1)
-    validation_rows = _readable_rows(validation_rows, validation, "validate", at_least=2)
-    captions = [photos.captions[row][:per_photo] for row in train_rows]
-    references = [validation_photos.captions[row] for row in validation_rows]
-    captions_by_view = [_captions_of_view(view, train_rows, captions) for view in range(len(views))]
+    parts = [_extract(train, validation, extract, config) for train, validation in splits]
+    captions = [texts for part in parts for texts in part.captions]
+    train = [
+        (part.views[view].array, part.rows, _captions_of_view(view, part.rows, part.captions))
+        for view in range(config.views)
+        for part in parts
+    ]
+    most = max(map(len, captions))
     pair = functools.partial(CaptionDataset, vocabulary=vocabulary, max_length=config.max_length)
     text = None
     if texts and config.text_epochs:
         all_texts = texts + captions
-        text = pair(_mean_cell(views[0], train_rows), [0] * len(all_texts), all_texts)
+        text = pair(_mean_cell(parts), [0] * len(all_texts), all_texts)
+    counts = photos_per_epoch(sources, [len(part.rows) for part in parts])
     return TrainingData(
         vocabulary=vocabulary,
-        train=ConcatDataset(
-            pair(features.array, train_rows, captions)
-            for features, captions in zip(views, captions_by_view, strict=True)
-        ),
-        num_photos=len(train_rows),
+        train=ConcatDataset(pair(*view, per_photo=most) for view in train),
+        sources=[
+            Source(
+                name=source.name,
+                num_photos=len(part.rows),
+                per_epoch=count,
+                validation=pair(
+                    part.validation.array,
+                    part.validation_rows,
+                    [references[:per_photo] for references in part.references],
+                ),
+                references=part.references,
+            )
+            for source, part, count in zip(sources, parts, counts, strict=True)
+        ],
         text=text,
-        train_references=[texts for captions in captions_by_view for texts in captions],
-        validation=pair(validation.array, validation_rows, [r[:per_photo] for r in references]),
-        references=references,
+        train_references=[texts for _, _, captions in train for texts in captions],
         embedding=_embedding(config, captions + texts, vocabulary),
         encoder=encoder.spec(),
-        sources=[features.folder.name for features in (validation, *views)] + _digest(texts),
+        fingerprint=_fingerprint(parts, counts, texts),
     )
+
+
+def photos_per_epoch(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
+    """Return how many photos an epoch takes from each source; their sum is that of ``sizes``.
+
+    Args:
+        sources: those without a share divide the rest of the epoch in proportion to their sizes.
+        sizes: the number of training photos of each source.
+
+    Raises:
+        ConfigError: a source would get no photo.
+    """
+    rest = 1 - sum(source.share or 0.0 for source in sources)
+    rest_size = sum(
+        size for source, size in zip(sources, sizes, strict=True) if source.share is None
+    )
+    shares = [
+        rest * size / rest_size if source.share is None else source.share
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+    # Rounding the bounds between the sources keeps the sum.
+    bounds = np.rint(np.cumsum([0.0, *shares]) * sum(sizes)).astype(int)
+    counts = np.diff(bounds).tolist()
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise ConfigError(
+                f"the share of {source.source} is less than one of the {sum(sizes)} photos of an "
+                "epoch: raise it, or leave the source out"
+            )
+    return counts
 
 
 def describe(data: TrainingData, config: TrainConfig) -> str:
@@ -120,9 +206,12 @@ def describe(data: TrainingData, config: TrainConfig) -> str:
     features, captions = next(iter(DataLoader(data.train, batch_size=config.batch_size)))
     token_ids = captions[0, 0].tolist()
     size = data.encoder["transform"]["size"]
+    num_train = sum(source.num_photos for source in data.sources)
+    num_validation = sum(len(source.validation) for source in data.sources)
     return "\n".join(
         [
-            f"photos       train {data.num_photos:,}, validation {len(data.validation):,}",
+            f"photos       train {num_train:,}, validation {num_validation:,}",
+            *_describe_sources(data.sources),
             f"vocabulary   {len(data.vocabulary):,} entries, 4 specials included",
             f"a batch      photos {(len(features), 3, size, size)} -> features "
             f"{tuple(features.shape)}, captions {tuple(captions.shape)}",
@@ -133,32 +222,68 @@ def describe(data: TrainingData, config: TrainConfig) -> str:
     )
 
 
-def _load_splits(config: TrainConfig) -> tuple[Rows, Rows]:
-    """Return the training and the validation photos, each with the rows to use."""
-    photos = load_captions(config.data, "train", limit=config.limit)
+def _describe_sources(sources: Sequence[Source]) -> list[str]:
+    """Return a line for each source, if there are several."""
+    if len(sources) == 1:
+        return []
+    return [
+        f"  {source.name}: train {source.num_photos:,}, {source.per_epoch:,} per epoch, "
+        f"validation {len(source.validation):,}"
+        for source in sources
+    ]
+
+
+def _load_splits(config: TrainConfig, source: str) -> tuple[Rows, Rows]:
+    """Return the training and the validation photos of a source, each with the rows to use."""
+    photos = load_captions(source, "train", limit=config.limit)
     if config.validation == "split":
         try:
-            validation = load_captions(config.data, "validation", limit=config.limit)
+            validation = load_captions(source, "validation", limit=config.limit)
         except DataError as error:
             log.warning("%s; holding 10 %% of the training photos back instead", error)
         else:
             return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))
     if len(photos) < 10:
-        raise DataError(f"{len(photos)} photos are too few to hold 10 % back: use at least 10")
+        raise DataError(
+            f"{source}: {len(photos)} photos are too few to hold 10 % back: use at least 10"
+        )
     order = np.random.default_rng(config.seed).permutation(len(photos)).tolist()
     held_back = max(2, round(0.1 * len(photos)))
     return (photos, sorted(order[held_back:])), (photos, sorted(order[:held_back]))
 
 
+def _extract(
+    train: Rows, validation: Rows, extract: Callable[..., Features], config: TrainConfig
+) -> _Photos:
+    """Extract the features of one source and leave out its unreadable photos."""
+    (photos, rows), (validation_photos, validation_rows) = train, validation
+    views = [extract(photos)]
+    validation_features = views[0] if validation_photos is photos else extract(validation_photos)
+    views += [extract(photos, view=view) for view in range(1, config.views)]
+    rows = _readable_rows(photos, rows, views[0], "train", at_least=1)
+    validation_rows = _readable_rows(
+        validation_photos, validation_rows, validation_features, "validate", at_least=2
+    )
+    per_photo = 1 if config.captions == "first" else None
+    return _Photos(
+        views,
+        rows,
+        [photos.captions[row][:per_photo] for row in rows],
+        validation_features,
+        validation_rows,
+        [validation_photos.captions[row] for row in validation_rows],
+    )
+
+
 def _readable_rows(
-    rows: Sequence[int], features: Features, purpose: str, *, at_least: int
+    photos: CaptionedPhotos, rows: Sequence[int], features: Features, purpose: str, *, at_least: int
 ) -> list[int]:
     """Return the rows whose photo is readable, ``DataError`` if they are too few."""
     readable = set(features.readable)
     rows = [row for row in rows if row in readable]
     if len(rows) < at_least:
         raise DataError(
-            f"{len(rows)} photos are too few to {purpose} on, at least {at_least} are needed: "
+            f"{photos.source}: {len(rows)} photos are too few to {purpose} on, at least {at_least} are needed: "
             "use more photos"
         )
     return rows
@@ -174,12 +299,13 @@ def _captions_of_view(
     ]
 
 
-def _mean_cell(features: Features, rows: Sequence[int]) -> np.ndarray:
-    """Return features (1, 1, C) without content: the mean cell of up to a thousand photos.
+def _mean_cell(parts: Sequence[_Photos]) -> np.ndarray:
+    """Return features (1, 1, C) without content: the mean cell of about a thousand photos.
 
     One cell is enough: attention over P equal ones gives the same, at P times the work.
     """
-    sample = features.array[rows[:: max(1, len(rows) // 1000)]]
+    step = max(1, sum(len(part.rows) for part in parts) // 1000)
+    sample = np.concatenate([part.views[0].array[part.rows[::step]] for part in parts])
     return sample.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)
 
 
@@ -196,9 +322,18 @@ def _embedding(
     return word2vec_matrix(texts, vocabulary, size=size, seed=config.seed)
 
 
-def _digest(texts: list[list[str]]) -> list[str]:
-    """Return the SHA-256 of captions without photos, in a list; an empty list without any."""
-    return [hashlib.sha256(json.dumps(texts).encode()).hexdigest()] if texts else []
+def _fingerprint(
+    parts: Sequence[_Photos], counts: Sequence[int], texts: list[list[str]]
+) -> list[str]:
+    """Return names that change with the photos, their shares, the encoder and the text."""
+    names = []
+    for part, count in zip(parts, counts, strict=True):
+        names += [features.folder.name for features in (part.validation, *part.views)]
+        if count != len(part.rows):
+            names.append(f"{count} per epoch")
+    if texts:
+        names.append(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
+    return names
 
 
 def check_lengths(texts: Sequence[str], vocabulary: Vocabulary, max_length: int) -> None:

@@ -50,6 +50,7 @@ class TrainingState:
         ddp_model: computes the model's forward pass; gradients are means over the processes.
         average: the moving average of the weights, or None.
         stage: TEXT, CAPTIONS or REWARDS; ``first_epoch`` is its first epoch.
+        sizes: the number of photos of each source; an epoch takes ``counts`` of them.
         epoch: completed epochs.
         step: completed steps of the current epoch.
         loss_sum: sum of the epoch's losses (or rewards) so far.
@@ -98,18 +99,21 @@ class TrainingState:
         """Start a stage from the current weights, with a new optimizer and average."""
         config, data = self.config, self.data
         self.stage, self.first_epoch, self.bad_epochs = stage, self.epoch, 0
-        self.dataset, self.num_photos, self.views = data.train, data.num_photos, config.views
+        self.dataset, self.views = data.train, config.views
+        self.sizes = [source.num_photos for source in data.sources]
+        self.counts = [source.per_epoch for source in data.sources]
         self.batch_size, self.num_epochs = config.batch_size, config.epochs
         rate, decay = config.learning_rate, config.weight_decay
         if stage == TEXT:
             assert data.text is not None
-            self.dataset, self.num_photos, self.views = data.text, len(data.text), 1
+            self.dataset, self.views = data.text, 1
+            self.sizes = self.counts = [len(data.text)]
             self.num_epochs = config.text_epochs
         elif stage == REWARDS:
             self.reward = Reward(data.train_references, data.vocabulary)
             self.batch_size, self.num_epochs = config.reward_batch_size, config.reward_epochs
             rate, decay = config.reward_learning_rate, 0.0
-        self.steps_per_epoch = math.ceil(self.num_photos / self.batch_size)
+        self.steps_per_epoch = math.ceil(sum(self.counts) / self.batch_size)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=_moving_average(config.ema_decay))
             if config.ema_decay
@@ -187,7 +191,7 @@ class TrainingState:
             "plateau": self.plateau.state_dict(),
             "config": self.config.to_dict(),
             "vocabulary": self.data.vocabulary.idx2word,
-            "sources": self.data.sources,
+            "sources": self.data.fingerprint,
         }
         with atomic_dir(self.folder / "state") as folder:
             (folder / "state.safetensors").write_bytes(save(tensors))
@@ -236,11 +240,11 @@ class TrainingState:
                 f"{self.folder} was started with other settings ({', '.join(changed)}): resume "
                 "with the same ones, or choose another --out"
             )
-        own = self.data.vocabulary.idx2word, self.data.sources
+        own = self.data.vocabulary.idx2word, self.data.fingerprint
         if (values["vocabulary"], values["sources"]) != own:
             raise ConfigError(
-                f"{self.folder} was started on other photos, captions or encoder weights: give the "
-                "same ones, or choose another --out"
+                f"{self.folder} was started on other photos, shares, captions or encoder weights: "
+                "give the same ones, or choose another --out"
             )
 
 
