@@ -53,7 +53,7 @@ def folder(tmp_path: Path, timm_weights: Path) -> Path:
         Vocabulary([*SPECIALS, *WORDS]),
         12,
         encoder.spec(),
-        {"recipe": "seed", "data": "shapes"},
+        {"recipe": "seed", "data": ["shapes"]},
         {"CIDEr": 1.0},
     )
     save(tmp_path / "checkpoint", checkpoint)

@@ -33,7 +33,7 @@ def model_config(**changes: Any) -> ModelConfig:
         DecodingOptions(),
         DecodingOptions(beam_size=5, prefix="a dog", temperature=0.7),
         TrainConfig(),
-        TrainConfig.from_recipe("best", data="photos", limit=7),
+        TrainConfig.from_recipe("best", data=("photos", "more=0.3"), limit=7),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -137,6 +137,9 @@ def test_model_fields_out_of_range_are_named(field: str, value: object) -> None:
         ("device", None),
         ("recipe", "worst"),
         ("data", 5),
+        ("data", "photos"),
+        ("data", []),
+        ("data", ["photos", 5]),
         ("encoder", None),
         ("encoder_weights", 5),
         ("text", ["a"]),

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from captioner.config import DEFAULT_LANGUAGE
+from captioner.config import DEFAULT_LANGUAGE, split_share
 
-_FLICKR = (
-    "It was trained on everyday snapshots, many of people and dogs outdoors. ",
+_FLICKR_SCENES = "It was trained on everyday snapshots, many of people and dogs outdoors. "
+_FLICKR_TERMS = (
     "The photos of Flickr8k and Flickr30k belong to their owners on Flickr; the data sets are "
-    "released for research and education. Use this checkpoint under the same terms. ",
+    "released for research and education. Use this checkpoint under the same terms. "
 )
-_OTHER = (
-    "It knows only scenes like those of its training photos. ",
-    "The terms of the photos and captions that it was trained on apply. ",
-)
+_OTHER_SCENES = "It knows only scenes like those of its training photos. "
+_OTHER_TERMS = "The terms of the photos and captions that it was trained on apply. "
 
 
 def model_card(
@@ -30,12 +28,11 @@ def model_card(
     """Return the model card of a checkpoint; see ``Checkpoint`` for the arguments."""
     language = recipe.get("language", DEFAULT_LANGUAGE)
     kind = "an English caption" if language == "en" else f"a caption (language: {language})"
-    scene, terms = _FLICKR if "flickr" in str(recipe["data"]).lower() else _OTHER
-    names = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}
-    numbers = [
-        f"| {names.get(name, name.replace('_', ' '))} | {value:.4g} |"
-        for name, value in metrics.items()
-    ]
+    is_flickr = ["flickr" in source.lower() for source in recipe["data"]]
+    scenes = _FLICKR_SCENES if all(is_flickr) else _OTHER_SCENES
+    terms = _FLICKR_TERMS * any(is_flickr) + _OTHER_TERMS * (not all(is_flickr))
+    means = " The first ones are means over the sources." if len(is_flickr) > 1 else ""
+    numbers = [f"| {_score_name(name)} | {value:.4g} |" for name, value in metrics.items()]
     return "\n".join(
         [
             "---",
@@ -49,7 +46,8 @@ def model_card(
             f"{max_length - 2} words and attends to the photo anew for each word.",
             "",
             f"Vocabulary: {vocabulary_size:,} entries. Recipe: `{recipe['recipe']}`, "
-            f"seed {recipe.get('seed', 'unknown')}. Trained on: `{recipe['data']}`"
+            f"seed {recipe.get('seed', 'unknown')}. Trained on: "
+            + ", ".join(map(_source_name, recipe["data"]))
             + (
                 f", after reading the captions of `{recipe['text']}`."
                 if recipe.get("text")
@@ -58,7 +56,7 @@ def model_card(
             "",
             "## Limits",
             "",
-            f"{scene}It describes anything else as the most similar thing it knows, with "
+            f"{scenes}It describes anything else as the most similar thing it knows, with "
             "confidence. It miscounts, mixes up colors, guesses people's sex and age from looks, "
             "and repeats the assumptions of its training captions. Don't use it to identify or "
             "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
@@ -68,7 +66,7 @@ def model_card(
             "",
             "BLEU, CIDEr (CIDEr-D) and ROUGE-L, times 100, of generated captions against all "
             "references; cross-entropy in nats per word, unsmoothed. The epoch was chosen on these "
-            "photos.",
+            f"photos.{means}",
             "",
             "| score | value |",
             "| --- | ---: |",
@@ -81,3 +79,16 @@ def model_card(
             "",
         ]
     )
+
+
+def _source_name(source: str) -> str:
+    """Return a source of the recipe with its share in words."""
+    name, share = split_share(source)
+    return f"`{name}` ({share} of each epoch)" if share else f"`{name}`"
+
+
+def _score_name(metric: str) -> str:
+    """Return the words for a metric; what follows a space is the name of its source."""
+    name, *source = metric.split(" ", 1)
+    words = {"epoch": "epoch chosen", "val_loss": "cross-entropy"}.get(name, name.replace("_", " "))
+    return " ".join([words, *source])

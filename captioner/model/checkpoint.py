@@ -251,6 +251,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_fields(config, _FIELDS, path)
     _check_fields(config["encoder"], _ENCODER_FIELDS, path)
     _check_fields(config["recipe"], _RECIPE_FIELDS, path)
+    data = config["recipe"]["data"]
+    if not data or not all(isinstance(source, str) for source in data):
+        raise CheckpointError(f"{path} is damaged: 'data' of 'recipe' is not a list of sources")
     if not is_language(config["recipe"].get("language", DEFAULT_LANGUAGE)):
         raise CheckpointError(f"{path} is damaged: 'language' of 'recipe' is not a language tag")
     if not all(isinstance(word, str) for word in config["vocabulary"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import platform
@@ -31,6 +32,8 @@ _PANELS = {
     "Learning rate": ("learning_rate",),
     "Reward: mean CIDEr-D of samples": ("reward",),
 }
+# The lines of single sources, in the color of their mean.
+_SOURCE_STYLES = ("--", ":", "-.")
 
 
 class MetricsLogger:
@@ -79,22 +82,26 @@ class MetricsLogger:
 
 def curves(rows: list[dict[str, float]]) -> Figure:
     """Plot losses, scores, learning rate and, if there is one, the reward over the epochs."""
+    metrics = dict.fromkeys(name for row in rows for name in row)
     panels = {
-        title: names
-        for title, names in _PANELS.items()
-        if any(name in row for name in names for row in rows)
+        title: names for title, names in _PANELS.items() if any(name in metrics for name in names)
     }
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in names:
-            label = name.replace("_", " ")
-            values = [row.get(name, math.nan) for row in rows]
-            axes.plot(epochs, values, marker="o", markersize=3, label=label)
+        for number, name in enumerate(names):
+            # The metric's name alone is the mean; with a source's name behind it, that source's.
+            sources = [metric for metric in metrics if metric.startswith(f"{name} ")]
+            for metric, style in [(name, "-"), *zip(sources, itertools.cycle(_SOURCE_STYLES))]:
+                values = [row.get(metric, math.nan) for row in rows]
+                label = metric.replace(name, name.replace("_", " "), 1)
+                axes.plot(
+                    epochs, values, style, color=f"C{number}", marker="o", markersize=3, label=label
+                )
         axes.set(title=title, xlabel="Epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(axes.lines) > 1:
             axes.legend(frameon=False)
     return figure
 

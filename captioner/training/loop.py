@@ -47,8 +47,6 @@ _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
     *("repetition", "distinct_words", "distinct_captions", "mean_length"),
 )
-
-
 # The metrics of each source, if there are several, as in "CIDEr flickr8k".
 _SOURCE_METRICS = ("CIDEr", "BLEU-4", "val_loss")
 
@@ -112,15 +110,13 @@ def epoch_order(
         epoch: completed epochs.
     """
     num_photos = sum(sizes)
-    taken = [
-        start + np.resize(np.random.default_rng((seed, epoch, source)).permutation(size), count)
-        for source, (start, size, count) in enumerate(
-            zip(np.cumsum([0, *sizes[:-1]]), sizes, counts, strict=True)
-        )
-    ]
+    photos = []
+    for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        own_order = np.random.default_rng((seed, epoch, source)).permutation(size)
+        photos.append(sum(sizes[:source]) + np.resize(own_order, count))  # repeated or cut
     random = np.random.default_rng((seed, epoch))
-    # Sorted, so that an epoch of all photos is one permutation of them.
-    order = np.sort(np.concatenate(taken))[random.permutation(num_photos)]
+    # Sorted, so that an epoch of each photo once is one permutation of them.
+    order = np.sort(np.concatenate(photos))[random.permutation(num_photos)]
     if views > 1:
         order = order + num_photos * random.integers(0, views, num_photos)
     return order.tolist()
@@ -286,7 +282,7 @@ def evaluate(state: TrainingState) -> dict[str, float]:
             **score_cleaned_captions(captions, source.references),
         }
     names = next(iter(by_source.values()))
-    row = {name: statistics.mean(s[name] for s in by_source.values()) for name in names}
+    row = {name: statistics.mean(scores[name] for scores in by_source.values()) for name in names}
     if len(by_source) > 1:
         for source_name, scores in by_source.items():
             row |= {f"{name} {source_name}": scores[name] for name in _SOURCE_METRICS}
@@ -460,17 +456,15 @@ def _print(processes: DistributedContext, text: str) -> None:
 
 def _epoch_line(row: dict[str, float], loss_name: str, is_best: bool) -> str:
     """Return the line that is printed after an epoch."""
-    prefix = "CIDEr "
-    ciders = [
-        f"{name.removeprefix(prefix)} {value:.1f}"
+    by_source = ", ".join(
+        f"{name.removeprefix('CIDEr ')} {value:.1f}"
         for name, value in row.items()
-        if name.startswith(prefix)
-    ]
+        if name.startswith("CIDEr ")
+    )
     return (
         f"Epoch {row['epoch']:02} | {loss_name}={row[loss_name]:.4f} | "
         f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f}"
-        + (f" ({', '.join(ciders)})" if ciders else "")
-        + f" | "
-        f"lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
+        + (f" ({by_source})" if by_source else "")
+        + f" | lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
         + (" | best so far" if is_best else "")
     )

@@ -283,8 +283,8 @@ def _readable_rows(
     rows = [row for row in rows if row in readable]
     if len(rows) < at_least:
         raise DataError(
-            f"{photos.source}: {len(rows)} photos are too few to {purpose} on, at least {at_least} are needed: "
-            "use more photos"
+            f"{photos.source}: {len(rows)} photos are too few to {purpose} on, at least "
+            f"{at_least} are needed: use more photos"
         )
     return rows
 

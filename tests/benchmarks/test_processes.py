@@ -114,7 +114,7 @@ import numpy as np, torch
 from tests.benchmarks.test_speed import captions_for
 from captioner import TrainConfig
 from captioner.data.dataset import CaptionDataset
-from captioner.training.setup import TrainingData
+from captioner.training.setup import Source, TrainingData
 from captioner.training.state import TrainingState
 from captioner.training.loop import train_one_epoch
 from captioner.model.vocabulary import Vocabulary
@@ -125,9 +125,12 @@ captions = captions_for(count)
 vocabulary = Vocabulary.build([text for texts in captions for text in texts], 1)
 dataset = CaptionDataset(array, range(count), captions, vocabulary, max_length=20)
 config = TrainConfig.from_recipe("best", device="cpu", views=1)
+source = Source(
+    name="toy", num_photos=count, per_epoch=count, validation=dataset, references=captions
+)
 data = TrainingData(
-    vocabulary=vocabulary, train=dataset, num_photos=count, text=None, train_references=captions,
-    validation=dataset, references=captions, embedding=None, encoder={"channels": 1504}, sources=[],
+    vocabulary=vocabulary, train=dataset, sources=[source], text=None, train_references=captions,
+    embedding=None, encoder={"channels": 1504}, fingerprint=[],
 )
 for stage in ("captions", "rewards"):
     state = TrainingState(config, data, folder)

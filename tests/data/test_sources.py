@@ -18,8 +18,8 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from PIL import Image
 
 from captioner.data.dataset import CaptionDataset, PhotoDataset, augment, is_mirrored, mirror_text
-from captioner.data.sources import load_captions, stream_photos
-from captioner.errors import ConfigError, DataError, ImageError
+from captioner.data.sources import load_captions, parse_sources, stream_photos
+from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
 from captioner.model.encoder import Transform
 from captioner.model.vocabulary import Vocabulary, clean
 from captioner.training.setup import check_lengths
@@ -715,3 +715,57 @@ def test_stream_photos_decodes_nothing(hub_row: MakeRow, tmp_path: Path) -> None
     streamed = list(stream_photos(str(tmp_path), "validation"))
     assert [row["data"] for row in streamed] == [row["image"]["bytes"] for row in rows[1:]]
     assert [row["filename"] for row in streamed] == [row["filename"] for row in rows[1:]]
+
+
+# Sources of a training run
+
+
+def test_sources_have_shares_and_short_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data", "more/data", "a=0.5"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (source,) = parse_sources(["."])
+    assert (source.source, source.name, source.share) == (".", tmp_path.name, None)
+    sources = parse_sources(["owner/photos:small=.25", "a=0.5"])
+    assert [source.name for source in sources] == ["photos:small", "a=0.5"]
+    assert [source.share for source in sources] == [0.25, None]
+    assert [source.portable for source in sources] == ["owner/photos:small=0.25", "a=0.5"]
+    sources = parse_sources(["data=0.3", str(tmp_path / "more" / "data")])
+    assert [source.name for source in sources] == [f"{tmp_path.name}/data", "more/data"]
+    assert sources[0].portable == f"{tmp_path.name}/data=0.3"
+
+
+def test_captions_file_is_named_after_its_folder(csv_folder: Path) -> None:
+    (source,) = parse_sources([str(csv_folder / "captions.csv")])
+    assert source.name == csv_folder.name
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_sources([str(csv_folder / "captions.csv"), str(csv_folder)])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a/b=0.6", "c/d=0.6"], r"add up to 1\.2; they can be 1 at most"),
+        (["a/b=0.6", "c/d=0.6", "e/f"], r"add up to 1\.2"),
+        (["a/b=0.2", "c/d=0.6"], r"add up to 0\.8: raise them to 1, or leave one source"),
+        (["a/b=0.5"], r"add up to 0\.5"),
+        (["a/b=0.4", "c/d=0.6", "e/f"], "leave nothing for e/f"),
+        (["a/b", "c/d", "a/b=0.5"], "a/b is given twice: give each source once"),
+        (["a/b=0"], "share of a/b is 0; it must be a number above 0 and at most 1"),
+        (["a/b=-1"], "share of a/b is -1"),
+        (["a/b=nan"], "share of a/b is nan"),
+        (["a/b=1.5", "c/d"], r"share of a/b is 1\.5"),
+        (["a/b=half", "c/d"], "there is no a/b=half, and 'half' is not a share.* a/b=0.5"),
+    ],
+)
+def test_impossible_shares_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(CaptionerError, match=message):
+        parse_sources(texts)
+
+
+def test_shares_may_fill_the_epoch() -> None:
+    assert [source.share for source in parse_sources(["a/b=0.1", "c/d=0.2", "e/f=0.7"])] == [
+        *(0.1, 0.2, 0.7)
+    ]

@@ -57,7 +57,7 @@ def _make(encoder: Encoder, options: dict[str, Any], seed: int = 0) -> Checkpoin
         Vocabulary(WORDS),
         20,
         encoder.spec(),
-        {"recipe": "best", "data": "photos/flickr8k", "learning_rate": 1e-3},
+        {"recipe": "best", "data": ["photos/flickr8k"], "learning_rate": 1e-3},
         {"epoch": 3, "val_loss": 2.718281, "CIDEr": 55.512},
     )
 
@@ -162,6 +162,28 @@ def test_card_names_the_language(folder: Path) -> None:
     recipe = {**checkpoint.recipe, "language": "de"}
     german = dataclasses.replace(checkpoint, recipe=recipe)
     assert "writes a caption (language: de)" in german.card
+
+
+def test_card_names_all_sources(folder: Path) -> None:
+    checkpoint = load(folder)
+    data = ["flickr8k", "my_photos=0.3"]
+    several = dataclasses.replace(
+        checkpoint,
+        recipe={**checkpoint.recipe, "data": data},
+        metrics={**checkpoint.metrics, "CIDEr my_photos": 12.3, "val_loss my_photos": 3.5},
+    )
+    for text in (
+        "Trained on: `flickr8k`, `my_photos` (0.3 of each epoch).",
+        "means over the sources",
+        "| CIDEr my_photos | 12.3 |",
+        "| cross-entropy my_photos | 3.5 |",
+        "Flickr8k and Flickr30k belong",
+        "The terms of the photos",
+    ):
+        assert text in several.card
+    assert "people and dogs" not in several.card
+    assert "means over the sources" not in checkpoint.card
+    assert "The terms of the photos" not in checkpoint.card
 
 
 # Written whole, or not at all
@@ -366,7 +388,10 @@ def test_missing_field_is_named(folder: Path) -> None:
         ("max_length", 10**9),
         ("encoder", {}),
         ("recipe", {}),
-        ("recipe", {"recipe": "best", "data": "photos", "language": "<b>"}),
+        ("recipe", {"recipe": "best", "data": ["photos"], "language": "<b>"}),
+        ("recipe", {"recipe": "best", "data": "photos"}),
+        ("recipe", {"recipe": "best", "data": []}),
+        ("recipe", {"recipe": "best", "data": ["photos", 5]}),
         ("metrics", {"CIDEr": float("nan")}),
         ("metrics", {"CIDEr": 10**400}),
         ("weights_sha256", 7),

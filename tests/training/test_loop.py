@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -46,11 +48,12 @@ from captioner.training.logger import MetricsLogger, curves
 from captioner.training.loop import (
     caption_loss,
     epoch_order,
+    evaluate,
     fit,
     learning_rate_at,
     train_one_epoch,
 )
-from captioner.training.setup import TrainingData, choose_precision
+from captioner.training.setup import Source, TrainingData, choose_precision
 from captioner.training.state import CAPTIONS, REWARDS, TrainingState
 
 MakeRow = Callable[..., dict[str, Any]]
@@ -64,14 +67,20 @@ def _data(features: np.ndarray, captions: list[list[str]], encoder: dict[str, An
     return TrainingData(
         vocabulary=vocabulary,
         train=dataset,
-        num_photos=len(captions),
+        sources=[
+            Source(
+                name="toy",
+                num_photos=len(captions),
+                per_epoch=len(captions),
+                validation=dataset,
+                references=captions,
+            )
+        ],
         text=None,
         train_references=captions,
-        validation=dataset,
-        references=captions,
         embedding=None,
         encoder=encoder,
-        sources=[],
+        fingerprint=[],
     )
 
 
@@ -95,7 +104,7 @@ def test_training_memorizes_ten_photos(
     assert len({caption for (caption,) in captions}) == 10
     config = TrainConfig.from_recipe(
         recipe,
-        data=str(folder),
+        data=(str(folder),),
         encoder="efficientnet_lite2",
         captions="first",
         views=1,
@@ -118,7 +127,7 @@ def test_training_memorizes_ten_photos(
         state.finish_epoch({"val_loss": losses[-1]}, losses[-1])
     assert losses[0] > 1.5
     assert losses[-1] < 0.05
-    assert cross_entropy_of(state.eval_model, state.data.validation) < 0.05
+    assert cross_entropy_of(state.eval_model, state.data.sources[0].validation) < 0.05
     # From pixels to text, through the saved checkpoint.
     checkpoints.save(
         tmp_path / "checkpoint",
@@ -162,7 +171,7 @@ def test_caption_loss_is_cross_entropy_of_targets_without_padding() -> None:
 def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
     captions = [["a dog runs in the snow", "a cat"], ["dog"], ["the cat sits", "a dog runs"]]
     features = np.random.default_rng(0).standard_normal((3, 49, 6)).astype(np.float16)
-    dataset = _data(features, captions, {}).validation
+    dataset = _data(features, captions, {}).sources[0].validation
     torch.manual_seed(0)
     config = ModelConfig.from_dict({"vocabulary_size": 12, "encoder_channels": 6, **_SMALL})
     model = CaptionModel(config).eval()
@@ -178,7 +187,7 @@ def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_infinite_or_nan_loss_stops_training(tmp_path: Path, value: float) -> None:
     data = _toy()
-    data.validation.features[3, 5, 1] = value
+    data.sources[0].validation.features[3, 5, 1] = value
     run = TrainingState(TrainConfig(batch_size=2, device="cpu", model=_SMALL), data, tmp_path)
     with pytest.raises(TrainingError, match=r"became .*(nan|inf).* in epoch 1.*--learning-rate"):
         train_one_epoch(run)
@@ -192,6 +201,27 @@ def test_epoch_loss_does_not_depend_on_batch_size(tmp_path: Path) -> None:
         losses.append(train_one_epoch(TrainingState(config, _toy(), tmp_path)))
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-4)
     assert losses[0] == pytest.approx(math.log(14), rel=0.2)
+
+
+def test_evaluate_scores_each_source_and_their_mean(tmp_path: Path) -> None:
+    one, other = _toy(), _toy(photos=12)
+    sources = [
+        dataclasses.replace(one.sources[0], name="one"),
+        dataclasses.replace(other.sources[0], name="other"),
+    ]
+    config = TrainConfig(device="cpu", model=_SMALL)
+    row = evaluate(TrainingState(config, dataclasses.replace(other, sources=sources), tmp_path))
+    alone = [
+        evaluate(TrainingState(config, dataclasses.replace(other, sources=[source]), tmp_path))
+        for source in sources
+    ]
+    assert "CIDEr one" not in alone[0]
+    assert alone[0]["val_loss"] != alone[1]["val_loss"]
+    for name in alone[0]:
+        assert row[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2), name
+    for name in ("CIDEr", "BLEU-4", "val_loss"):
+        assert [row[f"{name} one"], row[f"{name} other"]] == [scores[name] for scores in alone]
+    assert len(row) == len(alone[0]) + 6
 
 
 # Schedules
@@ -279,15 +309,37 @@ def test_stages_advance_only_when_asked(tmp_path: Path) -> None:
 
 def test_epoch_order_holds_each_photo_once() -> None:
     for num_photos in (1, 7, 100):
-        orders = [epoch_order(num_photos, 1, seed=0, epoch=epoch) for epoch in range(3)]
+        sizes = [num_photos]
+        orders = [epoch_order(sizes, sizes, 1, seed=0, epoch=epoch) for epoch in range(3)]
         assert all(sorted(order) == list(range(num_photos)) for order in orders)
-        assert epoch_order(num_photos, 1, seed=0, epoch=1) == orders[1]
+        assert epoch_order(sizes, sizes, 1, seed=0, epoch=1) == orders[1]
     assert orders[0] != orders[1] != orders[2]
-    assert epoch_order(100, 1, seed=1, epoch=0) != orders[0]
+    assert epoch_order([100], [100], 1, seed=1, epoch=0) != orders[0]
+    # Two sources without shares are one long source.
+    assert epoch_order([60, 40], [60, 40], 1, seed=0, epoch=0) == orders[0]
+
+
+def test_epoch_order_repeats_or_samples_sources_with_a_share() -> None:
+    sizes, counts = [60, 40, 10], [15, 15, 80]
+    orders = [epoch_order(sizes, counts, 3, seed=0, epoch=epoch) for epoch in range(9)]
+    for order in orders:
+        assert len(order) == 110
+        times = Counter(index % 110 for index in order)
+        assert sum(photo < 60 for photo in times) == 15
+        assert sum(60 <= photo < 100 for photo in times) == 15
+        assert {count for photo, count in times.items() if photo < 100} == {1}
+        assert all(times[photo] == 8 for photo in range(100, 110))
+    assert len({index % 110 for order in orders for index in order}) > 100
+    # Part of a round takes other photos in other epochs.
+    partly = [epoch_order([4, 16], [14, 6], 1, seed=0, epoch=epoch) for epoch in range(9)]
+    rounds = [Counter(photo for photo in order if photo < 4) for order in partly]
+    assert all(sorted(times.values()) == [3, 3, 4, 4] for times in rounds)
+    assert len({tuple(sorted(times.items())) for times in rounds}) > 1
+    assert epoch_order([4, 16], [14, 6], 1, seed=0, epoch=8) == partly[8]
 
 
 def test_epoch_order_mixes_views() -> None:
-    orders = [epoch_order(200, 3, seed=0, epoch=epoch) for epoch in range(4)]
+    orders = [epoch_order([200], [200], 3, seed=0, epoch=epoch) for epoch in range(4)]
     for order in orders:
         assert sorted(index % 200 for index in order) == list(range(200))
         for view in range(3):
@@ -324,7 +376,7 @@ def scripted(
         monkeypatch.setattr(training, "cross_entropy_of", lambda *_, **__: next(remaining))
         config = TrainConfig.from_recipe(
             "seed",
-            data=str(parquet_folder),
+            data=(str(parquet_folder),),
             encoder="timm:test_resnet",
             encoder_weights=str(timm_weights),
             min_count=1,
@@ -428,6 +480,23 @@ def test_curves_plot_losses_scores_and_rate() -> None:
 # The saved state
 
 
+def test_curves_draw_each_source_like_its_mean() -> None:
+    names = ("CIDEr", "val_loss")
+    rows = [
+        _row(epoch) | {f"{name} {source}": 1.5 for source in ("my_dogs", "cats") for name in names}
+        for epoch in (1, 2)
+    ]
+    losses, scores, _ = curves(rows).axes
+    assert [line.get_label() for line in losses.lines] == [
+        *("train loss", "val loss", "val loss my_dogs", "val loss cats")
+    ]
+    mean, *sources = scores.lines[:3]
+    assert {line.get_color() for line in sources} == {mean.get_color()}
+    assert len({line.get_linestyle() for line in scores.lines[:3]}) == 3
+    assert list(sources[0].get_ydata()) == [1.5, 1.5]
+    assert scores.get_legend() is not None
+
+
 def test_restored_state_equals_saved_state(tmp_path: Path) -> None:
     options = {**_SMALL, "mean_start": True, "deep_output": True, "tied_embedding": True}
     config = TrainConfig(
@@ -477,7 +546,7 @@ def test_restore_refuses_other_captions(tmp_path: Path) -> None:
     run = TrainingState(config, _toy(), tmp_path)
     train_one_epoch(run)
     run.save()
-    with pytest.raises(ConfigError, match="other photos, captions or encoder weights"):
+    with pytest.raises(ConfigError, match="other photos, shares, captions or encoder weights"):
         TrainingState(config, _toy(photos=9), tmp_path).restore()
 
 

@@ -22,9 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import train
 from captioner.config import ModelConfig, TrainConfig
+from captioner.data.sources import DataSource
+from captioner.errors import ConfigError
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import load_encoder
 from captioner.model.fast import FusedForward
+from captioner.training.setup import photos_per_epoch, prepare
 from tests.training.runs import assert_same_run, figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +49,7 @@ def arguments(
 
     def make(out: Path, *more: str) -> list[str]:
         settings = {
-            "--data": str(parquet_folder),
+            **({} if "--data" in more else {"--data": str(parquet_folder)}),
             "--encoder": "timm:test_resnet",
             "--encoder-weights": str(timm_weights),
             "--recipe": "best",
@@ -85,7 +88,7 @@ def test_best_writes_all_files(
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["recipe"] == "best"
     assert record["config"]["seed"] == 1
-    assert record["config"]["data"] == str(parquet_folder)
+    assert record["config"]["data"] == [str(parquet_folder)]
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     if (ROOT / ".git").exists():
@@ -181,6 +184,125 @@ def test_limit_applies_to_each_split(
     more = ["--limit", "6", "--epochs", "1", "--reward-epochs", "0"]
     assert train.main(arguments(tmp_path / "run", *more)) == 0
     assert "train 6, validation 6" in capsys.readouterr().out
+
+
+# Several sources
+
+
+@pytest.fixture
+def two_sources(
+    arguments: MakeArguments,
+    parquet_folder: Path,
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+) -> MakeArguments:
+    """``two_sources(out, …)``: trains on the usual source and 12 photos with two captions each."""
+    rows = [hub_row(number) for number in range(80, 92)]
+    for row in rows:
+        row["alt_text"] = [f"{text} in the dark" for text in row["alt_text"][:2]]
+    more = write_parquet(tmp_path / "more", {"train": rows, "validation": rows[:4]})
+
+    def make(out: Path, *options: str) -> list[str]:
+        return arguments(out, "--data", str(parquet_folder), "--data", f"{more}=0.75", *options)
+
+    return make
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_two_sources_share_vocabulary_epochs_and_card(
+    two_sources: MakeArguments,
+    tmp_path: Path,
+    parquet_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, name = tmp_path / "run", parquet_folder.name
+    assert train.main(two_sources(out, "--epochs", "1")) == 0
+    output = capsys.readouterr().out
+    assert "photos       train 36, validation 12\n" in output
+    assert f"  {name}: train 24, 9 per epoch, validation 8\n" in output
+    assert "  more: train 12, 27 per epoch, validation 4\n" in output
+    assert re.search(rf"CIDEr=\S+ \({name} \d+\.\d, more \d+\.\d\) \| lr=", output)
+    checkpoint = checkpoints.load(out / "checkpoint")
+    assert checkpoint.vocabulary.known_ids(["circle", "dark"])
+    assert checkpoint.recipe["data"] == [name, "more=0.75"]
+    assert f"Trained on: `{name}`, `more` (0.75 of each epoch)." in checkpoint.card
+    best = max(figures(out), key=lambda row: float(row["CIDEr"]))
+    for metric in ("CIDEr", "BLEU-4", "val_loss"):
+        values = [float(best[f"{metric} {source}"]) for source in (name, "more")]
+        assert float(best[metric]) == pytest.approx(sum(values) / 2)
+        assert checkpoint.metrics[f"{metric} more"] == values[1]
+    assert "| cross-entropy more | " in checkpoint.card
+    assert json.loads((out / "run.json").read_text())["epochs"][0]["CIDEr more"] >= 0
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_two_sources_resume_only_with_the_same_shares(
+    two_sources: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--recipe", "seed", "--reward-epochs", "0", "--views", "2"]
+    assert train.main(two_sources(tmp_path / "run", *more, "--epochs", "1")) == 0
+    assert train.main(two_sources(tmp_path / "run", *more, "--epochs", "2", "--resume")) == 0
+    assert train.main(two_sources(tmp_path / "whole", *more, "--epochs", "2")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    options = two_sources(tmp_path / "run", *more, "--epochs", "2", "--resume")
+    options[options.index(f"{tmp_path / 'more'}=0.75")] = f"{tmp_path / 'more'}=0.5"
+    assert train.main(options) == 2
+    assert "other photos, shares, captions" in _last_line(capsys)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_one_source_with_the_whole_epoch_needs_no_share(
+    arguments: MakeArguments, tmp_path: Path, parquet_folder: Path
+) -> None:
+    more = ["--epochs", "1", "--reward-epochs", "0"]
+    assert train.main(arguments(tmp_path / "plain", *more)) == 0
+    shared = arguments(tmp_path / "shared", "--data", f"{parquet_folder}=1", *more)
+    assert train.main(shared) == 0
+    assert figures(tmp_path / "shared") == figures(tmp_path / "plain")
+
+
+def test_rewards_and_mean_cell_come_from_all_sources(
+    two_sources: MakeArguments, tmp_path: Path
+) -> None:
+    text = str(tmp_path / "more")  # only its captions are read
+    options = vars(train.build_parser().parse_args(two_sources(tmp_path, "--text", text)))
+    data = prepare(train.config_of(options), options["cache"])
+    first, second = data.sources
+    assert (first.num_photos, second.num_photos) == (24, 12)
+    assert len(data.train_references) == len(data.train) == 3 * 36
+    assert data.train_references[23][0] == data.vocabulary.decode(data.train[23][1][0].tolist())
+    assert data.train_references[24] == [
+        data.vocabulary.decode(token_ids.tolist()) for token_ids in data.train[24][1][:2]
+    ]
+    assert data.train_references[24][0].endswith("in the dark")
+    cells = torch.stack([data.train[index][0].float().mean(dim=0) for index in range(36)])
+    assert data.text is not None
+    assert torch.allclose(data.text[0][0].float(), cells.mean(dim=0), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "sizes", "expected"),
+    [
+        ([None], [7], [7]),
+        ([None, None, None], [60, 3, 37], [60, 3, 37]),
+        ([None, 0.3], [60, 40], [70, 30]),
+        ([0.5, None, None], [10, 60, 30], [50, 33, 17]),
+        ([1 / 3, 1 / 3, 1 / 3], [1, 1, 98], [33, 34, 33]),
+        ([0.1, 0.2, 0.7], [10, 10, 10], [3, 6, 21]),
+    ],
+)
+def test_epoch_divides_by_share_then_by_size(
+    shares: list[float | None], sizes: list[int], expected: list[int]
+) -> None:
+    sources = [DataSource("a", "a", share, is_local=False) for share in shares]
+    assert photos_per_epoch(sources, sizes) == expected
+
+
+def test_share_of_less_than_a_photo_is_refused() -> None:
+    sources = [DataSource("a", "a", None, False), DataSource("b", "b", 0.001, False)]
+    with pytest.raises(ConfigError, match="share of b is less than one of the 100 photos"):
+        photos_per_epoch(sources, [50, 50])
 
 
 # Stopped, killed, resumed
