@@ -314,6 +314,7 @@ def test_epoch_order_holds_each_photo_once() -> None:
         assert all(sorted(order) == list(range(num_photos)) for order in orders)
         assert epoch_order(sizes, sizes, 1, seed=0, epoch=1) == orders[1]
     assert orders[0] != orders[1] != orders[2]
+    assert orders[2] == np.random.default_rng((0, 2)).permutation(100).tolist()
     assert epoch_order([100], [100], 1, seed=1, epoch=0) != orders[0]
     # Two sources without shares are one long source.
     assert epoch_order([60, 40], [60, 40], 1, seed=0, epoch=0) == orders[0]
@@ -493,7 +494,7 @@ def test_curves_draw_each_source_like_its_mean() -> None:
     mean, *sources = scores.lines[:3]
     assert {line.get_color() for line in sources} == {mean.get_color()}
     assert len({line.get_linestyle() for line in scores.lines[:3]}) == 3
-    assert list(sources[0].get_ydata()) == [1.5, 1.5]
+    assert np.array_equal(sources[0].get_ydata(), [1.5, 1.5])
     assert scores.get_legend() is not None
 
 

@@ -270,7 +270,7 @@ def test_rewards_and_mean_cell_come_from_all_sources(
     data = prepare(train.config_of(options), options["cache"])
     first, second = data.sources
     assert (first.num_photos, second.num_photos) == (24, 12)
-    assert len(data.train_references) == len(data.train) == 3 * 36
+    assert len(data.train_references) == 3 * 36
     assert data.train_references[23][0] == data.vocabulary.decode(data.train[23][1][0].tolist())
     assert data.train_references[24] == [
         data.vocabulary.decode(token_ids.tolist()) for token_ids in data.train[24][1][:2]
