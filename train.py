@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from captioner.config import FEATURES_FOLDER, RECIPES, ModelConfig, TrainConfig
+from captioner.config import DATA_FIELDS, FEATURES_FOLDER, RECIPES, ModelConfig, TrainConfig
 from captioner.errors import CaptionerError, ConfigError, logging_to_stderr, report
 from captioner.files import user_path
 from captioner.options import OptionParser, add_options, show
@@ -64,8 +64,8 @@ def _defaults(settings: Any, recipes: dict[str, dict[str, Any]]) -> dict[str, st
     """Return the fields that have options, and their defaults in all recipes."""
     defaults = {}
     for field in dataclasses.fields(settings):
-        # Sizes follow from the data; the other two are no settings of a recipe.
-        if field.default is dataclasses.MISSING or field.name in ("recipe", "model"):
+        # The last two are no settings of a recipe.
+        if field.name in (*DATA_FIELDS, "recipe", "model"):
             continue
         values = {
             name: show(values.get(field.name, field.default)) for name, values in recipes.items()

@@ -24,6 +24,13 @@ FORMATS = ("png", "gif", "json", "html")
 DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
+# The fields of ``ModelConfig`` that follow from the data and the encoder.
+DATA_FIELDS = frozenset(
+    (
+        *("vocabulary_size", "encoder_channels", "num_detectors"),
+        *("class_names", "classifier_channels", "kinds"),
+    )
+)
 # fmt: off
 BAD_ENDINGS = (
     "a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with",
@@ -162,6 +169,22 @@ class ModelConfig(_Config):
     """Compute logits from hidden state, previous word and context (Xu et al. 2015, eq. 7)."""
     tied_embedding: bool = False
     """Share the embedding's matrix with the output layer; needs deep_output."""
+    evidence: bool = False
+    """Add to each word's logit what its detector sees in the attended cells; needs
+    --detector-epochs."""
+    num_detectors: Annotated[int, Field(ge=0)] = 0
+    """Number of words with a detector (D); in the vocabulary they follow the special tokens."""
+    class_names: list[list[int]] = Field(default_factory=list)
+    """For each class that the backbone's classifier knows, the ids of its name's one or two words;
+    empty without a pointer."""
+    classifier_channels: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Number of channels, from the first on, that this classifier reads."""
+    kinds: list[int] = Field(default_factory=list)
+    """For each word at the end of the vocabulary that no training caption holds, and that can only
+    be pointed at: the id of a word for something that looks alike, whose embedding it shares."""
+    name_dropout: _Dropout = 0.0
+    """Share of the names that the output layer may not write in training while the pointer can
+    supply them, so that it learns to."""
     dropout: _Dropout = 0.0
     """Dropout on the word embedding and on the output layer's input."""
     feature_dropout: _Dropout = 0.0
@@ -274,6 +297,17 @@ class TrainConfig(_Config):
     """Words that occur fewer times than this become <unk>."""
     word2vec: bool = True
     """Initialize the embedding with Word2Vec vectors of the training captions."""
+    detector_epochs: _CountOrZero = 0
+    """Epochs of learning word detectors from the captions before everything else: what each cell
+    shows (Fang et al. 2015). 0 = no detectors."""
+    detector_photos: Annotated[int, Field(ge=1)] = 15
+    """Words in the captions of fewer photos get no detector."""
+    attention_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of a loss that draws each word's attention to the cells where its detector sees it
+    (Liu et al. 2017); needs detectors."""
+    pointer: bool = False
+    """Let captions name what the backbone's own ImageNet classifier recognizes (Li et al. 2019);
+    English only. Encoders without such a classifier do without."""
     attention_gain: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Factor on the initial weights Wh and v of the attention. At 1, maps stay nearly uniform
     after a short training run and look alike for all words."""
@@ -334,12 +368,33 @@ class TrainConfig(_Config):
                 f"language is {reprlib.repr(self.language)}; it must be a BCP 47 tag, such as en, "
                 "de or zh-Hant"
             )
-        self.model_config(vocabulary_size=5, encoder_channels=1)
+        model = self.model_config(vocabulary_size=5, encoder_channels=1)
+        if not self.detector_epochs and (self.attention_weight or model.evidence):
+            raise ConfigError(
+                "attention_weight and model.evidence need word detectors: set detector_epochs, 5 "
+                "for example"
+            )
+        if self.pointer and not self.language.lower().startswith("en"):
+            raise ConfigError(
+                f"pointer knows only English names, and language is {self.language}: leave it out"
+            )
 
-    def model_config(self, *, vocabulary_size: int, encoder_channels: int) -> ModelConfig:
-        """Return the decoder's shape for a vocabulary and an encoder."""
-        sizes = {"vocabulary_size": vocabulary_size, "encoder_channels": encoder_channels}
-        if fixed := sorted(sizes.keys() & self.model.keys()):
+    def model_config(
+        self, *, vocabulary_size: int, encoder_channels: int, **words: Any
+    ) -> ModelConfig:
+        """Return the decoder's shape for a vocabulary and an encoder.
+
+        Args:
+            vocabulary_size: V.
+            encoder_channels: C.
+            words: the other fields of ``ModelConfig`` that follow from the data.
+        """
+        sizes = {
+            "vocabulary_size": vocabulary_size,
+            "encoder_channels": encoder_channels,
+            **words,
+        }
+        if fixed := sorted(DATA_FIELDS & self.model.keys()):
             raise ConfigError(f"model.{fixed[0]} follows from data and encoder: leave it out")
         return ModelConfig.from_dict({**sizes, **self.model})
 

@@ -1,7 +1,6 @@
 """The decoder: additive attention over a grid of cells, and an LSTM that writes word by word.
 
-Ids and vectors only: knows nothing of words, photos or search. ``fast.py`` computes the same,
-faster.
+Ids and vectors only: knows nothing of photos or search. ``fast.py`` computes the same, faster.
 """
 
 from __future__ import annotations
@@ -10,20 +9,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad, softplus
 
-from captioner.config import PAD, ModelConfig
+from captioner.config import PAD, UNK, ModelConfig
+from captioner.model.words import Pointer, WordDetectors
 
 
 class Memory(NamedTuple):
-    """What stays the same at every step: features (B, P, C) and keys ``Wf(features)`` (B, P, A).
+    """What stays the same at every step.
 
-    The features are the encoder's cells, normalized and projected if the config asks for it; after
-    a projection C is ``feature_size``.
+    Attributes:
+        features: (B, P, C), the encoder's cells, normalized and projected if the config asks for
+            it; after a projection C is ``feature_size``.
+        keys: (B, P, A), ``Wf(features)``.
+        evidence: (B, P, D) of each cell for each word with a detector; D is 0 without them.
+        classes: (B, P, classes), the backbone's own logits; none without a pointer.
     """
 
     features: Tensor
     keys: Tensor
+    evidence: Tensor
+    classes: Tensor
 
 
 class State(NamedTuple):
@@ -78,6 +84,10 @@ class CaptionModel(nn.Module):
             self.projection = nn.Linear(C, config.feature_size)
             C = config.feature_size
         self.embedding = nn.Embedding(config.vocabulary_size, E, padding_idx=PAD)
+        self.first_unwritten = config.vocabulary_size - len(config.kinds)
+        # On the CPU even where the weights are on "meta": it is not in the checkpoint.
+        kinds = torch.tensor(config.kinds, dtype=torch.long, device="cpu")
+        self.register_buffer("kinds", kinds, persistent=False)
         query_size = H + E if config.word_query else H
         self.attn = Attention(C, query_size, config.attention_size)
         self.lstm = nn.LSTMCell(C + E, H)
@@ -94,6 +104,14 @@ class CaptionModel(nn.Module):
             # The output layer starts as small as the embedding that training puts here.
             nn.init.normal_(self.embedding.weight, std=E**-0.5)
             self.fc.weight = self.embedding.weight
+        if config.num_detectors:
+            self.detectors = WordDetectors(config.encoder_channels, config.num_detectors)
+            self.detectors.requires_grad_(False)
+        if config.evidence:
+            self.evidence_gain = nn.Linear(H, 1)
+        if config.class_names:
+            self.pointer = Pointer(config)
+            self.pointer.classifier.requires_grad_(False)
         self.dropout = nn.Dropout(config.dropout)
         # Whole channels: if other cells kept a channel, they would give away what was dropped.
         self.feature_dropout = nn.Dropout1d(config.feature_dropout)
@@ -133,7 +151,7 @@ class CaptionModel(nn.Module):
         features = self.feature_dropout(features.transpose(1, 2)).transpose(1, 2)
         if self.config.feature_size:
             features = torch.relu(self.projection(features))
-        memory = Memory(features, self.attn.Wf(features))
+        memory = Memory(features, self.attn.Wf(features), *self._recognize(cells))
         if self.config.mean_start:
             mean = features.mean(dim=1)
             hidden = torch.tanh(self.start_hidden(mean))
@@ -155,7 +173,7 @@ class CaptionModel(nn.Module):
             logits (B, W, V), attention (B, W, P) and the next state.
         """
         B, W = token_ids.shape
-        word = self.dropout(self.embedding(token_ids))  # (B, W, E)
+        word = self.embed(token_ids)  # (B, W, E)
         query = torch.cat([state.hidden, word], dim=-1) if self.config.word_query else state.hidden
         context, attention = self.attn(memory, query)
         context = self.gate_context(context, state.hidden)
@@ -164,7 +182,28 @@ class CaptionModel(nn.Module):
             (state.hidden.flatten(0, 1), state.cell.flatten(0, 1)),
         )
         hidden, cell = hidden.view(B, W, -1), cell.view(B, W, -1)
-        return self.predict(word, hidden, context), attention, State(hidden, cell)
+        logits = self.predict(word, hidden, context)
+        logits = self.add_recognized(
+            logits, hidden, attention @ memory.evidence, attention @ memory.classes, token_ids
+        )
+        return logits, attention, State(hidden, cell)
+
+    @torch.no_grad()
+    def _recognize(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``Memory.evidence`` and ``Memory.classes`` of the cells."""
+        nothing = cells[..., :0]
+        return (
+            self.detectors.evidence(cells) if self.config.evidence else nothing,
+            self.pointer.recognize(cells) if self.config.class_names else nothing,
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the vectors (..., E) of ids (...); names that no caption held borrow theirs."""
+        if self.config.kinds:
+            kinds = self.kinds[(token_ids - self.first_unwritten).clamp(min=0)]
+            token_ids = torch.where(token_ids < self.first_unwritten, token_ids, kinds)
+        vectors: Tensor = self.dropout(self.embedding(token_ids))
+        return vectors
 
     def gate_context(self, context: Tensor, hidden: Tensor) -> Tensor:
         """Return context (..., C), scaled by a gate on hidden (..., H) if the config has one."""
@@ -177,3 +216,27 @@ class CaptionModel(nn.Module):
         if self.config.deep_output:
             hidden = self.hidden_output(hidden) + self.context_output(context) + word
         return self.fc(self.dropout(hidden))
+
+    def add_recognized(
+        self, logits: Tensor, hidden: Tensor, evidence: Tensor, classes: Tensor, token_ids: Tensor
+    ) -> Tensor:
+        """Add what the attended cells show to the logits (..., V) of the output layer.
+
+        Both terms are linear in the cells, so a cell's share of them is its attention times its
+        own evidence.
+
+        Args:
+            logits: (..., V).
+            hidden: (..., H), which decides how much the evidence counts for this word.
+            evidence: (..., D), the attention's mean of ``Memory.evidence``.
+            classes: (..., classes), the same of ``Memory.classes``.
+            token_ids: (...), the previous words.
+        """
+        if self.config.evidence:
+            gain = softplus(self.evidence_gain(hidden).float())
+            # The words with a detector follow the specials.
+            after = logits.shape[-1] - evidence.shape[-1] - UNK - 1
+            logits = logits.float() + pad(gain * evidence.float(), (UNK + 1, after))
+        if self.config.class_names:
+            logits = self.pointer(logits.float(), hidden, classes, token_ids)
+        return logits

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner.config import PAD
-from captioner.model.decoder import CaptionModel, Memory
+from captioner.model.decoder import CaptionModel, Memory, State
 
 # Training: all steps' input products at once, finished captions skipped, one product per gradient.
 
@@ -48,25 +48,43 @@ class FusedForward(nn.Module):
         running = [count for count in (lengths[:, None] > steps).sum(dim=0).tolist() if count]
         # The position of each word in captions (B * K, T - 1), step by step.
         positions = torch.cat([order[:count] * (T - 1) + t for t, count in enumerate(running)])
-        words = model.dropout(model.embedding(captions[:, :, :-1].flatten()[positions]))
-        hidden, context, attention = self._unroll(words, running, *self._start(cells, order // K))
+        words = model.embed(captions[:, :, :-1].flatten()[positions])
+        state, memory = model.start(cells)
+        hidden, context, attention = self._unroll(
+            words, running, *self._caption_rows(state, memory, order // K)
+        )
         original = positions.argsort()
-        logits = model.predict(words[original], hidden[original], context[original])
+        hidden, positions = hidden[original], positions[original]
+        logits = model.predict(words[original], hidden, context[original])
         maps = attention.new_zeros(B * K * (T - 1), attention.shape[-1])
-        return logits, maps.index_copy(0, positions, attention).view(B, K, T - 1, -1)
+        maps = maps.index_copy(0, positions, attention[original])
 
-    def _start(self, cells: Tensor, photo_index: Tensor) -> tuple[Tensor, Tensor, Memory]:
+        def attended(values: Tensor) -> Tensor:
+            """Return the attention's means (N, D) of values (B, P, D), for each target."""
+            means = maps.view(B, K * (T - 1), -1).to(values.dtype) @ values
+            return means.flatten(0, 1).index_select(0, positions)
+
+        if memory.evidence.shape[-1] or memory.classes.shape[-1]:
+            previous = captions[:, :, :-1].flatten()[positions]
+            logits = model.add_recognized(
+                logits, hidden, attended(memory.evidence), attended(memory.classes), previous
+            )
+        return logits, maps.view(B, K, T - 1, -1)
+
+    def _caption_rows(
+        self, state: State, memory: Memory, photo_index: Tensor
+    ) -> tuple[Tensor, Tensor, Memory]:
         """Return hidden, cell and memory with a row per caption, of the photo it describes."""
 
         def gather_rows(x: Tensor) -> Tensor:
             # Not x[photo_index], whose gradient is summed in another order each time.
             return x.index_select(0, photo_index)
 
-        state, memory = self.model.start(cells)
         hidden, cell = gather_rows(state.hidden[:, 0]), gather_rows(state.cell[:, 0].float())
         # Under autocast the keys are bfloat16 already; the rest would be cast at each step.
-        features = memory.features.to(memory.keys.dtype)
-        return hidden, cell, Memory(gather_rows(features), gather_rows(memory.keys))
+        features = gather_rows(memory.features.to(memory.keys.dtype))
+        # Evidence and classes are added once, after the last step.
+        return hidden, cell, memory._replace(features=features, keys=gather_rows(memory.keys))
 
     def _unroll(
         self, words: Tensor, running: list[int], hidden: Tensor, cell: Tensor, memory: Memory
@@ -97,7 +115,9 @@ class FusedForward(nn.Module):
         for count, gate, query in zip(running, gates, queries, strict=True):
             if count < len(hidden):
                 hidden, cell = hidden[:count], cell[:count]
-                memory = Memory(memory.features[:count], memory.keys[:count])
+                memory = memory._replace(
+                    features=memory.features[:count], keys=memory.keys[:count]
+                )
             context, attention = model.attn.attend(memory, (hidden_query(hidden) + query)[:, None])
             context = model.gate_context(context.squeeze(1), hidden)
             next_hidden, cell = _lstm(recurrent(torch.cat([context, hidden], dim=1)) + gate, cell)
@@ -158,7 +178,7 @@ class _AttachWeight(torch.autograd.Function):
 # With more rows, arithmetic dominates, and oneDNN compiles a kernel for each number of rows.
 _MAX_PACKED_ROWS = 16
 # Run once per photo, on all its cells.
-_NOT_PACKED = ("projection", "attn.Wf")
+_NOT_PACKED = ("projection", "attn.Wf", "detectors.linear", "pointer.classifier")
 
 
 class _PackedLinear(nn.Module):

@@ -31,6 +31,7 @@ _PANELS = {
     "Validation scores x 100": ("CIDEr", "ROUGE-L", "BLEU-4"),
     "Learning rate": ("learning_rate",),
     "Reward: mean CIDEr-D of samples": ("reward",),
+    "Word detectors: loss per photo": ("detector_loss", "val_detector_loss"),
 }
 # The lines of single sources, in the color of their mean.
 _SOURCE_STYLES = ("--", ":", "-.")

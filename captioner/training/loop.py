@@ -26,22 +26,26 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captioner.config import FEATURES_FOLDER, PAD, DecodingOptions, TrainConfig
+from captioner.config import FEATURES_FOLDER, PAD, UNK, DecodingOptions, TrainConfig
 from captioner.data.sources import parse_sources
 from captioner.distributed import DistributedContext, process_group
+from captioner.data.dataset import CaptionDataset
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, TrainingError
 from captioner.files import locked_dir, recover_dir
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import choose_device
+from captioner.model.words import detection_loss, photo_probability
 from captioner.training.evaluation import cross_entropy_of, write_captions
 from captioner.training.logger import RECORD, MetricsLogger, write_record
 from captioner.training.metrics import score_cleaned_captions
 from captioner.training.self_critical import sample_captions, self_critical_loss
 from captioner.training.setup import choose_precision, describe, prepare
-from captioner.training.state import REWARDS, TEXT, TrainingState
+from captioner.training.state import CAPTIONS, DETECTORS, REWARDS, TEXT, TrainingState
 
 _SAVE_SECONDS = 120
+# What an epoch's mean is called, if it is not the cross-entropy.
+_LOSS_NAMES = {DETECTORS: "detector_loss", REWARDS: "reward"}
 # The metrics of its epoch that a checkpoint stores.
 _METRICS = (
     *("epoch", "val_loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "ROUGE-L"),
@@ -144,8 +148,8 @@ def caption_loss(
     captions: Tensor,
     *,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, int]:
-    """Return the mean cross-entropy per token, in nats, and the number of tokens.
+) -> tuple[Tensor, Tensor, int]:
+    """Return the mean cross-entropy per token, in nats, the attention, and the number of tokens.
 
     Args:
         model: the ``forward`` of a ``CaptionModel``.
@@ -153,26 +157,71 @@ def caption_loss(
         captions: ids (B, K, T); padding is not counted.
         label_smoothing: 0 to 1.
     """
-    logits, _ = model(features, captions)  # (N, V), one row per target
+    logits, attention = model(features, captions)  # (N, V), one row per target; (B, K, T - 1, P)
     targets = captions[:, :, 1:][captions[:, :, 1:] != PAD]
-    return cross_entropy(logits.float(), targets, label_smoothing=label_smoothing), len(targets)
+    loss = cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    return loss, attention, len(targets)
+
+
+def attention_loss(attention: Tensor, logits: Tensor, captions: Tensor) -> Tensor:
+    """Return how far the attention is from where the detectors see the words, mean per token.
+
+    The cross-entropy between a word's detector, normalized over the cells, and the attention at
+    that word, weighted by the detector's probability that the photo shows it at all (supervised
+    attention, Liu et al. 2017).
+
+    Args:
+        attention: (B, K, T - 1, P).
+        logits: (B, P, D), of the detectors; no gradient flows into them.
+        captions: ids (B, K, T).
+    """
+    logits = logits.detach().float()
+    targets = captions[:, :, 1:]
+    indices = (targets - UNK - 1).flatten(1)  # (B, N), of the detectors
+    has_detector = (indices >= 0) & (indices < logits.shape[-1])
+    indices = indices.clamp(0, logits.shape[-1] - 1)
+    certainty = photo_probability(logits).gather(1, indices) * has_detector
+    shown = logits.sigmoid().transpose(1, 2)  # (B, D, P)
+    shown = shown.gather(1, indices[..., None].expand(-1, -1, shown.shape[-1]))
+    shown = shown / shown.sum(dim=-1, keepdim=True)
+    distances = -(shown * attention.flatten(1, 2).clamp(min=1e-6).log()).sum(dim=-1)  # (B, N)
+    return (certainty * distances).sum() / (targets != PAD).sum()
+
+
+def words_shown(captions: Tensor, num_words: int) -> Tensor:
+    """Return (B, D), 1 for each word with a detector that a caption (B, K, T) of the photo holds."""
+    counts = torch.zeros(len(captions), UNK + 1 + num_words, device=captions.device)
+    is_detected = captions.flatten(1) <= UNK + num_words
+    counts.scatter_(1, captions.flatten(1) * is_detected, 1.0)
+    return counts[:, UNK + 1 :]
 
 
 def _compute_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, float, int]:
-    """Return the loss, its sum over the tokens, and their number.
+    """Return the loss, the sum of the reported loss over the tokens, and their number.
 
-    In self-critical training, the last two are the sum of the rewards and the number of captions.
+    For the detectors, the last two are over photos; in self-critical training they are the sum of
+    the rewards and the number of captions.
     """
     config = state.config
     with state.autocast():
+        if state.stage == DETECTORS:
+            logits = state.ddp_model(batch.features)
+            loss = detection_loss(logits, words_shown(batch.captions, logits.shape[-1]))
+            return loss, loss.item() * len(batch.features), len(batch.features)
         if state.stage != REWARDS:
-            loss, num_tokens = caption_loss(
+            loss, attention, num_tokens = caption_loss(
                 state.ddp_model,
                 batch.features,
                 batch.captions,
                 label_smoothing=config.label_smoothing,
             )
-            return loss, loss.item() * num_tokens, num_tokens
+            loss_sum = loss.item() * num_tokens
+            if config.attention_weight and state.stage == CAPTIONS:
+                logits = state.model.detectors(batch.features)
+                loss = loss + config.attention_weight * attention_loss(
+                    attention, logits, batch.captions
+                )
+            return loss, loss_sum, num_tokens
         assert state.reward is not None
         temperature = config.reward_temperature
         captions = sample_captions(
@@ -194,7 +243,7 @@ def _set_learning_rate(state: TrainingState) -> None:
     config, num_steps = state.config, state.num_epochs * state.steps_per_epoch
     if state.stage == REWARDS:
         rate = learning_rate_at(state.stage_step, num_steps, config.reward_learning_rate)
-    elif config.schedule == "cosine" or state.stage == TEXT:
+    elif config.schedule == "cosine" or state.stage in (DETECTORS, TEXT):
         rate = learning_rate_at(state.stage_step, num_steps, config.learning_rate, config.warmup)
     else:
         return
@@ -224,8 +273,8 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
         after_step: called after each step; may save, and may raise to stop.
 
     Returns:
-        the epoch's mean cross-entropy per token, in nats, label smoothing included; in
-        self-critical training the mean reward of a sampled caption.
+        the epoch's mean cross-entropy per token, in nats, label smoothing included; the detectors'
+        mean loss per photo; or, in self-critical training, the mean reward of a sampled caption.
     """
     config, processes = state.config, state.processes
     use_rewards = state.stage == REWARDS
@@ -258,7 +307,7 @@ def train_one_epoch(state: TrainingState, after_step: Callable[[], None] = lambd
         state.step += 1
         state.loss_sum += loss_sum
         state.num_tokens += int(all_tokens)
-        name = "reward" if use_rewards else "loss"
+        name = _LOSS_NAMES.get(state.stage, "loss")
         bar.set_postfix({name: f"{state.loss_sum / state.num_tokens:.3f}"})
         after_step()
     return state.loss_sum / state.num_tokens
@@ -270,6 +319,9 @@ def evaluate(state: TrainingState) -> dict[str, float]:
     They are means over the sources; of several sources, each one's own scores follow.
     """
     config, data = state.config, state.data
+    if state.stage == DETECTORS:
+        losses = (detection_loss_of(state, source.validation) for source in data.sources)
+        return {"val_detector_loss": statistics.mean(losses)}
     # Runs selected by validation loss are scored with the original report's decoding.
     by_cider = config.select_by == "cider"
     options = DecodingOptions() if by_cider else DecodingOptions.plain_greedy()
@@ -289,8 +341,25 @@ def evaluate(state: TrainingState) -> dict[str, float]:
     return row
 
 
+@torch.inference_mode()
+def detection_loss_of(state: TrainingState, dataset: CaptionDataset) -> float:
+    """Return the detectors' loss on a dataset, mean over its photos."""
+    detectors = state.eval_model.detectors
+    loss_sum = 0.0
+    for features, captions in DataLoader(dataset, batch_size=64):
+        logits = detectors(features.to(state.device).float())
+        is_shown = words_shown(captions.to(state.device), logits.shape[-1])
+        loss_sum += detection_loss(logits, is_shown).item() * len(features)
+    return loss_sum / len(dataset)
+
+
 def selection_loss(config: TrainConfig, row: dict[str, float]) -> float:
-    """Return the metric by which the best epoch is selected; lower is better."""
+    """Return the metric by which the best epoch is selected; lower is better.
+
+    An epoch of the detectors has no captions, and is never the best.
+    """
+    if "CIDEr" not in row:
+        return math.inf
     return row["val_loss"] if config.select_by == "loss" else -row["CIDEr"]
 
 
@@ -414,7 +483,7 @@ def _train(state: TrainingState, record: Callable[[Sequence[dict[str, float]]], 
     with _SaveOnSignal(state) as saver:
         while state.should_continue() or state.advance_stage():
             started = time.monotonic()
-            loss_name = "reward" if state.stage == REWARDS else "train_loss"
+            loss_name = _LOSS_NAMES.get(state.stage, "train_loss")
             mean = train_one_epoch(state, saver.after_step)
             row = {
                 "epoch": state.epoch + 1,
@@ -456,15 +525,19 @@ def _print(processes: DistributedContext, text: str) -> None:
 
 def _epoch_line(row: dict[str, float], loss_name: str, is_best: bool) -> str:
     """Return the line that is printed after an epoch."""
+    end = f" | lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
+    start = f"Epoch {row['epoch']:02} | {loss_name}={row[loss_name]:.4f}"
+    if "CIDEr" not in row:
+        return f"{start} | val_detector_loss={row['val_detector_loss']:.4f}{end}"
     by_source = ", ".join(
         f"{name.removeprefix('CIDEr ')} {value:.1f}"
         for name, value in row.items()
         if name.startswith("CIDEr ")
     )
     return (
-        f"Epoch {row['epoch']:02} | {loss_name}={row[loss_name]:.4f} | "
+        f"{start} | "
         f"val_loss={row['val_loss']:.4f} | BLEU-4={row['BLEU-4']:.1f} | CIDEr={row['CIDEr']:.1f}"
         + (f" ({by_source})" if by_source else "")
-        + f" | lr={row['learning_rate']:.1e} | {row['seconds']:.0f} s"
+        + end
         + (" | best so far" if is_best else "")
     )

@@ -85,28 +85,29 @@ def sample_captions(
     Returns:
         ids (B, K, T): ``<bos>``, words, ``<eos>``, padding.
     """
-    state, memory = model.start(features)
-    # One row per caption, so that finished captions can be dropped.
-    photo_index = torch.arange(len(features), device=features.device).repeat_interleave(samples)
-    dtype = memory.keys.dtype  # bfloat16 under autocast; cast the features once, not at each step
-    memory = Memory(memory.features.to(dtype)[photo_index], memory.keys[photo_index])
-    state = State(state.hidden[photo_index], state.cell[photo_index])
-    token_ids = torch.full((len(photo_index), 1), BOS, device=features.device)
-    captions = torch.full((len(photo_index), max_length), PAD, device=features.device)
-    captions[:, 0] = BOS
-    active = torch.arange(len(photo_index), device=features.device)
+    state, memory = model.start(features, samples)
+    # Under autocast the keys are bfloat16; cast the rest once, not at each step.
+    memory = Memory(*(part.to(memory.keys.dtype) for part in memory))
+    shape = (len(features), samples)
+    token_ids = torch.full(shape, BOS, device=features.device)
+    captions = torch.full((*shape, max_length), PAD, device=features.device)
+    captions[..., 0] = BOS
+    photos = torch.arange(len(features), device=features.device)  # with unfinished captions
     for length in range(1, max_length):
         logits, _, state = model.step(token_ids, state, memory)
-        token_ids = _sample_ids(_log_policy(logits.squeeze(1), temperature).exp(), generator)
-        captions[active, length] = token_ids.squeeze(1)
-        unfinished = (token_ids.squeeze(1) != EOS).nonzero().squeeze(1)
+        is_finished = (token_ids == EOS) | (token_ids == PAD)
+        probabilities = _log_policy(logits, temperature).exp().flatten(0, 1)
+        token_ids = _sample_ids(probabilities, generator).view(token_ids.shape)
+        token_ids = token_ids.masked_fill(is_finished, PAD)
+        captions[photos, :, length] = token_ids
+        unfinished = ((token_ids != EOS) & (token_ids != PAD)).any(dim=1).nonzero().squeeze(1)
         if not len(unfinished):
             break
-        if len(unfinished) < len(active):
-            active, token_ids = active[unfinished], token_ids[unfinished]
+        if len(unfinished) < len(photos):
+            photos, token_ids = photos[unfinished], token_ids[unfinished]
             state = State(*(part[unfinished] for part in state))
             memory = Memory(*(part[unfinished] for part in memory))
-    return captions[:, : length + 1].view(len(features), samples, -1)
+    return captions[..., : length + 1]
 
 
 def self_critical_loss(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
@@ -33,6 +33,7 @@ from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, DataError
 from captioner.model.encoder import check_encoder_name, choose_device, load_encoder
 from captioner.model.vocabulary import Vocabulary
+from captioner.training.words import choose_words
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class TrainingData:
         text: captions with the mean cell in place of their photo, or None.
         train_references: the captions of each item of ``train``.
         embedding: initial values of the embedding (V, E), or None.
+        model: the fields of ``ModelConfig`` that follow from the data and the encoder.
+        classifier: the backbone's own, for the pointer, or None.
         encoder: the encoder's ``spec()``.
         fingerprint: names that change with the photos, their shares, the encoder and the text.
     """
@@ -82,6 +85,8 @@ class TrainingData:
     text: CaptionDataset | None
     train_references: list[list[str]]
     embedding: Tensor | None
+    model: dict[str, Any]
+    classifier: nn.Linear | None
     encoder: dict[str, Any]
     fingerprint: list[str]
 
@@ -121,15 +126,22 @@ def prepare(
     texts = [] if config.text is None else load_texts(config.text)
     per_photo = 1 if config.captions == "first" else None
     # Before the features, which can take hours: captions without a vocabulary fail here.
-    training_texts = [
-        text
-        for (photos, rows), _ in splits
-        for row in rows
-        for text in photos.captions[row][:per_photo]
+    training_captions = [
+        photos.captions[row][:per_photo] for (photos, rows), _ in splits for row in rows
     ]
-    vocabulary = Vocabulary.build(training_texts, config.min_count)
-    check_lengths(training_texts, vocabulary, config.max_length)
     encoder = load_encoder(config.encoder, config.encoder_weights)
+    classifier = encoder.classifier if config.pointer else None
+    if config.pointer and classifier is None:
+        log.warning("%s has no classifier of single cells: training without a pointer", encoder.name)
+    words = choose_words(
+        training_captions,
+        config.min_count,
+        detector_photos=config.detector_photos if config.detector_epochs else 0,
+        class_weights=None if classifier is None else classifier.weight,
+    )
+    vocabulary = words.vocabulary
+    training_texts = [text for texts in training_captions for text in texts]
+    check_lengths(training_texts, vocabulary, config.max_length)
     encoder.to(choose_device(config.device))
     extract = functools.partial(cache_features, encoder, folder=cache, processes=processes)
     parts = [_extract(train, validation, extract, config) for train, validation in splits]
@@ -166,6 +178,15 @@ def prepare(
         text=text,
         train_references=[texts for _, _, captions in train for texts in captions],
         embedding=_embedding(config, captions + texts, vocabulary),
+        model={
+            "vocabulary_size": len(vocabulary),
+            "encoder_channels": encoder.channels,
+            "num_detectors": words.num_detectors,
+            "class_names": words.class_names,
+            "classifier_channels": 0 if classifier is None else classifier.in_features,
+            "kinds": words.kinds,
+        },
+        classifier=classifier,
         encoder=encoder.spec(),
         fingerprint=_fingerprint(parts, counts, texts),
     )

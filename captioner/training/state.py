@@ -1,7 +1,7 @@
 """What changes while training, and its way to disk and back.
 
-A run has up to three stages: captions without photos, captions of photos (both cross-entropy),
-and self-critical training on rewards. Knows nothing of the loop and its losses.
+A run has up to four stages: word detectors, captions without photos, captions of photos (both
+cross-entropy), and self-critical training on rewards. Knows nothing of the loop and its losses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -30,7 +30,7 @@ from captioner.training.self_critical import Reward
 from captioner.training.setup import TrainingData
 
 # The stages of a run.
-TEXT, CAPTIONS, REWARDS = "text", "captions", "rewards"
+DETECTORS, TEXT, CAPTIONS, REWARDS = "detectors", "text", "captions", "rewards"
 
 # Fields saved as they are.
 _PROGRESS = (
@@ -49,7 +49,7 @@ class TrainingState:
         model: the weights that are trained.
         ddp_model: computes the model's forward pass; gradients are means over the processes.
         average: the moving average of the weights, or None.
-        stage: TEXT, CAPTIONS or REWARDS; ``first_epoch`` is its first epoch.
+        stage: DETECTORS, TEXT, CAPTIONS or REWARDS; ``first_epoch`` is its first epoch.
         sizes: the number of photos of each source; an epoch takes ``counts`` of them.
         epoch: completed epochs.
         step: completed steps of the current epoch.
@@ -77,23 +77,20 @@ class TrainingState:
         self.device = choose_device(config.device)
         self.bfloat16 = bfloat16
         torch.manual_seed(config.seed)
-        self.model = CaptionModel(
-            config.model_config(
-                vocabulary_size=len(data.vocabulary), encoder_channels=data.encoder["channels"]
-            )
-        )
+        self.model = CaptionModel(config.model_config(**data.model))
         with torch.no_grad():
             if data.embedding is not None:
                 self.model.embedding.weight.copy_(data.embedding)
             self.model.attn.Wh.weight *= config.attention_gain
             self.model.attn.v.weight *= config.attention_gain
+            if data.classifier is not None:
+                self.model.pointer.classifier.load_state_dict(data.classifier.state_dict())
         self.model.to(self.device)
-        self.ddp_model = self.processes.wrap_ddp(FusedForward(self.model))
         self.reward: Reward | None = None
         self.epoch, self.step, self.loss_sum, self.num_tokens = 0, 0, 0.0, 0
         self.best_loss, self.bad_epochs = math.inf, 0
         self.rows: list[dict[str, float]] = []
-        self.begin_stage(CAPTIONS if data.text is None else TEXT)
+        self.begin_stage(DETECTORS if config.detector_epochs else self._after_detectors)
 
     def begin_stage(self, stage: str) -> None:
         """Start a stage from the current weights, with a new optimizer and average."""
@@ -104,7 +101,9 @@ class TrainingState:
         self.counts = [source.per_epoch for source in data.sources]
         self.batch_size, self.num_epochs = config.batch_size, config.epochs
         rate, decay = config.learning_rate, config.weight_decay
-        if stage == TEXT:
+        if stage == DETECTORS:
+            self.num_epochs = config.detector_epochs
+        elif stage == TEXT:
             assert data.text is not None
             self.dataset, self.views = data.text, 1
             self.sizes = self.counts = [len(data.text)]
@@ -119,8 +118,38 @@ class TrainingState:
             if config.ema_decay
             else None
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=decay)
+        trained = self.model.detectors if stage == DETECTORS else FusedForward(self.model)
+        self.ddp_model = self._freeze_all_but(trained)
+        parameters = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
+
+    def _freeze_all_but(self, trained: nn.Module) -> nn.Module:
+        """Let only this module learn, without detectors and classifier inside another one."""
+        self.model.requires_grad_(False)
+        trained.requires_grad_()
+        frozen = [getattr(self.model, name, None) for name in ("detectors", "pointer")]
+        if self.stage != DETECTORS and frozen[0] is not None:
+            frozen[0].requires_grad_(False)
+        if frozen[1] is not None:
+            frozen[1].classifier.requires_grad_(False)
+        return self.processes.wrap_ddp(trained)
+
+    @property
+    def _after_detectors(self) -> str:
+        return CAPTIONS if self.data.text is None else TEXT
+
+    @torch.no_grad()
+    def _set_mean_logits(self) -> None:
+        """Measure what the detectors see on average, on up to a thousand photos."""
+        num_photos = sum(self.sizes)
+        detectors = self.model.detectors
+        sample = range(0, num_photos, max(1, num_photos // 1000))
+        sums = torch.zeros_like(detectors.mean_logits)
+        for index in sample:
+            cells, _ = self.dataset[index]
+            sums += detectors(cells[None].to(self.device).float()).mean(dim=(0, 1))
+        detectors.mean_logits.copy_(sums / len(sample))
 
     @property
     def stage_step(self) -> int:
@@ -138,12 +167,16 @@ class TrainingState:
 
     def should_continue(self) -> bool:
         """Return whether the stage has another epoch."""
-        is_patient = self.stage == TEXT or self.bad_epochs < self.config.patience
+        is_patient = self.stage in (DETECTORS, TEXT) or self.bad_epochs < self.config.patience
         return is_patient and self.epoch < self.first_epoch + self.num_epochs
 
     def advance_stage(self) -> bool:
         """Begin the next stage; return False if there is none."""
-        if self.stage == TEXT:
+        if self.stage == DETECTORS:
+            self.model.load_state_dict(self.eval_model.state_dict())
+            self._set_mean_logits()
+            self.begin_stage(self._after_detectors)
+        elif self.stage == TEXT:
             self.model.load_state_dict(self.eval_model.state_dict())
             self.begin_stage(CAPTIONS)
         elif self.stage == CAPTIONS and self.config.reward_epochs:

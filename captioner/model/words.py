@@ -1,0 +1,130 @@
+"""What each cell shows, in words: detectors learned from captions, and the backbone's own classes.
+
+Both reach the next word through the attention: a word gains by what its detector sees in the
+attended cells (``WordDetectors``), and the name of a class can be pointed at that the backbone
+recognizes there (``Pointer``). Knows nothing of photos or search.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, softplus
+
+from captioner.config import ModelConfig
+
+# A new detector's logit: a word is rare in captions, and rarer still in a single cell.
+_START = -6.5
+# The logit of a word that may not be written. Far below all others, yet near enough that label
+# smoothing, which counts it, stays small.
+_UNWRITTEN = -25.0
+
+
+class WordDetectors(nn.Module):
+    """How clearly each cell shows each of D words: a linear map of its normalized vector.
+
+    Learned from captions alone: a photo shows a word if at least one of its cells does (noisy-OR;
+    Fang et al. 2015, "From Captions to Visual Concepts and Back", section 3).
+    """
+
+    def __init__(self, channels: int, num_words: int) -> None:
+        """Create detectors (C -> D) that see nothing anywhere."""
+        super().__init__()
+        self.linear = nn.Linear(channels, num_words)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, _START)
+        # The logits of the training photos' mean cell.
+        self.register_buffer("mean_logits", torch.full((num_words,), _START))
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Return the logits (B, P, D) that the cells (B, P, C) show the words."""
+        logits: Tensor = self.linear(layer_norm(cells, cells.shape[-1:]))
+        return logits
+
+    def evidence(self, cells: Tensor) -> Tensor:
+        """Return the logits (B, P, D) above or below those of the mean cell."""
+        return self(cells) - self.mean_logits
+
+
+def photo_probability(logits: Tensor) -> Tensor:
+    """Return the probability (B, D) that any cell shows a word, from logits (B, P, D)."""
+    return -torch.expm1(-softplus(logits).sum(dim=1))
+
+
+def detection_loss(logits: Tensor, is_shown: Tensor) -> Tensor:
+    """Return the binary cross-entropy of the photos' words, summed over words, mean over photos.
+
+    Args:
+        logits: (B, P, D).
+        is_shown: (B, D), 1 where a caption of the photo holds the word, else 0.
+    """
+    absent = softplus(logits.float()).sum(dim=1)  # -log(1 - photo_probability), precisely
+    shown = -torch.log(-torch.expm1(-absent.clamp(min=1e-6)))
+    return torch.where(is_shown > 0, shown, absent).sum(dim=1).mean()
+
+
+class Pointer(nn.Module):
+    """Lets a caption name what the backbone's classifier recognizes in the attended cells.
+
+    Each class has an everyday name of one or two words. Names compete with the words of the output
+    layer in one softmax (Gu et al. 2016, CopyNet; Li et al. 2019, LSTM-P), so that a name that
+    training saw once or never can still be written.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Create the layers for ``config.class_names``; the classifier's weights are the backbone's."""
+        super().__init__()
+        self.classifier = nn.Linear(config.classifier_channels, len(config.class_names))
+        self.gate = nn.Linear(config.hidden_size, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.name_dropout = config.name_dropout
+        firsts = [ids[0] for ids in config.class_names]
+        lasts = [ids[-1] for ids in config.class_names]
+        ids = sorted({*firsts, *lasts})
+        slots = {word_id: slot for slot, word_id in enumerate(ids)}
+
+        def constant(values: list[int]) -> Tensor:
+            # On the CPU even where the weights are on "meta": these are not in the checkpoint.
+            return torch.tensor(values, device="cpu")
+
+        # The M different words of all names, and the place among them of each class's words.
+        self.register_buffer("word_ids", constant(ids), persistent=False)
+        self.register_buffer("firsts", constant(firsts), persistent=False)
+        self.register_buffer("first_slots", constant([slots[i] for i in firsts]), persistent=False)
+        self.register_buffer("last_slots", constant([slots[i] for i in lasts]), persistent=False)
+        num_written = config.vocabulary_size - len(config.kinds)
+        self.register_buffer(
+            "is_unwritten", constant([i >= num_written for i in ids]), persistent=False
+        )
+
+    def recognize(self, cells: Tensor) -> Tensor:
+        """Return the logits (B, P, classes) of the cells (B, P, C)."""
+        logits: Tensor = self.classifier(cells[..., : self.classifier.in_features])
+        return logits
+
+    def forward(self, logits: Tensor, hidden: Tensor, classes: Tensor, token_ids: Tensor) -> Tensor:
+        """Return logits (..., V) with the names added.
+
+        Args:
+            logits: (..., V), float32, of the output layer.
+            hidden: (..., H), the LSTM's state; from it a gate tells how well a name fits here.
+            classes: (..., classes), logits of the attended cells.
+            token_ids: (...), the previous words; after the first word of a name its second one is
+                pointed at.
+        """
+        probabilities = (self.scale * classes.float().log_softmax(dim=-1)).exp()
+        slots = torch.where(
+            token_ids[..., None] == self.firsts, self.last_slots, self.first_slots
+        )
+        names = probabilities.new_zeros(*logits.shape[:-1], len(self.word_ids))
+        names = names.scatter_add(-1, slots, probabilities)  # (..., M)
+        written = logits.index_select(-1, self.word_ids)
+        is_hidden = self.is_unwritten
+        if self.training and self.name_dropout:
+            # Only where the pointer can help; else the word could not be learned at all.
+            is_hidden = is_hidden | (
+                (torch.rand_like(names) < self.name_dropout) & (names > 0.05)
+            )
+        written = torch.where(is_hidden, _UNWRITTEN, written)
+        pointed = (names + 1e-9).log() + self.gate(hidden).float()
+        return logits.index_copy(-1, self.word_ids, torch.logaddexp(written, pointed))
