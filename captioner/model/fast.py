@@ -115,9 +115,7 @@ class FusedForward(nn.Module):
         for count, gate, query in zip(running, gates, queries, strict=True):
             if count < len(hidden):
                 hidden, cell = hidden[:count], cell[:count]
-                memory = memory._replace(
-                    features=memory.features[:count], keys=memory.keys[:count]
-                )
+                memory = memory._replace(features=memory.features[:count], keys=memory.keys[:count])
             context, attention = model.attn.attend(memory, (hidden_query(hidden) + query)[:, None])
             context = model.gate_context(context.squeeze(1), hidden)
             next_hidden, cell = _lstm(recurrent(torch.cat([context, hidden], dim=1)) + gate, cell)

@@ -27,6 +27,8 @@ class WordDetectors(nn.Module):
     Fang et al. 2015, "From Captions to Visual Concepts and Back", section 3).
     """
 
+    mean_logits: Tensor
+
     def __init__(self, channels: int, num_words: int) -> None:
         """Create detectors (C -> D) that see nothing anywhere."""
         super().__init__()
@@ -71,8 +73,17 @@ class Pointer(nn.Module):
     training saw once or never can still be written.
     """
 
+    word_ids: Tensor
+    firsts: Tensor
+    first_slots: Tensor
+    last_slots: Tensor
+    is_unwritten: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
-        """Create the layers for ``config.class_names``; the classifier's weights are the backbone's."""
+        """Create the layers for ``config.class_names``, with random weights.
+
+        Those of the classifier are to be the backbone's.
+        """
         super().__init__()
         self.classifier = nn.Linear(config.classifier_channels, len(config.class_names))
         self.gate = nn.Linear(config.hidden_size, 1)
@@ -113,18 +124,14 @@ class Pointer(nn.Module):
                 pointed at.
         """
         probabilities = (self.scale * classes.float().log_softmax(dim=-1)).exp()
-        slots = torch.where(
-            token_ids[..., None] == self.firsts, self.last_slots, self.first_slots
-        )
+        slots = torch.where(token_ids[..., None] == self.firsts, self.last_slots, self.first_slots)
         names = probabilities.new_zeros(*logits.shape[:-1], len(self.word_ids))
         names = names.scatter_add(-1, slots, probabilities)  # (..., M)
         written = logits.index_select(-1, self.word_ids)
         is_hidden = self.is_unwritten
         if self.training and self.name_dropout:
             # Only where the pointer can help; else the word could not be learned at all.
-            is_hidden = is_hidden | (
-                (torch.rand_like(names) < self.name_dropout) & (names > 0.05)
-            )
+            is_hidden = is_hidden | ((torch.rand_like(names) < self.name_dropout) & (names > 0.05))
         written = torch.where(is_hidden, _UNWRITTEN, written)
         pointed = (names + 1e-9).log() + self.gate(hidden).float()
         return logits.index_copy(-1, self.word_ids, torch.logaddexp(written, pointed))

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner.config import FEATURES_FOLDER, PAD, UNK, DecodingOptions, TrainConfig
+from captioner.data.dataset import CaptionDataset
 from captioner.data.sources import parse_sources
 from captioner.distributed import DistributedContext, process_group
-from captioner.data.dataset import CaptionDataset
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, TrainingError
 from captioner.files import locked_dir, recover_dir
@@ -189,7 +189,7 @@ def attention_loss(attention: Tensor, logits: Tensor, captions: Tensor) -> Tenso
 
 
 def words_shown(captions: Tensor, num_words: int) -> Tensor:
-    """Return (B, D), 1 for each word with a detector that a caption (B, K, T) of the photo holds."""
+    """Return (B, D): 1 for each word with a detector in any caption (B, K, T), else 0."""
     counts = torch.zeros(len(captions), UNK + 1 + num_words, device=captions.device)
     is_detected = captions.flatten(1) <= UNK + num_words
     counts.scatter_(1, captions.flatten(1) * is_detected, 1.0)

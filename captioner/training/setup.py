@@ -132,7 +132,7 @@ def prepare(
     encoder = load_encoder(config.encoder, config.encoder_weights)
     classifier = encoder.classifier if config.pointer else None
     if config.pointer and classifier is None:
-        log.warning("%s has no classifier of single cells: training without a pointer", encoder.name)
+        log.warning("%s has no classifier of single cells: no pointer", encoder.name)
     words = choose_words(
         training_captions,
         config.min_count,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -118,22 +118,16 @@ class TrainingState:
             if config.ema_decay
             else None
         )
-        trained = self.model.detectors if stage == DETECTORS else FusedForward(self.model)
-        self.ddp_model = self._freeze_all_but(trained)
-        parameters = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        learning = []
+        for name, parameter in self.model.named_parameters():
+            is_detector, is_backbone = name.startswith("detectors."), "classifier" in name
+            parameter.requires_grad = is_detector == (stage == DETECTORS) and not is_backbone
+            learning += [parameter] * parameter.requires_grad
+        self.optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=decay)
+        self.ddp_model = self.processes.wrap_ddp(
+            self.model.detectors if stage == DETECTORS else FusedForward(self.model)
+        )
         self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=1)
-
-    def _freeze_all_but(self, trained: nn.Module) -> nn.Module:
-        """Let only this module learn, without detectors and classifier inside another one."""
-        self.model.requires_grad_(False)
-        trained.requires_grad_()
-        frozen = [getattr(self.model, name, None) for name in ("detectors", "pointer")]
-        if self.stage != DETECTORS and frozen[0] is not None:
-            frozen[0].requires_grad_(False)
-        if frozen[1] is not None:
-            frozen[1].classifier.requires_grad_(False)
-        return self.processes.wrap_ddp(trained)
 
     @property
     def _after_detectors(self) -> str:
