@@ -415,7 +415,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "select_by": "cider",
         "min_count": 3,
         "detector_epochs": 5,
-        "attention_weight": 0.5,
+        "attention_weight": 2.0,
         "pointer": True,
         "attention_gain": 4.0,
         "views": 3,

@@ -41,7 +41,7 @@ from captioner.training.logger import RECORD, MetricsLogger, write_record
 from captioner.training.metrics import score_cleaned_captions
 from captioner.training.self_critical import sample_captions, self_critical_loss
 from captioner.training.setup import choose_precision, describe, prepare
-from captioner.training.state import CAPTIONS, DETECTORS, REWARDS, TEXT, TrainingState
+from captioner.training.state import DETECTORS, REWARDS, TEXT, TrainingState
 
 _SAVE_SECONDS = 120
 # What an epoch's mean is called, if it is not the cross-entropy.
@@ -216,11 +216,7 @@ def _compute_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, float, in
                 label_smoothing=config.label_smoothing,
             )
             loss_sum = loss.item() * num_tokens
-            if config.attention_weight and state.stage == CAPTIONS:
-                logits = state.model.detectors(batch.features)
-                loss = loss + config.attention_weight * attention_loss(
-                    attention, logits, batch.captions
-                )
+            loss = loss + _weighted_attention_loss(state, batch.features, attention, batch.captions)
             return loss, loss_sum, num_tokens
         assert state.reward is not None
         temperature = config.reward_temperature
@@ -232,10 +228,21 @@ def _compute_loss(state: TrainingState, batch: Batch) -> tuple[Tensor, float, in
             max_length=config.max_length,
         )
         rewards = state.reward(batch.indices, captions)
-        loss = self_critical_loss(
+        loss, attention = self_critical_loss(
             state.ddp_model, batch.features, captions, rewards, temperature=temperature
         )
+        loss = loss + _weighted_attention_loss(state, batch.features, attention, captions)
     return loss, rewards.sum().item(), rewards.numel()
+
+
+def _weighted_attention_loss(
+    state: TrainingState, features: Tensor, attention: Tensor, captions: Tensor
+) -> Tensor | float:
+    """Return the attention's part of the loss; captions without photos have none."""
+    if not state.config.attention_weight or state.stage == TEXT:
+        return 0.0
+    logits = state.model.detectors(features)
+    return state.config.attention_weight * attention_loss(attention, logits, captions)
 
 
 def _set_learning_rate(state: TrainingState) -> None:

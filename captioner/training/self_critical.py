@@ -117,8 +117,8 @@ def self_critical_loss(
     rewards: Tensor,
     *,
     temperature: float,
-) -> Tensor:
-    """Return the REINFORCE loss, a scalar.
+) -> tuple[Tensor, Tensor]:
+    """Return the REINFORCE loss, a scalar, and the attention (B, K, T - 1, P).
 
     The baseline of each caption is the mean reward of the photo's other captions (Luo 2020).
 
@@ -132,9 +132,9 @@ def self_critical_loss(
     num_others = rewards.shape[1] - 1
     baseline = (rewards.sum(dim=1, keepdim=True) - rewards) / num_others
     advantage = (rewards - baseline).to(features.device)
-    logits, _ = model(features, captions)  # (N, V), one row per target
+    logits, attention = model(features, captions)  # (N, V), one row per target
     is_target = captions[:, :, 1:] != PAD
     targets = captions[:, :, 1:][is_target]
     log_probs = _log_policy(logits, temperature).gather(1, targets[:, None]).squeeze(1)
     weights = advantage[..., None].expand(is_target.shape)[is_target]
-    return -(weights * log_probs).sum() / advantage.numel()
+    return -(weights * log_probs).sum() / advantage.numel(), attention
