@@ -306,8 +306,8 @@ class TrainConfig(_Config):
     """Weight of a loss that draws each word's attention to the cells where its detector sees it
     (Liu et al. 2017); needs detectors."""
     pointer: bool = False
-    """Let captions name what the backbone's own ImageNet classifier recognizes (Li et al. 2019);
-    English only. Encoders without such a classifier do without."""
+    """Let captions name what the backbone's own ImageNet classifier recognizes (Li et al. 2019).
+    Other languages than English, and encoders without such a classifier, do without."""
     attention_gain: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Factor on the initial weights Wh and v of the attention. At 1, maps stay nearly uniform
     after a short training run and look alike for all words."""
@@ -373,10 +373,6 @@ class TrainConfig(_Config):
             raise ConfigError(
                 "attention_weight and model.evidence need word detectors: set detector_epochs, 5 "
                 "for example"
-            )
-        if self.pointer and not self.language.lower().startswith("en"):
-            raise ConfigError(
-                f"pointer knows only English names, and language is {self.language}: leave it out"
             )
 
     def model_config(

@@ -109,7 +109,8 @@ class CaptionModel(nn.Module):
         if config.num_detectors:
             self.detectors = WordDetectors(config.encoder_channels, config.num_detectors)
             self.detectors.requires_grad_(False)
-        if config.evidence:
+        self.has_evidence = config.evidence and config.num_detectors > 0
+        if self.has_evidence:
             self.evidence_gain = nn.Linear(H, 1)
         if config.class_names:
             self.pointer = Pointer(config)
@@ -195,7 +196,7 @@ class CaptionModel(nn.Module):
         """Return ``Memory.evidence`` and ``Memory.classes`` of the cells."""
         nothing = cells[..., :0]
         return (
-            self.detectors.evidence(cells) if self.config.evidence else nothing,
+            self.detectors.evidence(cells) if self.has_evidence else nothing,
             self.pointer.recognize(cells) if self.config.class_names else nothing,
         )
 
@@ -234,7 +235,7 @@ class CaptionModel(nn.Module):
             classes: (..., classes), the same of ``Memory.classes``.
             token_ids: (...), the previous words.
         """
-        if self.config.evidence:
+        if self.has_evidence:
             gain = softplus(self.evidence_gain(hidden).float())
             # The words with a detector follow the specials.
             after = logits.shape[-1] - evidence.shape[-1] - UNK - 1

@@ -314,7 +314,9 @@ def _timm(name: str, weights: str | None) -> Encoder:
     data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     interpolation = data["interpolation"] if data["interpolation"] != "random" else "bicubic"
     transform = Transform(mean=data["mean"], std=data["std"], interpolation=interpolation)
-    return Encoder(name, _Grid(model), transform, classifier=_timm_classifier(model, transform))
+    encoder = Encoder(name, _Grid(model), transform)
+    encoder.classifier = _timm_classifier(model, transform)
+    return encoder
 
 
 @torch.inference_mode()

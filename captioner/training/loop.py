@@ -239,10 +239,10 @@ def _weighted_attention_loss(
     state: TrainingState, features: Tensor, attention: Tensor, captions: Tensor
 ) -> Tensor | float:
     """Return the attention's part of the loss; captions without photos have none."""
-    if not state.config.attention_weight or state.stage == TEXT:
+    weight = state.config.attention_weight
+    if not weight or not state.model.config.num_detectors or state.stage == TEXT:
         return 0.0
-    logits = state.model.detectors(features)
-    return state.config.attention_weight * attention_loss(attention, logits, captions)
+    return weight * attention_loss(attention, state.model.detectors(features), captions)
 
 
 def _set_learning_rate(state: TrainingState) -> None:

@@ -130,15 +130,26 @@ def prepare(
         photos.captions[row][:per_photo] for (photos, rows), _ in splits for row in rows
     ]
     encoder = load_encoder(config.encoder, config.encoder_weights)
-    classifier = encoder.classifier if config.pointer else None
+    is_english = config.language.lower().partition("-")[0] == "en"
+    classifier = encoder.classifier if config.pointer and is_english else None
     if config.pointer and classifier is None:
-        log.warning("%s has no classifier of single cells: no pointer", encoder.name)
+        log.warning(
+            "training without a pointer: %s",
+            f"{encoder.name} has no classifier of single cells"
+            if is_english
+            else "the names of the classes are English",
+        )
     words = choose_words(
         training_captions,
         config.min_count,
         detector_photos=config.detector_photos if config.detector_epochs else 0,
         class_weights=None if classifier is None else classifier.weight,
     )
+    if config.detector_epochs and not words.num_detectors:
+        log.warning(
+            "no word is in the captions of %d photos: training without word detectors",
+            config.detector_photos,
+        )
     vocabulary = words.vocabulary
     training_texts = [text for texts in training_captions for text in texts]
     check_lengths(training_texts, vocabulary, config.max_length)

@@ -90,7 +90,7 @@ class TrainingState:
         self.epoch, self.step, self.loss_sum, self.num_tokens = 0, 0, 0.0, 0
         self.best_loss, self.bad_epochs = math.inf, 0
         self.rows: list[dict[str, float]] = []
-        self.begin_stage(DETECTORS if config.detector_epochs else self._after_detectors)
+        self.begin_stage(DETECTORS if data.model["num_detectors"] else self._after_detectors)
 
     def begin_stage(self, stage: str) -> None:
         """Start a stage from the current weights, with a new optimizer and average."""
@@ -118,6 +118,8 @@ class TrainingState:
             if config.ema_decay
             else None
         )
+        # Gradients that the last stage left would count as part of the next one's norm.
+        self.model.zero_grad()
         learning = []
         for name, parameter in self.model.named_parameters():
             is_detector, is_backbone = name.startswith("detectors."), "classifier" in name

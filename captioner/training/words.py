@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from captioner.config import UNK
 from captioner.model import vocabulary as vocabularies
 from captioner.model.vocabulary import SPECIALS, Vocabulary
 
@@ -38,7 +39,8 @@ class Words:
             names that no caption holds.
         num_detectors: the number of words with a detector.
         class_names: the ids of each class's name, one or two; empty without a pointer.
-        kinds: for each name that no caption holds, the id of a word for something that looks alike.
+        kinds: for each name that no caption holds, the id of a word for something that looks alike,
+            or ``<unk>`` if the captions name no class.
     """
 
     vocabulary: Vocabulary
@@ -112,5 +114,5 @@ def _kinds(
     for word_id in range(first, len(vocabulary)):
         own_class = next(i for i, name in enumerate(names) if word_id in name)
         order = (weights @ weights[own_class]).argsort(descending=True).tolist()
-        kinds.append(next(names[i][-1] for i in order if is_written[i]))
+        kinds.append(next((names[i][-1] for i in order if is_written[i]), UNK))
     return kinds

@@ -151,8 +151,9 @@ def test_attention_matches_its_equation() -> None:
     torch.manual_seed(0)
     attention = Attention(CHANNELS, HIDDEN, 5)
     features, hidden = make_cells(), torch.randn(2, 3, HIDDEN)
+    nothing = features[..., :0]
 
-    context, weights = attention(Memory(features, attention.Wf(features)), hidden)
+    context, weights = attention(Memory(features, attention.Wf(features), nothing, nothing), hidden)
 
     for photo, caption in itertools.product(range(2), range(3)):
         query = attention.Wh(hidden[photo, caption])

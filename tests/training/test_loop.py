@@ -54,13 +54,18 @@ from captioner.training.loop import (
     train_one_epoch,
 )
 from captioner.training.setup import Source, TrainingData, choose_precision
-from captioner.training.state import CAPTIONS, REWARDS, TrainingState
+from captioner.training.state import CAPTIONS, DETECTORS, REWARDS, TrainingState
 
 MakeRow = Callable[..., dict[str, Any]]
 Write = Callable[[Path, dict[str, list[dict[str, Any]]]], Path]
 
 
-def _data(features: np.ndarray, captions: list[list[str]], encoder: dict[str, Any]) -> TrainingData:
+def _data(
+    features: np.ndarray,
+    captions: list[list[str]],
+    encoder: dict[str, Any],
+    num_detectors: int = 0,
+) -> TrainingData:
     """Train and validate on the same photos."""
     vocabulary = Vocabulary.build([text for texts in captions for text in texts], 1)
     dataset = CaptionDataset(features, range(len(captions)), captions, vocabulary, max_length=20)
@@ -79,6 +84,12 @@ def _data(features: np.ndarray, captions: list[list[str]], encoder: dict[str, An
         text=None,
         train_references=captions,
         embedding=None,
+        model={
+            "vocabulary_size": len(vocabulary),
+            "encoder_channels": features.shape[-1],
+            "num_detectors": num_detectors,
+        },
+        classifier=None,
         encoder=encoder,
         fingerprint=[],
     )
@@ -120,7 +131,14 @@ def test_training_memorizes_ten_photos(
             **{"hidden_size": 128, "embedding_size": 64, "dropout": 0.0, "feature_dropout": 0.0},
         },
     )
-    state = TrainingState(config, _data(features.array, captions, lite2.spec()), tmp_path)
+    num_detectors = 5 if recipe == "best" else 0
+    data = _data(features.array, captions, lite2.spec(), num_detectors)
+    state = TrainingState(config, data, tmp_path)
+    while state.stage == DETECTORS:
+        train_one_epoch(state)
+        state.finish_epoch({}, math.inf)
+        if not state.should_continue():
+            state.advance_stage()
     losses = []
     for _ in range(config.epochs):
         losses.append(train_one_epoch(state))
@@ -158,10 +176,10 @@ def test_caption_loss_is_cross_entropy_of_targets_without_padding() -> None:
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     log_probs = logits.log_softmax(-1)
     expected = -log_probs[range(5), [7, EOS, 5, 6, EOS]].mean()
-    loss, num_tokens = caption_loss(lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions)
+    loss, _, num_tokens = caption_loss(lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions)
     assert num_tokens == 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    smoothed, _ = caption_loss(
+    smoothed, _, _ = caption_loss(
         lambda *_: (logits, logits), torch.zeros(1, 49, 2), captions, label_smoothing=0.1
     )
     expected = 0.9 * expected - 0.1 * log_probs.mean()
@@ -177,7 +195,7 @@ def test_validation_loss_is_mean_over_tokens_of_all_batches() -> None:
     model = CaptionModel(config).eval()
     cells, token_ids = next(iter(DataLoader(dataset, batch_size=3)))
     with torch.no_grad():
-        expected, num_tokens = caption_loss(model, cells.float(), token_ids)
+        expected, _, num_tokens = caption_loss(model, cells.float(), token_ids)
     assert num_tokens == 6 + 2 + 1 + 3 + 3 + 5  # with <eos>
     assert cross_entropy_of(model, dataset, batch_size=2) == pytest.approx(
         expected.item(), rel=1e-5

@@ -117,7 +117,7 @@ def test_self_critical_loss_uses_mean_of_other_rewards_as_baseline() -> None:
         [part.sum() for part in torch.split(log_probs[range(9), targets], [3, 4, 2])]
     )
     advantages = torch.tensor([3 - (1 + 0) / 2, 1 - (3 + 0) / 2, 0 - (3 + 1) / 2])
-    loss = self_critical_loss(
+    loss, _ = self_critical_loss(
         lambda *_: (logits, logits),
         torch.zeros(1, 49, 6),
         captions,
@@ -130,9 +130,9 @@ def test_self_critical_loss_uses_mean_of_other_rewards_as_baseline() -> None:
 def test_equal_rewards_give_zero_gradient(features: torch.Tensor) -> None:
     model = small_model()
     captions = sample_captions(model, features, samples=4, temperature=0.5, max_length=9)
-    self_critical_loss(
-        model, features, captions, torch.full((2, 4), 7.0), temperature=0.5
-    ).backward()  # type: ignore[no-untyped-call]
+    equal = torch.full((2, 4), 7.0)
+    loss, _ = self_critical_loss(model, features, captions, equal, temperature=0.5)
+    loss.backward()  # type: ignore[no-untyped-call]
     assert all(
         parameter.grad is None or parameter.grad.abs().max() < 1e-6
         for parameter in model.parameters()
@@ -154,9 +154,9 @@ def test_step_raises_probability_of_better_caption(
 
     before = chances()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    self_critical_loss(
-        model, features[:1], captions, torch.tensor([[2.0, 0.0]]), temperature=0.5
-    ).backward()  # type: ignore[no-untyped-call]
+    rewards = torch.tensor([[2.0, 0.0]])
+    loss, _ = self_critical_loss(model, features[:1], captions, rewards, temperature=0.5)
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     better, worse = chances() - before
     assert better > 0 > worse
@@ -175,7 +175,8 @@ def test_reward_rises_within_forty_steps(features: torch.Tensor) -> None:
         rewards = reward([0, 1], captions)
         earned.append(rewards.mean().item())
         optimizer.zero_grad()
-        self_critical_loss(model, features, captions, rewards, temperature=0.5).backward()  # type: ignore[no-untyped-call]
+        loss, _ = self_critical_loss(model, features, captions, rewards, temperature=0.5)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     first, last = sum(earned[:5]) / 5, sum(earned[-5:]) / 5
     assert last > 2 * first

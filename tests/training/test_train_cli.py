@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from captioner.config import ModelConfig, TrainConfig
+from captioner.config import DATA_FIELDS, ModelConfig, TrainConfig
 from captioner.data.sources import DataSource
 from captioner.errors import ConfigError
 from captioner.model import checkpoint as checkpoints
@@ -56,6 +56,8 @@ def arguments(
             "--out": str(out),
             "--cache": str(cache),
             "--epochs": "2",
+            "--detector-epochs": "0" if "seed" in more else "1",
+            "--detector-photos": "2",
             "--reward-epochs": "1",
             "--batch-size": "4",
             "--min-count": "2",
@@ -93,9 +95,10 @@ def test_best_writes_all_files(
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     if (ROOT / ".git").exists():
         assert re.match(r"[0-9a-f]{7,}|v?\d", record["git_commit"])
-    assert [row["epoch"] for row in figures(folder)] == ["1", "2", "3"]
-    assert [row["CIDEr"] for row in record["epochs"]] == [
-        float(row["CIDEr"]) for row in figures(folder)
+    assert [row["epoch"] for row in figures(folder)] == ["1", "2", "3", "4"]
+    assert [bool(row["detector_loss"]) for row in figures(folder)] == [True, False, False, False]
+    assert [row["CIDEr"] for row in record["epochs"][1:]] == [
+        float(row["CIDEr"]) for row in figures(folder)[1:]
     ]
     with Image.open(folder / "curves.png") as image:
         image.load()
@@ -108,7 +111,7 @@ def test_best_writes_all_files(
     # What is passed on does not name this machine's folders.
     for name in ("config.json", "README.md"):
         assert str(parquet_folder.parent) not in (folder / "checkpoint" / name).read_text()
-    best = max(figures(folder), key=lambda row: float(row["CIDEr"]))
+    best = max(figures(folder)[1:], key=lambda row: float(row["CIDEr"]))
     assert checkpoint.metrics["epoch"] == int(best["epoch"])
     assert checkpoint.metrics["CIDEr"] == float(best["CIDEr"])
     assert not [path for path in folder.rglob("*") if path.suffix in {".pt", ".pth", ".pkl"}]
@@ -127,9 +130,9 @@ def test_best_prints_shapes_and_a_line_per_epoch(whole: tuple[Path, str]) -> Non
     assert "'a red circle on the left'" in output
     assert "'a red circle on the left'" in output
     lines = [match for line in output.splitlines() if (match := EPOCH_LINE.match(line))]
-    assert [match[1] for match in lines] == ["01", "02", "03"]
+    assert [match[1] for match in lines] == ["02", "03", "04"]
     assert [match[2] for match in lines] == ["train_loss", "train_loss", "reward"]
-    for match, row in zip(lines, figures(folder), strict=True):
+    for match, row in zip(lines, figures(folder)[1:], strict=True):
         assert float(match[3]) == pytest.approx(float(row[match[2]]), abs=1e-4)
         assert float(match[4]) == pytest.approx(float(row["val_loss"]), abs=1e-4)
 
@@ -227,13 +230,13 @@ def test_two_sources_share_vocabulary_epochs_and_card(
     assert checkpoint.vocabulary.known_ids(["circle", "dark"])
     assert checkpoint.recipe["data"] == [name, "more=0.75"]
     assert f"Trained on: `{name}`, `more` (0.75 of each epoch)." in checkpoint.card
-    best = max(figures(out), key=lambda row: float(row["CIDEr"]))
+    best = max(figures(out)[1:], key=lambda row: float(row["CIDEr"]))
     for metric in ("CIDEr", "BLEU-4", "val_loss"):
         values = [float(best[f"{metric} {source}"]) for source in (name, "more")]
         assert float(best[metric]) == pytest.approx(sum(values) / 2)
         assert checkpoint.metrics[f"{metric} more"] == values[1]
     assert "| cross-entropy more | " in checkpoint.card
-    assert json.loads((out / "run.json").read_text())["epochs"][0]["CIDEr more"] >= 0
+    assert json.loads((out / "run.json").read_text())["epochs"][1]["CIDEr more"] >= 0
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -344,19 +347,19 @@ def test_sigterm_saves_and_resume_gives_the_same_bits(
 ) -> None:
     out = tmp_path / "run"
     with _training(arguments(out)) as process:
-        _read_until(process.stdout, "epoch 02")
+        _read_until(process.stdout, "epoch 03")
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "all saved: continue with --resume" in rest
     assert "Traceback" not in rest
     state = json.loads((out / "state" / "state.json").read_text())
-    assert state["epoch"] == 1
+    assert state["epoch"] == 2
     assert 0 < state["step"] < 6  # in the middle of the epoch
     assert train.main(arguments(out, "--resume")) == 0
     output = capsys.readouterr().out
     epochs = [m[1] for line in output.splitlines() if (m := EPOCH_LINE.match(line))]
-    assert epochs == ["02", "03"]
+    assert epochs == ["03", "04"]
     assert_same_run(out, whole[0])
 
 
@@ -366,10 +369,10 @@ def test_killed_run_resumes_from_its_last_save(
 ) -> None:
     out = tmp_path / "run"
     with _training(arguments(out)) as process:
-        _read_until(process.stdout, "epoch 02")
+        _read_until(process.stdout, "epoch 03")
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
-    assert len(figures(out)) == 1  # the figures of what was done are there
+    assert len(figures(out)) == 2  # the figures of what was done are there
     checkpoints.load(out / "checkpoint")
     assert train.main(arguments(out, "--resume")) == 0
     assert_same_run(out, whole[0])
@@ -378,7 +381,7 @@ def test_killed_run_resumes_from_its_last_save(
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize(
     ("recipe", "steps"),
-    [("seed", [3]), pytest.param("best", [2, 4, 5], marks=pytest.mark.slow)],
+    [("seed", [3]), pytest.param("best", [1, 2, 4, 7], marks=pytest.mark.slow)],
 )
 def test_stop_after_any_step_changes_nothing(
     arguments: MakeArguments,
@@ -437,12 +440,12 @@ def test_text_is_learned_first_and_a_stop_there_changes_nothing(
         assert train.main(arguments(tmp_path / "whole", *more)) == 0
     # 20 rows without photos and 10 with captions of their own are 6 steps, twice.
     assert uses_photos == [False] * 12 + [True] * 2
-    assert [row["epoch"] for row in figures(tmp_path / "whole")] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in figures(tmp_path / "whole")] == list("12345")
     step = torch.optim.AdamW.step
     left = iter(range(1, 100))
 
     def step_with_interrupt(optimizer: torch.optim.AdamW, *rest: Any) -> Any:
-        if next(left) == 8:
+        if next(left) == 10:  # after two steps of the detectors, in the text's second epoch
             os.kill(os.getpid(), signal.SIGINT)
         return step(optimizer, *rest)
 
@@ -453,7 +456,7 @@ def test_text_is_learned_first_and_a_stop_there_changes_nothing(
     # The same text may lie elsewhere by now, but it must be the same.
     other = write_parquet(tmp_path / "other", {"train": rows[:-1]})
     assert train.main(arguments(out, *more, "--text", str(other), "--resume")) == 2
-    assert "started on other photos, captions" in capsys.readouterr().err
+    assert "started on other photos, shares, captions" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     moved = text.rename(tmp_path / "elsewhere" / "text")
     assert train.main(arguments(out, *more, "--text", str(moved), "--resume")) == 0
@@ -537,8 +540,8 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     options = {f"--{field.name}" for field in dataclasses.fields(TrainConfig)} - {"--model"}
-    options |= {f"--model.{field.name}" for field in dataclasses.fields(ModelConfig)}
-    options -= {"--model.vocabulary_size", "--model.encoder_channels"}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)} - DATA_FIELDS
+    options |= {f"--model.{name}" for name in fields}
     for option in [*options, "--out", "--resume", "--cache"]:
         assert f" {option.replace('_', '-')} " in text
     assert "--recipe {seed,best}" in text
