@@ -133,5 +133,5 @@ class Pointer(nn.Module):
             # Only where the pointer can help; else the word could not be learned at all.
             is_hidden = is_hidden | ((torch.rand_like(names) < self.name_dropout) & (names > 0.05))
         written = torch.where(is_hidden, _UNWRITTEN, written)
-        pointed = (names + 1e-9).log() + self.gate(hidden).float()
+        pointed = names.clamp(min=1e-20).log() + self.gate(hidden).float()
         return logits.index_copy(-1, self.word_ids, torch.logaddexp(written, pointed))

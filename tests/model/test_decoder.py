@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, layer_norm, pad, softplus
 
 from captioner.config import BOS, EOS, PAD, ModelConfig
 from captioner.model.decoder import Attention, CaptionModel, Memory
@@ -21,6 +21,7 @@ from tests.model.tiny import (
     PAIRWISE,
     REPORT,
     VOCABULARY,
+    WORDS,
     Options,
     make_cells,
     make_model,
@@ -117,6 +118,23 @@ def test_prediction_depends_only_on_earlier_words(options: Options) -> None:
     assert (before[4] - after[4]).abs().max() > 1e-4
 
 
+def with_words(model: CaptionModel, logits: Tensor, hidden: Tensor, attention: Tensor) -> Tensor:
+    """Add what the cells of the first photo show to the logits (V,), word for word."""
+    cells, logits = make_cells(1)[0], logits.clone()
+    evidence = model.detectors.linear(layer_norm(cells, cells.shape[-1:]))
+    evidence = attention @ (evidence - model.detectors.mean_logits)
+    logits[4:9] += softplus(model.evidence_gain(hidden))[0] * evidence
+    classes = (attention @ model.pointer.classifier(cells[:, :4])).softmax(dim=0)
+    pointed = torch.zeros(VOCABULARY)
+    for name, probability in zip(WORDS["class_names"], classes, strict=True):
+        pointed[name[0]] += probability ** model.pointer.scale[0]
+    logits[21:] = -25.0  # names that no caption held
+    for word in {name[0] for name in WORDS["class_names"]}:
+        gate = model.pointer.gate(hidden)[0, 0]
+        logits[word] = torch.logaddexp(logits[word], pointed[word].log() + gate)
+    return logits
+
+
 @pairwise
 def test_step_matches_the_equations(options: Options) -> None:
     """The equations of Xu et al. 2015: the gate of section 4.2.1, the output of equation 7."""
@@ -142,9 +160,13 @@ def test_step_matches_the_equations(options: Options) -> None:
     output, cell = model.lstm(torch.cat([word, context])[None], (hidden[None], before.cell[0]))
     torch.testing.assert_close(after.hidden[0], output)
     torch.testing.assert_close(after.cell[0], cell)
+    written = output
     if options["deep_output"]:
-        output = word + model.hidden_output(output) + model.context_output(context)
-    torch.testing.assert_close(logits[0], output @ model.fc.weight.T + model.fc.bias)
+        written = word + model.hidden_output(output) + model.context_output(context)
+    expected = (written @ model.fc.weight.T + model.fc.bias)[0]
+    if options["words"]:
+        expected = with_words(model, expected, output, attention[0, 0])
+    torch.testing.assert_close(logits[0, 0], expected)
 
 
 def test_attention_matches_its_equation() -> None:
@@ -274,6 +296,9 @@ def test_gradients_reach_every_parameter(options: Options) -> None:
     backward(model)
 
     for name, parameter in model.named_parameters():
+        if name.startswith(("detectors.", "pointer.classifier.")):
+            assert parameter.grad is None, name
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         # Softmax ignores a constant that is added to all scores.

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioner.config import BOS, EOS, PAD, ModelConfig
 from captioner.model.decoder import CaptionModel
@@ -17,7 +17,7 @@ Options = dict[str, Any]
 
 
 def _every_combination() -> list[Options]:
-    names = ("feature_norm", "word_query", "mean_start", "context_gate", "deep_output")
+    names = ("feature_norm", "word_query", "mean_start", "context_gate", "words", "deep_output")
     return [
         {
             "feature_size": feature_size,
@@ -25,7 +25,7 @@ def _every_combination() -> list[Options]:
             "tied_embedding": tied_embedding,
         }
         for feature_size in (0, 4)
-        for *flags, tied_embedding in itertools.product([False, True], repeat=6)
+        for *flags, tied_embedding in itertools.product([False, True], repeat=7)
         if flags[-1] or not tied_embedding
     ]
 
@@ -53,8 +53,20 @@ def name_of(options: Options) -> str:
     return "+".join(name for name, on in options.items() if on) or "report"
 
 
-def make_model(**options: Any) -> CaptionModel:
+# What ``words`` stands for: detectors of the words 4 to 8, and six classes. The last two words are
+# names that no caption held.
+WORDS: Options = {
+    "evidence": True,
+    "num_detectors": 5,
+    "class_names": [[5], [12], [12, 13], [12, 14], [21, 7], [22]],
+    "classifier_channels": 4,
+    "kinds": [5, 12],
+}
+
+
+def make_model(*, words: bool = False, **options: Any) -> CaptionModel:
     torch.manual_seed(0)
+    options = {**WORDS, **options} if words else options
     config = ModelConfig(
         vocabulary_size=VOCABULARY,
         encoder_channels=CHANNELS,
@@ -67,6 +79,10 @@ def make_model(**options: Any) -> CaptionModel:
     # New models attend almost evenly; sharper attention makes mistakes visible.
     for parameter in model.attn.parameters():
         parameter.data *= 4
+    if words:
+        # New detectors see nothing.
+        nn.init.normal_(model.detectors.linear.weight)
+        nn.init.normal_(model.detectors.mean_logits)
     return model.eval()
 
 
