@@ -410,7 +410,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation": "split",
         "select_by": "cider",
         "min_count": 3,
-        "detector_epochs": 5,
+        "detector_epochs": 3,
         "attention_weight": 2.0,
         "pointer": True,
         "attention_gain": 4.0,

@@ -25,7 +25,7 @@ def make_pointer(**options: Any) -> Pointer:
     )
     pointer = Pointer(config).eval()
     torch.nn.init.zeros_(pointer.gate.weight)
-    torch.nn.init.constant_(pointer.gate.bias, 3.0)
+    torch.nn.init.constant_(pointer.gate.bias, 5.0)
     return pointer
 
 

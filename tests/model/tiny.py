@@ -58,7 +58,7 @@ def name_of(options: Options) -> str:
 WORDS: Options = {
     "evidence": True,
     "num_detectors": 5,
-    "class_names": [[5], [12], [12, 13], [12, 14], [21, 7], [22]],
+    "class_names": [[5], [12], [12, 13], [12, 14], [21], [22]],
     "classifier_channels": 4,
     "kinds": [5, 12],
 }
