@@ -196,6 +196,22 @@ class ModelConfig(_Config):
                 "tied_embedding needs deep_output, which brings the hidden state to the size of "
                 "the embedding: set both or neither"
             )
+        words = range(UNK + 1, self.vocabulary_size)
+        if self.num_detectors + len(self.kinds) > len(words):
+            raise ConfigError(
+                f"{self.num_detectors} words with a detector and {len(self.kinds)} that are never "
+                f"written do not fit into a vocabulary of {self.vocabulary_size}"
+            )
+        if any(
+            len(ids) not in (1, 2) or not all(word_id in words for word_id in ids)
+            for ids in self.class_names
+        ) or not all(0 <= word_id < self.vocabulary_size for word_id in self.kinds):
+            raise ConfigError("class_names and kinds must hold ids of words in the vocabulary")
+        if self.class_names and not 0 < self.classifier_channels <= self.encoder_channels:
+            raise ConfigError(
+                f"classifier_channels is {self.classifier_channels}; it must be from 1 to "
+                f"encoder_channels, {self.encoder_channels}"
+            )
 
 
 @_settings

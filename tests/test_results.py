@@ -11,6 +11,7 @@ from typing import Any
 
 import train
 from captioner.arguments import build_parser as captioner_parser
+from captioner.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -105,7 +106,9 @@ def _assert_settings(arguments: list[str], records: list[dict[str, Any]]) -> Non
     config = train.config_of(options).to_dict()
     for record in records:
         # A record may hold a setting that is removed since, and lack a newer one.
-        recorded = {"language": "en", **record["config"]}
+        newer = ("language", "detector_epochs", "detector_photos", "attention_weight", "pointer")
+        defaults = {name: getattr(TrainConfig(), name) for name in newer}
+        recorded = {**defaults, **record["config"]}
         for name in config.keys() - set(LOCAL_SETTINGS):
             assert recorded[name] == config[name], (name, arguments)
         assert record["git_commit"]

@@ -40,6 +40,13 @@ BEST: dict[str, Any] = {
     "dropout": 0.4,
     "feature_dropout": 0.2,
 }
+RECOGNIZING: dict[str, Any] = {
+    "evidence": True,
+    "num_detectors": 3,
+    "class_names": [[5], [6, 7], [9]],
+    "classifier_channels": 4,
+    "kinds": [6],
+}
 
 
 def _make(encoder: Encoder, options: dict[str, Any], seed: int = 0) -> Checkpoint:
@@ -90,7 +97,7 @@ def _seal(folder: Path) -> None:
 # Saved and loaded
 
 
-@pytest.mark.parametrize("options", [REPORT, BEST], ids=["report", "best"])
+@pytest.mark.parametrize("options", [REPORT, BEST, RECOGNIZING], ids=["report", "best", "words"])
 def test_saved_checkpoint_loads_unchanged(
     tmp_path: Path, encoder: Encoder, options: dict[str, Any]
 ) -> None:
@@ -412,6 +419,13 @@ def test_invalid_field_is_rejected(folder: Path, field: str, value: object) -> N
         ("dropout", 2),
         ("colour", "red"),
         ("deep_output", False),
+        ("class_names", [[]]),
+        ("class_names", [[4, 5, 6]]),
+        ("class_names", [[10]]),
+        ("class_names", [[4]]),  # without channels that its classifier reads
+        ("kinds", [-1]),
+        ("kinds", [4] * 7),
+        ("num_detectors", 7),
     ],
 )
 def test_impossible_model_config_is_rejected(folder: Path, name: str, value: object) -> None:

