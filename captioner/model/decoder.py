@@ -23,13 +23,14 @@ class Memory(NamedTuple):
             it; after a projection C is ``feature_size``.
         keys: (B, P, A), ``Wf(features)``.
         evidence: (B, P, D) of each cell for each word with a detector; D is 0 without them.
-        classes: (B, P, classes), the backbone's own logits; none without a pointer.
+        names: (B, P, E), the probability of each name that the backbone knows (see ``Pointer``);
+            E is 0 without them.
     """
 
     features: Tensor
     keys: Tensor
     evidence: Tensor
-    classes: Tensor
+    names: Tensor
 
 
 class State(NamedTuple):
@@ -187,13 +188,13 @@ class CaptionModel(nn.Module):
         hidden, cell = hidden.view(B, W, -1), cell.view(B, W, -1)
         logits = self.predict(word, hidden, context)
         logits = self.add_recognized(
-            logits, hidden, attention @ memory.evidence, attention @ memory.classes, token_ids
+            logits, hidden, attention @ memory.evidence, attention @ memory.names, token_ids
         )
         return logits, attention, State(hidden, cell)
 
     @torch.no_grad()
     def _recognize(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``Memory.evidence`` and ``Memory.classes`` of the cells."""
+        """Return ``Memory.evidence`` and ``Memory.names`` of the cells."""
         nothing = cells[..., :0]
         return (
             self.detectors.evidence(cells) if self.has_evidence else nothing,
@@ -221,7 +222,7 @@ class CaptionModel(nn.Module):
         return self.fc(self.dropout(hidden))
 
     def add_recognized(
-        self, logits: Tensor, hidden: Tensor, evidence: Tensor, classes: Tensor, token_ids: Tensor
+        self, logits: Tensor, hidden: Tensor, evidence: Tensor, names: Tensor, token_ids: Tensor
     ) -> Tensor:
         """Add what the attended cells show to the logits (..., V) of the output layer.
 
@@ -232,7 +233,7 @@ class CaptionModel(nn.Module):
             logits: (..., V).
             hidden: (..., H), which decides how much the evidence counts for this word.
             evidence: (..., D), the attention's mean of ``Memory.evidence``.
-            classes: (..., classes), the same of ``Memory.classes``.
+            names: (..., E), the same of ``Memory.names``.
             token_ids: (...), the previous words.
         """
         if self.has_evidence:
@@ -241,5 +242,5 @@ class CaptionModel(nn.Module):
             after = logits.shape[-1] - evidence.shape[-1] - UNK - 1
             logits = logits.float() + pad(gain * evidence.float(), (UNK + 1, after))
         if self.config.class_names:
-            logits = self.pointer(logits.float(), hidden, classes, token_ids)
+            logits = self.pointer(logits.float(), hidden, names, token_ids)
         return logits

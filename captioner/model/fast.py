@@ -64,10 +64,10 @@ class FusedForward(nn.Module):
             means = maps.view(B, K * (T - 1), -1).to(values.dtype) @ values
             return means.flatten(0, 1).index_select(0, positions)
 
-        if memory.evidence.shape[-1] or memory.classes.shape[-1]:
+        if memory.evidence.shape[-1] or memory.names.shape[-1]:
             previous = captions[:, :, :-1].flatten()[positions]
             logits = model.add_recognized(
-                logits, hidden, attended(memory.evidence), attended(memory.classes), previous
+                logits, hidden, attended(memory.evidence), attended(memory.names), previous
             )
         return logits, maps.view(B, K, T - 1, -1)
 
@@ -83,7 +83,7 @@ class FusedForward(nn.Module):
         hidden, cell = gather_rows(state.hidden[:, 0]), gather_rows(state.cell[:, 0].float())
         # Under autocast the keys are bfloat16 already; the rest would be cast at each step.
         features = gather_rows(memory.features.to(memory.keys.dtype))
-        # Evidence and classes are added once, after the last step.
+        # Evidence and names are added once, after the last step.
         return hidden, cell, memory._replace(features=features, keys=gather_rows(memory.keys))
 
     def _unroll(

@@ -71,12 +71,17 @@ class Pointer(nn.Module):
     Each class has an everyday name of one or two words. Names compete with the words of the output
     layer in one softmax (Gu et al. 2016, CopyNet; Li et al. 2019, LSTM-P), so that a name that
     training saw once or never can still be written.
+
+    A name's words are its E entries: a second word is an entry of its own, valid only after its
+    first word, which is valid anywhere else.
     """
 
-    word_ids: Tensor
+    words: Tensor
+    places: Tensor
     firsts: Tensor
-    first_slots: Tensor
-    last_slots: Tensor
+    is_second: Tensor
+    classes: Tensor
+    entries: Tensor
     is_unwritten: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -89,49 +94,57 @@ class Pointer(nn.Module):
         self.gate = nn.Linear(config.hidden_size, 1)
         self.scale = nn.Parameter(torch.ones(1))
         self.name_dropout = config.name_dropout
-        firsts = [ids[0] for ids in config.class_names]
-        lasts = [ids[-1] for ids in config.class_names]
-        ids = sorted({*firsts, *lasts})
-        slots = {word_id: slot for slot, word_id in enumerate(ids)}
-
-        def constant(values: list[int]) -> Tensor:
+        # Entries as (first word of two, or -1; whether it is the second; the word itself).
+        of_class = [
+            [(-1, False, ids[0])]
+            if len(ids) == 1
+            else [(ids[0], False, ids[0]), (ids[0], True, ids[1])]
+            for ids in config.class_names
+        ]
+        entries = sorted({entry for both in of_class for entry in both})
+        words = sorted({word for _, _, word in entries})
+        first_unwritten = config.vocabulary_size - len(config.kinds)
+        pairs = [
+            (number, entries.index(entry)) for number, both in enumerate(of_class) for entry in both
+        ]
+        constants = {
+            "words": words,  # the M different ids
+            "places": [words.index(word) for _, _, word in entries],  # of the entries, among them
+            "firsts": [first for first, _, _ in entries],
+            "is_second": [is_second for _, is_second, _ in entries],
+            "classes": [number for number, _ in pairs],
+            "entries": [entry for _, entry in pairs],
+            "is_unwritten": [word >= first_unwritten for word in words],
+        }
+        for name, values in constants.items():
             # On the CPU even where the weights are on "meta": these are not in the checkpoint.
-            return torch.tensor(values, device="cpu")
-
-        # The M different words of all names, and the place among them of each class's words.
-        self.register_buffer("word_ids", constant(ids), persistent=False)
-        self.register_buffer("firsts", constant(firsts), persistent=False)
-        self.register_buffer("first_slots", constant([slots[i] for i in firsts]), persistent=False)
-        self.register_buffer("last_slots", constant([slots[i] for i in lasts]), persistent=False)
-        num_written = config.vocabulary_size - len(config.kinds)
-        self.register_buffer(
-            "is_unwritten", constant([i >= num_written for i in ids]), persistent=False
-        )
+            self.register_buffer(name, torch.tensor(values, device="cpu"), persistent=False)
 
     def recognize(self, cells: Tensor) -> Tensor:
-        """Return the logits (B, P, classes) of the cells (B, P, C)."""
-        logits: Tensor = self.classifier(cells[..., : self.classifier.in_features])
-        return logits
+        """Return each cell's probability (B, P, E) of each entry, from cells (B, P, C)."""
+        logits = self.classifier(cells[..., : self.classifier.in_features])
+        probabilities = logits.float().softmax(dim=-1).index_select(-1, self.classes)
+        nothing = probabilities.new_zeros(*probabilities.shape[:-1], len(self.firsts))
+        return nothing.index_add(-1, self.entries, probabilities)
 
-    def forward(self, logits: Tensor, hidden: Tensor, classes: Tensor, token_ids: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, hidden: Tensor, names: Tensor, token_ids: Tensor) -> Tensor:
         """Return logits (..., V) with the names added.
 
         Args:
             logits: (..., V), float32, of the output layer.
             hidden: (..., H), the LSTM's state; from it a gate tells how well a name fits here.
-            classes: (..., classes), logits of the attended cells.
-            token_ids: (...), the previous words; after the first word of a name its second one is
-                pointed at.
+            names: (..., E), the attention's mean of the cells' probabilities.
+            token_ids: (...), the previous words.
         """
-        probabilities = (self.scale * classes.float().log_softmax(dim=-1)).exp()
-        slots = torch.where(token_ids[..., None] == self.firsts, self.last_slots, self.first_slots)
-        names = probabilities.new_zeros(*logits.shape[:-1], len(self.word_ids))
-        names = names.scatter_add(-1, slots, probabilities)  # (..., M)
-        written = logits.index_select(-1, self.word_ids)
+        is_valid = (token_ids[..., None] == self.firsts) == self.is_second
+        names = names.float() * is_valid
+        nothing = names.new_zeros(*names.shape[:-1], len(self.words))
+        names = nothing.scatter_add(-1, self.places.expand_as(names), names)  # (..., M)
+        written = logits.index_select(-1, self.words)
         is_hidden = self.is_unwritten
         if self.training and self.name_dropout:
             # Only where the pointer can help; else the word could not be learned at all.
             is_hidden = is_hidden | ((torch.rand_like(names) < self.name_dropout) & (names > 0.05))
         written = torch.where(is_hidden, _UNWRITTEN, written)
-        pointed = names.clamp(min=1e-20).log() + self.gate(hidden).float()
-        return logits.index_copy(-1, self.word_ids, torch.logaddexp(written, pointed))
+        pointed = self.scale * names.clamp(min=1e-20).log() + self.gate(hidden).float()
+        return logits.index_copy(-1, self.words, torch.logaddexp(written, pointed))

@@ -124,14 +124,14 @@ def with_words(model: CaptionModel, logits: Tensor, hidden: Tensor, attention: T
     evidence = model.detectors.linear(layer_norm(cells, cells.shape[-1:]))
     evidence = attention @ (evidence - model.detectors.mean_logits)
     logits[4:9] += softplus(model.evidence_gain(hidden))[0] * evidence
-    classes = (attention @ model.pointer.classifier(cells[:, :4])).softmax(dim=0)
+    classes = attention @ model.pointer.classifier(cells[:, :4]).softmax(dim=-1)
     pointed = torch.zeros(VOCABULARY)
     for name, probability in zip(WORDS["class_names"], classes, strict=True):
-        pointed[name[0]] += probability ** model.pointer.scale[0]
+        pointed[name[0]] += probability
     logits[21:] = -25.0  # names that no caption held
     for word in {name[0] for name in WORDS["class_names"]}:
         gate = model.pointer.gate(hidden)[0, 0]
-        logits[word] = torch.logaddexp(logits[word], pointed[word].log() + gate)
+        logits[word] = torch.logaddexp(logits[word], 0.7 * pointed[word].log() + gate)
     return logits
 
 

@@ -13,8 +13,6 @@ from captioner.config import BOS, ModelConfig
 from captioner.model.words import Pointer, WordDetectors, detection_loss, photo_probability
 from tests.model.tiny import HIDDEN, VOCABULARY, WORDS, make_cells, make_model
 
-CLASSES = len(WORDS["class_names"])
-
 
 def make_pointer(**options: Any) -> Pointer:
     config = ModelConfig(
@@ -31,12 +29,15 @@ def make_pointer(**options: Any) -> Pointer:
 
 def point(pointer: Pointer, class_id: int, previous: int = BOS, copies: int = 1) -> Tensor:
     """Return the probabilities (copies, V) after a photo of one class, written words all equal."""
-    classes = torch.zeros(copies, CLASSES)
-    classes[:, class_id] = 20.0
+    torch.nn.init.zeros_(pointer.classifier.weight)
+    torch.nn.init.zeros_(pointer.classifier.bias)
+    with torch.no_grad():
+        pointer.classifier.bias[class_id] = 20.0
+    names = pointer.recognize(torch.zeros(1, 1, 6))[:, 0].expand(copies, -1)
     logits = pointer(
         torch.zeros(copies, VOCABULARY),
         torch.zeros(copies, HIDDEN),
-        classes,
+        names,
         torch.full((copies,), previous),
     )
     return logits.softmax(dim=-1)
@@ -117,15 +118,20 @@ def test_names_that_no_caption_held_are_written_only_by_pointing() -> None:
 
 
 @torch.no_grad()
-def test_pointer_alone_decides_between_recognized_classes() -> None:
+def test_cells_give_each_name_the_probability_of_its_classes() -> None:
     pointer = make_pointer()
-    classes = torch.tensor([[0.0, 0.0, -9.0, -9.0, -9.0, 1.0]])
-    logits = pointer(
-        torch.full((1, VOCABULARY), -50.0), torch.zeros(1, HIDDEN), classes, torch.tensor([BOS])
-    )
-    five, twelve, last = logits[0, [5, 12, 22]]
-    assert last - five == pytest.approx(1, abs=1e-3)
-    assert five == pytest.approx(float(twelve), abs=1e-3)
+    cells = make_cells()
+    probabilities = pointer.classifier(cells[..., :4]).softmax(dim=-1)
+    names = pointer.recognize(cells)
+    by_word = {
+        (int(first), int(pointer.words[place])): names[..., entry]
+        for entry, (first, place) in enumerate(zip(pointer.firsts, pointer.places, strict=True))
+    }
+    assert len(by_word) == names.shape[-1] == 7
+    torch.testing.assert_close(by_word[-1, 12], probabilities[..., 1])
+    torch.testing.assert_close(by_word[12, 12], probabilities[..., 2:4].sum(dim=-1))
+    torch.testing.assert_close(by_word[12, 13], probabilities[..., 2])
+    torch.testing.assert_close(by_word[-1, 22], probabilities[..., 5])
 
 
 def test_name_dropout_hides_only_names_that_the_pointer_can_supply() -> None:
@@ -150,9 +156,7 @@ def test_word_the_detectors_see_in_attended_cells_is_likelier() -> None:
     torch.nn.init.constant_(model.evidence_gain.bias, 2.0)
     logits, hidden = torch.zeros(1, VOCABULARY), torch.zeros(1, HIDDEN)
     evidence = torch.tensor([[0.0, 3.0, 0.0, 0.0, -3.0]])
-    added = model.add_recognized(
-        logits, hidden, evidence, torch.zeros(1, CLASSES), torch.tensor([BOS])
-    )
+    added = model.add_recognized(logits, hidden, evidence, torch.zeros(1, 7), torch.tensor([BOS]))
     gain = math.log1p(math.exp(float(model.evidence_gain(hidden))))
     assert added[0, 8] == pytest.approx(-3 * gain, rel=1e-4)
     assert added[0, 4] == 0

@@ -83,6 +83,7 @@ def make_model(*, words: bool = False, **options: Any) -> CaptionModel:
         # New detectors see nothing.
         nn.init.normal_(model.detectors.linear.weight)
         nn.init.normal_(model.detectors.mean_logits)
+        nn.init.constant_(model.pointer.scale, 0.7)
     return model.eval()
 
 
