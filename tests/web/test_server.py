@@ -10,6 +10,7 @@ import http.client
 import http.server
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -138,7 +139,8 @@ def test_simultaneous_visitors_get_their_own_captions(
 
 
 def files_in(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if path.is_file()}
+    # Unlike rglob, walk passes over folders that are deleted meanwhile.
+    return {Path(root, name) for root, _, names in os.walk(folder) for name in names}
 
 
 @pytest.mark.slow
