@@ -25,13 +25,11 @@ DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
 # The fields of ``ModelConfig`` that follow from the data and the encoder.
-DATA_FIELDS = frozenset(
-    (
-        *("vocabulary_size", "encoder_channels", "num_detectors"),
-        *("class_names", "classifier_channels", "kinds"),
-    )
-)
 # fmt: off
+DATA_FIELDS = frozenset((
+    "vocabulary_size", "encoder_channels", "num_detectors", "class_names", "classifier_channels",
+    "kinds",
+))
 BAD_ENDINGS = (
     "a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with",
 )

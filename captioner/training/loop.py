@@ -44,7 +44,7 @@ from captioner.training.setup import choose_precision, describe, prepare
 from captioner.training.state import DETECTORS, REWARDS, TEXT, TrainingState
 
 _SAVE_SECONDS = 120
-# What an epoch's mean is called, if it is not the cross-entropy.
+# The name of an epoch's mean where it is not the cross-entropy.
 _LOSS_NAMES = {DETECTORS: "detector_loss", REWARDS: "reward"}
 # The metrics of its epoch that a checkpoint stores.
 _METRICS = (

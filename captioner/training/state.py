@@ -120,11 +120,11 @@ class TrainingState:
         )
         # Gradients that the last stage left would count as part of the next one's norm.
         self.model.zero_grad()
-        learning = []
         for name, parameter in self.model.named_parameters():
-            is_detector, is_backbone = name.startswith("detectors."), "classifier" in name
-            parameter.requires_grad = is_detector == (stage == DETECTORS) and not is_backbone
-            learning += [parameter] * parameter.requires_grad
+            is_detector = name.startswith("detectors.")
+            is_frozen = name.startswith("pointer.classifier.")
+            parameter.requires_grad = is_detector == (stage == DETECTORS) and not is_frozen
+        learning = [each for each in self.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=decay)
         self.ddp_model = self.processes.wrap_ddp(
             self.model.detectors if stage == DETECTORS else FusedForward(self.model)
@@ -133,6 +133,7 @@ class TrainingState:
 
     @property
     def _after_detectors(self) -> str:
+        """The stage that follows the detectors."""
         return CAPTIONS if self.data.text is None else TEXT
 
     @torch.no_grad()
