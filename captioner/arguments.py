@@ -60,10 +60,11 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
         "--output",
         type=user_path,
         metavar="TABLE",
-        help="Write photo, filename, caption, log_probability and error to captions.csv, to "
-        "captions.jsonl (JSON Lines), or as Parquet files into a folder such as captions.parquet. "
-        "photo is the path as given, or the row number in the split of --data; filename is the "
-        "photo's name there.",
+        help="Write photo, filename, caption, log_probability, confidence and error to "
+        "captions.csv, to captions.jsonl (JSON Lines), or as Parquet files into a folder such as "
+        "captions.parquet. photo is the path as given, or the row number in the split of --data; "
+        "filename is the photo's name there; confidence is the probability that people would use "
+        "two thirds of the caption's words for what the photo shows.",
     )
     table.add_argument(
         "--data",
