@@ -7,8 +7,10 @@ Its weights are fitted on validation photos by ``training/confidence.py``, which
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def visual_ids(config: ModelConfig) -> set[int]:
 def confidence_features(
     model: CaptionModel, memory: Memory, hypotheses: Sequence[Hypothesis]
 ) -> Tensor:
-    """Return features (B, F) of one caption of each photo.
+    """Return features (B, F), float64, of one caption of each photo.
 
     The first is the mean log-probability per token. With evidence there are three more: the mean
     and the minimum, over the caption's visual words, of the log-odds that the photo shows the word
@@ -49,18 +51,17 @@ def confidence_features(
     """
     likelihood = [float(each.log_probabilities.mean()) for each in hypotheses]
     if not model.config.evidence:
-        return torch.tensor(likelihood)[:, None]
+        return _as_tensor([[value] for value in likelihood])
     logits = memory.evidence.float() + model.detectors.mean_logits
-    log_odds = torch.logit(photo_probability(logits), eps=_LEAST).cpu()  # (B, D)
+    log_odds = torch.logit(photo_probability(logits), eps=_LEAST).tolist()  # (B, D)
     visual = visual_ids(model.config)
     rows = []
     for row, hypothesis in enumerate(hypotheses):
         words = visual.intersection(hypothesis.ids)
-        # A name of a class may have no detector.
-        columns = [index - UNK - 1 for index in words if index <= UNK + log_odds.shape[1]]
-        seen = log_odds[row, columns].tolist() or [float(torch.logit(torch.tensor(_LEAST)))]
-        rows.append((likelihood[row], statistics.fmean(seen), min(seen), len(words)))
-    return torch.tensor(rows)
+        detected = [index - UNK - 1 for index in words if index <= UNK + model.config.num_detectors]
+        seen = [log_odds[row][index] for index in detected] or [math.log(_LEAST)]
+        rows.append([likelihood[row], statistics.fmean(seen), min(seen), len(words)])
+    return _as_tensor(rows)
 
 
 def confidence_of(features: Tensor, weights: Sequence[float]) -> Tensor:
@@ -71,4 +72,9 @@ def confidence_of(features: Tensor, weights: Sequence[float]) -> Tensor:
         weights: the bias, then a weight per feature.
     """
     bias, *slopes = weights
-    return torch.sigmoid(features.double() @ torch.tensor(slopes, dtype=torch.float64) + bias)
+    return torch.sigmoid(features @ _as_tensor(slopes) + bias)
+
+
+def _as_tensor(values: Sequence[Any]) -> Tensor:
+    # Whatever torch's defaults are.
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -91,7 +91,7 @@ def fit_weights(features: Tensor, right: Tensor) -> list[float]:
         features: (N, F).
         right: (N,), whether each caption is right.
     """
-    features, right = features.double(), right.double()
+    right = right.double()
     # Standardized, so that the penalty is the same for each.
     means, scales = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs = torch.cat([torch.ones_like(features[:, :1]), (features - means) / scales], dim=1)
