@@ -765,7 +765,7 @@ def test_finished_run_has_a_confidence_also_if_killed_before_it(
 ) -> None:
     monkeypatch.setattr(loop, "MIN_PHOTOS", 5)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--epochs", "1", "--reward-epochs", "0")
+    options = ("--recipe", "seed", "--validation", "split", "--epochs", "1", "--reward-epochs", "0")
     assert train.main(arguments(whole, *options)) == 0
     assert "calibration error" in capsys.readouterr().out
     assert (whole / "reliability.png").exists()
@@ -782,6 +782,6 @@ def test_finished_run_has_a_confidence_also_if_killed_before_it(
 
 def test_few_validation_photos_give_no_confidence(arguments: MakeArguments, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train.main(arguments(run, "--epochs", "1", "--reward-epochs", "0")) == 0
+    assert train.main(arguments(run, "--recipe", "seed", "--epochs", "1")) == 0
     assert checkpoints.load(run / "checkpoint").confidence is None
     assert not (run / "reliability.png").exists()
