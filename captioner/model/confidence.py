@@ -26,7 +26,7 @@ _LEAST = 1e-4
 
 def num_features(config: ModelConfig) -> int:
     """Return F of ``confidence_features``."""
-    return 4 if config.evidence else 1
+    return 4 if config.evidence and config.num_detectors else 1
 
 
 def visual_ids(config: ModelConfig) -> set[int]:
@@ -50,7 +50,7 @@ def confidence_features(
         hypotheses: B captions.
     """
     likelihood = [float(each.log_probabilities.mean()) for each in hypotheses]
-    if not model.config.evidence:
+    if num_features(model.config) == 1:
         return _as_tensor([[value] for value in likelihood])
     logits = memory.evidence.float() + model.detectors.mean_logits
     log_odds = torch.logit(photo_probability(logits), eps=_LEAST).tolist()  # (B, D)
