@@ -111,7 +111,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score a checkpoint on photos with captions",
         description="Score generated captions against all references, with the given settings "
-        "and with the original report's decoding (greedy, no bans).",
+        "and with the original report's decoding (greedy, no bans), and how well the confidence "
+        "predicts which captions are right.",
     )
     evaluate.add_argument(
         "--data",
@@ -123,7 +124,10 @@ def _add_evaluate(commands: Any) -> None:
         "--limit", type=int, default=0, metavar="N", help="Maximum number of photos. 0 = all."
     )
     evaluate.add_argument(
-        "--json", type=user_path, metavar="FILE", help="Write scores and captions to FILE."
+        "--json",
+        type=user_path,
+        metavar="FILE",
+        help="Write scores, reliability and captions to FILE.",
     )
     evaluate.add_argument(
         "--sheet",

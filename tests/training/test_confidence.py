@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_two_thirds_of_the_visual_words_make_a_caption_right(
 
 def test_visual_words_have_a_detector_or_name_a_class() -> None:
     vocabulary = Vocabulary([*SPECIALS, "dog", "runs", "a", "siamese", "the"])
-    config = {"vocabulary_size": len(vocabulary), "encoder_channels": 8}
+    config: dict[str, Any] = {"vocabulary_size": len(vocabulary), "encoder_channels": 8}
     plain = ModelConfig(**config)
     assert visual_words(plain, vocabulary) == {"dog", "runs", "siamese"}
     best = ModelConfig(**config, num_detectors=2, class_names=[[4], [7]])
