@@ -59,7 +59,7 @@ def test_visual_words_have_a_detector_or_name_a_class() -> None:
     config: dict[str, Any] = {"vocabulary_size": len(vocabulary), "encoder_channels": 8}
     plain = ModelConfig(**config)
     assert visual_words(plain, vocabulary) == {"dog", "runs", "siamese"}
-    best = ModelConfig(**config, num_detectors=2, class_names=[[4], [7]])
+    best = ModelConfig(**config, num_detectors=2, class_names=[[4], [7]], classifier_channels=3)
     assert visual_words(best, vocabulary) == {"dog", "runs", "siamese"}
     assert visual_words(ModelConfig(**config, num_detectors=1), vocabulary) == {"dog"}
 
