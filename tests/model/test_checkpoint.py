@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError, WriteError
 from captioner.model.checkpoint import Checkpoint, load, save
+from captioner.model.confidence import num_features
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder
 from captioner.model.vocabulary import SPECIALS, Vocabulary
@@ -59,7 +60,7 @@ def _make(encoder: Encoder, options: dict[str, Any], seed: int = 0) -> Checkpoin
         encoder.spec(),
         {"recipe": "best", "data": ["photos/flickr8k"], "learning_rate": 1e-3},
         {"epoch": 3, "val_loss": 2.718281, "CIDEr": 55.512},
-        [0.5, -1.25],
+        [0.5] * (1 + num_features(config)),
     )
 
 
