@@ -39,7 +39,13 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         page = viewer.AttentionViewer(viewer.View(first.caption, examples=handlers.examples))
         with gr.Accordion("How it works", open=False):
             checkpoint = captioner.checkpoint
-            gr.Markdown(viewer.how_it_works(checkpoint.model.config, checkpoint.encoder))
+            gr.Markdown(
+                viewer.how_it_works(
+                    checkpoint.model.config,
+                    checkpoint.encoder,
+                    has_confidence=checkpoint.confidence is not None,
+                )
+            )
         with gr.Accordion("Training data and limits", open=False, elem_id="card"):
             gr.Markdown(captioner.card)
         file = gr.File(visible=False)

@@ -311,6 +311,8 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
     for name, value in result.scores.items():
         digits = 4 if name in ("repetition", "distinct_captions") else 1
         print(f"{name:18} {value:16.{digits}f} {result.report_scores[name]:16.{digits}f}")
+    if result.reliability is not None:
+        print(result.reliability)
 
 
 def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:

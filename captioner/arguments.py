@@ -60,10 +60,11 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
         "--output",
         type=user_path,
         metavar="TABLE",
-        help="Write photo, filename, caption, log_probability and error to captions.csv, to "
-        "captions.jsonl (JSON Lines), or as Parquet files into a folder such as captions.parquet. "
-        "photo is the path as given, or the row number in the split of --data; filename is the "
-        "photo's name there.",
+        help="Write photo, filename, caption, log_probability, confidence and error to "
+        "captions.csv, to captions.jsonl (JSON Lines), or as Parquet files into a folder such as "
+        "captions.parquet. photo is the path as given, or the row number in the split of --data; "
+        "filename is the photo's name there; confidence is the probability that people would use "
+        "two thirds of the caption's words for what the photo shows.",
     )
     table.add_argument(
         "--data",
@@ -110,7 +111,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score a checkpoint on photos with captions",
         description="Score generated captions against all references, with the given settings "
-        "and with the original report's decoding (greedy, no bans).",
+        "and with the original report's decoding (greedy, no bans), and how well the confidence "
+        "predicts which captions are right.",
     )
     evaluate.add_argument(
         "--data",
@@ -122,7 +124,10 @@ def _add_evaluate(commands: Any) -> None:
         "--limit", type=int, default=0, metavar="N", help="Maximum number of photos. 0 = all."
     )
     evaluate.add_argument(
-        "--json", type=user_path, metavar="FILE", help="Write scores and captions to FILE."
+        "--json",
+        type=user_path,
+        metavar="FILE",
+        help="Write scores, reliability and captions to FILE.",
     )
     evaluate.add_argument(
         "--sheet",

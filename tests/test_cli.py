@@ -25,6 +25,7 @@ from captioner import Captioner, DecodingOptions, __version__, images
 from captioner.__main__ import _COMMANDS, _to_json, main
 from captioner.arguments import build_parser
 from captioner.inference.heatmaps import HeatmapFolder
+from captioner.model import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
@@ -597,9 +598,29 @@ def test_evaluate_prints_scores_and_writes_captions_and_sheet(
     assert record["conditions"]["references_per_photo"] == 5
     assert record["conditions"]["photos"] == len(record["photos"])
     assert all(photo["caption"] and photo["references"] for photo in record["photos"])
+    assert record["confidence"] is None
     Image.open(picture).verify()
     assert main(arguments) == 0
     assert json.loads(out.read_text()) == record
+
+
+def test_evaluate_measures_the_confidence_that_the_checkpoint_has(
+    captioner: Captioner, parquet_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.save(
+        tmp_path / "sure", dataclasses.replace(captioner.checkpoint, confidence=[20.0, 0.0])
+    )
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "--data", str(parquet_folder), "--checkpoint", str(tmp_path / "sure")]
+    arguments += ["--cache", str(tmp_path / "cache"), "--json", str(out), "--limit", "4"]
+    assert main(arguments) == 0
+    assert "Brier score" in capsys.readouterr().out
+    found = json.loads(out.read_text())["confidence"]
+    # Certain of each caption: it errs as often as they are wrong.
+    assert found["bins"][9]["photos"] == 4
+    wrong = 1 - found["base_rate"]
+    assert found["brier"] == pytest.approx(wrong, abs=1e-4)
+    assert found["calibration_error"] == pytest.approx(wrong, abs=1e-4)
 
 
 def test_evaluate_names_the_splits_if_one_is_unknown(

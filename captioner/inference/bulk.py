@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         ("filename", pa.string()),  # its name without folders, or its name in the data
         ("caption", pa.string()),
         ("log_probability", pa.float32()),
+        ("confidence", pa.float32()),  # that the caption is right; none if the model has none
         ("error", pa.string()),  # why there is no caption
     ]
 )
@@ -78,9 +79,13 @@ def _caption(
         for path, data in zip(rows["path"], rows["data"], strict=True)
     ]
     results = [
-        {"caption": None, "log_probability": None, "error": str(result)}
+        {"error": str(result)}
         if isinstance(result, ImageError)
-        else {"caption": result.text, "log_probability": result.log_probability, "error": None}
+        else {
+            "caption": result.text,
+            "log_probability": result.log_probability,
+            "confidence": result.confidence,
+        }
         for result in captioner.caption_each(photos, options)
     ]
     names = zip(rows["photo"], rows["filename"], strict=True)

@@ -206,6 +206,10 @@ class Caption:
         sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0). Samples
             are independent, so two may be equal. They are sorted by score, like the beams of a
             search, and their probabilities and scores are those before the temperature.
+        confidence: the probability that the best caption is right: that people who described the
+            photo used at least two thirds of the words that it names things with. None for
+            sampled captions, for those with given words and for scored texts, and if the
+            checkpoint has none. Calibrated for the default decoding.
     """
 
     beams: tuple[Beam, ...]
@@ -213,6 +217,7 @@ class Caption:
     given: tuple[int, ...] = ()
     language: str = DEFAULT_LANGUAGE
     sampled: bool = False
+    confidence: float | None = None
 
     @property
     def text(self) -> str:
@@ -240,6 +245,7 @@ class Caption:
             "text": self.text,
             "language": self.language,
             "sampled": self.sampled,
+            "confidence": self.confidence,
             "size": list(self.size),
             "given": list(self.given),
             "beams": [beam.to_dict() for beam in self.beams],
@@ -249,7 +255,8 @@ class Caption:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the output of ``to_dict``, so that a caption can be drawn without its model.
 
-        ``language`` and ``sampled`` may be missing: earlier versions did not write them.
+        ``language``, ``sampled`` and ``confidence`` may be missing: earlier versions did not write
+        them.
 
         Raises:
             DataError: ``values`` are not the JSON of a caption.
@@ -274,8 +281,11 @@ class Caption:
             sampled = values.get("sampled", False)
             if not isinstance(sampled, bool):
                 raise ValueError("expected true or false for sampled")
+            confidence = values.get("confidence")
+            if confidence is not None:
+                confidence = _number(confidence, 0, 1)
         except KeyError as error:
             raise DataError(f"this is not the JSON of a caption: it lacks {error}") from error
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
-        return cls(beams, (width, height), given, language, sampled)
+        return cls(beams, (width, height), given, language, sampled, confidence)

@@ -11,9 +11,9 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.model import checkpoint as checkpoints
+from captioner.model.confidence import confidence_features, confidence_of
 from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
 from captioner.model.search import Hypothesis, beam_search, decode
@@ -33,6 +34,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED_CHECKPOINT = _PACKAGE / "shipped"
 if not SHIPPED_CHECKPOINT.is_dir():
     SHIPPED_CHECKPOINT = _PACKAGE.parent / "assets" / "checkpoint"
+# The beams of each photo, and the confidence in the best one.
+_Found: TypeAlias = Iterable[tuple[list[Hypothesis], float | None]]
 _MAX_SCORED_LENGTH = 200  # words, with <bos> and <eos>
 
 
@@ -178,9 +181,11 @@ class Captioner:
         prefix = self._prefix_ids(options)
         bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
 
-        def search(features: Tensor) -> list[list[Hypothesis]]:
+        given, sampled = tuple(range(len(prefix))), options.temperature > 0
+
+        def search(features: Tensor) -> _Found:
             state, memory = self._decoder.start(features)
-            return decode(
+            found = decode(
                 self._decoder.step,
                 state,
                 memory,
@@ -188,8 +193,13 @@ class Captioner:
                 prefix=prefix,
                 bad_endings=bad_endings,
             )
+            weights = self.checkpoint.confidence
+            if weights is None or given or sampled:
+                return zip(found, itertools.repeat(None), strict=False)
+            best = [beams[0] for beams in found]
+            inputs = confidence_features(self._decoder, memory, best)
+            return zip(found, confidence_of(inputs, weights).tolist(), strict=True)
 
-        given, sampled = tuple(range(len(prefix))), options.temperature > 0
         return [
             result
             if isinstance(result, ImageError)
@@ -216,12 +226,13 @@ class Captioner:
         if not ids:
             raise ConfigError("the caption has no words: write at least one")
 
-        def search(features: Tensor) -> list[list[Hypothesis]]:
+        def search(features: Tensor) -> _Found:
             state, memory = self._decoder.start(features)
             forced = [*ids, EOS]
-            return beam_search(
+            (beams,) = beam_search(
                 self._decoder.step, state, memory, beam_size=1, max_steps=len(forced), prefix=forced
             )
+            return [(beams, None)]
 
         (caption,) = self._run([photo], search)
         if isinstance(caption, ImageError):
@@ -259,7 +270,7 @@ class Captioner:
     def _run(
         self,
         photos: Sequence[Photo | EncodedPhoto],
-        search: Callable[[Tensor], list[list[Hypothesis]]],
+        search: Callable[[Tensor], _Found],
     ) -> list[Caption | ImageError]:
         """Open, encode, search, translate: one photo on all cores, several in a batch per core."""
         if len(photos) == 1:
@@ -302,22 +313,27 @@ class Captioner:
     def _caption_in_thread(
         self,
         photos: Sequence[Photo | EncodedPhoto],
-        search: Callable[[Tensor], list[list[Hypothesis]]],
+        search: Callable[[Tensor], _Found],
     ) -> list[Caption | ImageError]:
         """Encode, search and translate photos in this thread."""
         encoded = self._encode(photos)
         cells = [each.cells for each in encoded if isinstance(each, EncodedPhoto)]
-        hypotheses = iter(search(torch.stack(cells)) if cells else ())
-        return [
-            each
-            if isinstance(each, ImageError)
-            else Caption(
-                tuple(self._beam(hypothesis) for hypothesis in next(hypotheses)),
-                each.size,
-                language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
+        found = iter(search(torch.stack(cells)) if cells else ())
+        results: list[Caption | ImageError] = []
+        for each in encoded:
+            if isinstance(each, ImageError):
+                results.append(each)
+                continue
+            hypotheses, confidence = next(found)
+            results.append(
+                Caption(
+                    tuple(map(self._beam, hypotheses)),
+                    each.size,
+                    language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
+                    confidence=confidence,
+                )
             )
-            for each in encoded
-        ]
+        return results
 
     def _beam(self, hypothesis: Hypothesis) -> Beam:
         """Translate one hypothesis, whose last id is ``<eos>``."""

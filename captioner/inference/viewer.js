@@ -388,12 +388,22 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     }, 900);
   }
 
+  // How likely the best caption is right, in words; given words and samples have no confidence.
+  function drawConfidence() {
+    const { confidence } = value.caption;
+    find(".confidence").hidden &&= confidence == null; // once shown, the line stays: nothing moves
+    const level = ["A guess", "Unsure", "Fairly sure", "Sure"][Math.min(Math.floor(4 * confidence), 3)];
+    const share = clamp(Math.round(10 * confidence), 1, 9);
+    find(".confidence").textContent = confidence == null || beam > 0 ? "" : `${level}: about ${share} in 10 captions like this are right`;
+  }
+
   // Shows one of the captions, starting with `word` or the content word with the most focused map.
   function choose(at, word) {
     stop();
     beam = at;
     selection = new Set();
     find(".words").replaceChildren(...items().map(wordButton));
+    drawConfidence();
     buildBeams();
     buildCells();
     find(".position").max = items().length - 1;

@@ -19,6 +19,7 @@ from captioner.environment import cache_access, torch_defaults
 from captioner.errors import CaptionerError, CheckpointError, first_line, hub_reason
 from captioner.files import atomic_dir
 from captioner.model.card import model_card
+from captioner.model.confidence import num_features
 from captioner.model.decoder import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 
@@ -57,6 +58,7 @@ class Checkpoint:
         encoder: the encoder's ``spec()``: name, transform, channels, grid, SHA-256 of its weights.
         recipe: the settings it was trained with.
         metrics: validation scores.
+        confidence: the weights for ``confidence_of``, or None.
     """
 
     model: CaptionModel
@@ -65,6 +67,7 @@ class Checkpoint:
     encoder: dict[str, Any]
     recipe: dict[str, Any]
     metrics: dict[str, Any]
+    confidence: list[float] | None = None
 
     @property
     def card(self) -> str:
@@ -117,6 +120,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "encoder": checkpoint.encoder,
         "recipe": checkpoint.recipe,
         "metrics": checkpoint.metrics,
+        "confidence": checkpoint.confidence,
     }
     with atomic_dir(folder, f"the checkpoint {folder}") as partial:
         (partial / WEIGHTS).write_bytes(weights)
@@ -194,6 +198,9 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
             f"{path} is damaged: an encoder of {config['encoder']['channels']} channels for a "
             f"model of {model_config.encoder_channels}"
         )
+    confidence = config.get("confidence")
+    if confidence is not None:
+        _check_confidence(confidence, 1 + num_features(model_config), path)
     # On "meta" it takes no memory; the weights' shapes are checked before any is allocated.
     with torch.device("meta"):
         model = CaptionModel(model_config)
@@ -205,6 +212,7 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
         config["encoder"],
         config["recipe"],
         config["metrics"],
+        confidence,
     )
 
 
@@ -274,6 +282,18 @@ def _check_fields(values: dict[str, Any], kinds: dict[str, type], path: Path) ->
             raise CheckpointError(f"{path} is damaged: it lacks {field!r}")
         if type(values[field]) is not kind:
             raise CheckpointError(f"{path} is damaged: {field!r} is of the wrong type")
+
+
+def _check_confidence(values: Any, length: int, path: Path) -> None:
+    """Raise unless ``values`` are as many numbers as the model's confidence has weights."""
+    if type(values) is not list or len(values) != length:
+        raise CheckpointError(f"{path} is damaged: 'confidence' is not a list of {length} numbers")
+    for value in values:
+        # Within the limits no sum of products overflows.
+        if type(value) not in (int, float) or not -1e6 < value < 1e6:
+            raise CheckpointError(
+                f"{path} is damaged: {reprlib.repr(value)} in 'confidence' is out of range"
+            )
 
 
 def _load_weights(model: CaptionModel, path: Path, sha256: str) -> None:

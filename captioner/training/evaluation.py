@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -18,11 +19,13 @@ from captioner.data.features import cache_features
 from captioner.data.sources import CaptionedPhotos, load_captions
 from captioner.environment import torch_defaults
 from captioner.model.checkpoint import Checkpoint
+from captioner.model.confidence import confidence_features, confidence_of
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import choose_device, load_encoder
 from captioner.model.fast import FusedForward
 from captioner.model.search import decode
 from captioner.model.vocabulary import Vocabulary
+from captioner.training.confidence import Reliability, are_right, visual_words
 from captioner.training.metrics import score_cleaned_captions
 
 
@@ -52,19 +55,24 @@ def write_captions(
     options: DecodingOptions,
     *,
     batch_size: int = 64,
-) -> list[str]:
-    """Return the caption that the model writes for each photo, as cleaned text."""
+) -> tuple[list[str], Tensor]:
+    """Return the caption that the model writes for each photo, as cleaned text.
+
+    Also returns (N, F), the ``confidence_features`` of each.
+    """
     model.eval()
     device = model.embedding.weight.device
     bad_endings = vocabulary.known_ids(BAD_ENDINGS)
-    texts = []
+    texts, features_of_texts = [], []
     for features, _ in tqdm(
         DataLoader(dataset, batch_size=batch_size), desc="captions", unit="batch", leave=False
     ):
         state, memory = model.start(features.to(device).float())
         results = decode(model.step, state, memory, options, bad_endings=bad_endings)
-        texts += [vocabulary.decode(beams[0].ids) for beams in results]
-    return texts
+        best = [beams[0] for beams in results]
+        texts += [vocabulary.decode(each.ids) for each in best]
+        features_of_texts.append(confidence_features(model, memory, best))
+    return texts, torch.cat(features_of_texts)
 
 
 def _display(texts: Sequence[str]) -> list[str]:
@@ -81,6 +89,7 @@ class Evaluation:
         cross_entropy: unsmoothed, in nats per token, over all references.
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
+        reliability: of the confidence in ``captions``, None if the checkpoint has no confidence.
         photos: the split.
         rows: of the readable photos in the split.
         names: of the readable photos.
@@ -93,6 +102,7 @@ class Evaluation:
     cross_entropy: float
     scores: dict[str, float]
     report_scores: dict[str, float]
+    reliability: Reliability | None
     photos: CaptionedPhotos
     rows: list[int]
     names: list[str]
@@ -109,7 +119,12 @@ class Evaluation:
             )
         ]
         fields = ("conditions", "cross_entropy", "scores", "report_scores")
-        return {**{name: getattr(self, name) for name in fields}, "photos": photos}
+        reliability = self.reliability and dataclasses.asdict(self.reliability)
+        return {
+            **{name: getattr(self, name) for name in fields},
+            "confidence": reliability,
+            "photos": photos,
+        }
 
 
 @torch_defaults()
@@ -142,8 +157,14 @@ def evaluate_checkpoint(
         features.array, features.readable, references, vocabulary, max_length=max_length
     )
     report = dataclasses.replace(DecodingOptions.plain_greedy(), max_length=max_length)
-    captions = write_captions(model, dataset, vocabulary, options)
-    report_captions = write_captions(model, dataset, vocabulary, report)
+    captions, confidence_inputs = write_captions(model, dataset, vocabulary, options)
+    report_captions, _ = write_captions(model, dataset, vocabulary, report)
+    reliability = None
+    if checkpoint.confidence is not None:
+        reliability = Reliability.of(
+            confidence_of(confidence_inputs, checkpoint.confidence),
+            are_right(captions, references, visual_words(model.config, vocabulary)),
+        )
     counts = sorted({len(texts) for texts in references})
     return Evaluation(
         conditions={
@@ -158,6 +179,7 @@ def evaluate_checkpoint(
         cross_entropy=cross_entropy_of(model, dataset),
         scores=score_cleaned_captions(captions, references),
         report_scores=score_cleaned_captions(report_captions, references),
+        reliability=reliability,
         photos=photos,
         rows=features.readable,
         names=[names[row] for row in features.readable],

@@ -32,10 +32,18 @@ from captioner.data.sources import parse_sources
 from captioner.distributed import DistributedContext, process_group
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, TrainingError
-from captioner.files import locked_dir, recover_dir
+from captioner.files import atomic_write, locked_dir, recover_dir
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import choose_device
 from captioner.model.words import detection_loss, photo_probability
+from captioner.training.confidence import (
+    MIN_PHOTOS,
+    Reliability,
+    are_right,
+    cross_fitted,
+    fit_weights,
+    visual_words,
+)
 from captioner.training.evaluation import cross_entropy_of, write_captions
 from captioner.training.logger import RECORD, MetricsLogger, write_record
 from captioner.training.metrics import score_cleaned_captions
@@ -335,7 +343,7 @@ def evaluate(state: TrainingState) -> dict[str, float]:
     options = dataclasses.replace(options, max_length=config.max_length)
     by_source = {}
     for source in data.sources:
-        captions = write_captions(state.eval_model, source.validation, data.vocabulary, options)
+        captions, _ = write_captions(state.eval_model, source.validation, data.vocabulary, options)
         by_source[source.name] = {
             "val_loss": cross_entropy_of(state.eval_model, source.validation),
             **score_cleaned_captions(captions, source.references),
@@ -395,6 +403,32 @@ def save_best(state: TrainingState) -> None:
     )
 
 
+def save_confidence(state: TrainingState) -> None:
+    """Fit the confidence of the best checkpoint on all validation photos, unless it has one.
+
+    Prints and plots how well confidences fitted on four fifths of the photos predict the rest.
+    """
+    folder = state.folder / "checkpoint"
+    best = checkpoints.load(folder)
+    if best.confidence is not None:  # the run was finished before
+        return
+    options = DecodingOptions(max_length=best.max_length)
+    visual = visual_words(best.model.config, best.vocabulary)
+    model = best.model.to(state.device)
+    features_by_source, right_by_source = [], []
+    for source in state.data.sources:
+        captions, features = write_captions(model, source.validation, best.vocabulary, options)
+        features_by_source.append(features)
+        right_by_source.append(are_right(captions, source.references, visual))
+    features, right = torch.cat(features_by_source), torch.cat(right_by_source)
+    if len(right) < MIN_PHOTOS:
+        return
+    reliability = Reliability.of(cross_fitted(features, right), right)
+    atomic_write(state.folder / "reliability.png", reliability.plot())
+    checkpoints.save(folder, dataclasses.replace(best, confidence=fit_weights(features, right)))
+    print(reliability, flush=True)
+
+
 class _SaveOnSignal:
     """Saves every two minutes; on SIGINT or SIGTERM saves and stops."""
 
@@ -441,7 +475,8 @@ def fit(
     """Train a decoder and keep the best epoch's checkpoint in ``folder / "checkpoint"``.
 
     Beside it: run.json (settings, versions, commit, metrics), metrics.csv, curves.png,
-    tensorboard/, and state/, from which ``resume`` continues, on any number of processes. Several
+    reliability.png, tensorboard/, and state/, from which ``resume`` continues, on any number of
+    processes. Several
     processes, started by torchrun, share the photos of each batch. All of them need access to
     ``folder`` and ``cache``; on several machines the features must already be cached.
 
@@ -480,6 +515,8 @@ def fit(
             processes.barrier()  # until all have read the files that the main process replaces
             record(state.rows)
         _train(state, record)
+        if processes.is_main:
+            save_confidence(state)
     return min(state.rows, key=lambda row: selection_loss(config, row))
 
 

@@ -43,12 +43,15 @@ def decoding_options(values: dict[str, Any]) -> DecodingOptions:
     return DecodingOptions.from_dict(values)
 
 
-def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
+def how_it_works(
+    config: ModelConfig, encoder: dict[str, Any], *, has_confidence: bool = False
+) -> str:
     """Explain the model in a few sentences of Markdown, with its real sizes.
 
     Args:
         config: the decoder's shape.
         encoder: the encoder's ``spec()``.
+        has_confidence: whether the page shows one with the caption.
     """
     rows, columns = encoder["grid"]
     size = encoder["transform"]["size"]
@@ -59,6 +62,12 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
     output = "the LSTM's state"
     if config.deep_output:
         output += ", the previous word and that mean"
+    confidence = (
+        "5. **Doubt.** The line under the caption estimates how likely it is right, from the "
+        "probabilities of its words and what the photo shows of them. A caption is right if "
+        "people who described the photo used at least two thirds of its words for things, looks "
+        "and actions."
+    )
     return "\n".join(
         [
             f"1. **See.** `{encoder['name']}`, trained on ImageNet and frozen, turns the whole "
@@ -74,5 +83,6 @@ def how_it_works(config: ModelConfig, encoder: dict[str, Any]) -> str:
             "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "
             "decoding (beam size 1) keeps one. The bans prevent repetition. Turn them off under "
             "*Search settings* to see what the model does without them.",
+            *[confidence] * has_confidence,
         ]
     )

@@ -90,6 +90,7 @@ def test_every_photo_gets_a_row_with_caption_or_error(
         "filename": "b.png",
         "caption": whole.text,
         "log_probability": pytest.approx(whole.log_probability, abs=1e-4),
+        "confidence": None,
         "error": None,
     }
     assert rows[f"{album}/deep/a.png"]["caption"] == captioner.caption(album / "deep/a.png").text

@@ -198,6 +198,7 @@ CAPTIONS = st.builds(
     st.lists(st.integers(0, 20), max_size=4).map(tuple),
     st.sampled_from(["en", "de-AT", "zh-Hant"]),
     st.booleans(),
+    st.none() | SHARES,
 )
 
 
@@ -216,7 +217,7 @@ def test_caption_round_trips_through_json(caption: Caption) -> None:
     back = Caption.from_dict(values)
 
     assert without_entropy(back.to_dict()) == without_entropy(values)
-    for name in ("text", "size", "given", "language", "sampled"):
+    for name in ("text", "size", "given", "language", "sampled", "confidence"):
         assert getattr(back, name) == getattr(caption, name)
     assert isinstance(back.given, tuple)
     assert isinstance(back.beams, tuple)
@@ -234,11 +235,13 @@ def test_given_defaults_to_empty() -> None:
     assert Caption.from_dict(caption.to_dict()).given == ()
 
 
-def test_from_dict_defaults_language_and_sampled() -> None:
-    values = Caption(CAPTION.beams, CAPTION.size, language="ar", sampled=True).to_dict()
-    assert (values.pop("language"), values.pop("sampled")) == ("ar", True)
+def test_from_dict_defaults_language_sampled_and_confidence() -> None:
+    caption = Caption(CAPTION.beams, CAPTION.size, language="ar", sampled=True, confidence=0.5)
+    values = caption.to_dict()
+    left_out = [values.pop(name) for name in ("language", "sampled", "confidence")]
+    assert left_out == ["ar", True, 0.5]
     caption = Caption.from_dict(values)
-    assert (caption.language, caption.sampled) == ("en", False)
+    assert (caption.language, caption.sampled, caption.confidence) == ("en", False, None)
 
 
 def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], object]:
@@ -305,6 +308,10 @@ WORD = ("beams", 0, "words", 0)
         put("sampled", value="no"),
         put("sampled", value=1),
         put("sampled", value=None),
+        put("confidence", value=1.5),
+        put("confidence", value=-0.1),
+        put("confidence", value=math.nan),
+        put("confidence", value="high"),
         put("given", value=3),
         put("beams", value=[]),
         put("beams", value=None),

@@ -276,6 +276,23 @@ def test_captions_do_not_depend_on_torch_defaults(
         assert np.allclose(one.attention, other.attention, atol=1e-4)
 
 
+def test_only_captions_found_by_search_have_a_confidence(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    # Of a checkpoint without detectors: bias and weight of the mean log-probability.
+    checkpoint = dataclasses.replace(captioner.checkpoint, confidence=[0.5, 2.0])
+    sure = Captioner(checkpoint, captioner.encoder)
+    assert captioner.caption(photos[0]).confidence is None
+    captions = sure.caption_batch(photos)
+    for photo, caption in zip(photos, captions, strict=True):
+        mean = caption.log_probability / (len(caption.words) + 1)
+        assert caption.confidence == pytest.approx(1 / (1 + np.exp(-0.5 - 2 * mean)), abs=1e-3)
+        assert sure.caption(photo).confidence == pytest.approx(caption.confidence, abs=1e-3)
+    for options in (DecodingOptions(prefix="a"), DecodingOptions(temperature=0.5)):
+        assert sure.caption(photos[0], options).confidence is None
+    assert sure.score(photos[0], captions[0].text).confidence is None
+
+
 def test_empty_batch_returns_no_captions(captioner: Captioner) -> None:
     assert captioner.caption_batch([]) == []
 

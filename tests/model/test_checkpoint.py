@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from captioner.config import ModelConfig
 from captioner.errors import CheckpointError, WriteError
 from captioner.model.checkpoint import Checkpoint, load, save
+from captioner.model.confidence import num_features
 from captioner.model.decoder import CaptionModel
 from captioner.model.encoder import Encoder
 from captioner.model.vocabulary import SPECIALS, Vocabulary
@@ -66,6 +67,7 @@ def _make(encoder: Encoder, options: dict[str, Any], seed: int = 0) -> Checkpoin
         encoder.spec(),
         {"recipe": "best", "data": ["photos/flickr8k"], "learning_rate": 1e-3},
         {"epoch": 3, "val_loss": 2.718281, "CIDEr": 55.512},
+        [0.5] * (1 + num_features(config)),
     )
 
 
@@ -110,6 +112,7 @@ def test_saved_checkpoint_loads_unchanged(
     assert loaded.max_length == 20
     assert loaded.recipe == saved.recipe
     assert loaded.metrics == saved.metrics
+    assert loaded.confidence == saved.confidence
     loaded.check_encoder(encoder.spec())
     state, expected = loaded.model.state_dict(), saved.model.state_dict()
     assert state.keys() == expected.keys()
@@ -376,11 +379,16 @@ def test_duplicate_field_is_rejected(folder: Path) -> None:
 
 def test_missing_field_is_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for field in config.keys() - {"format"}:
+    for field in config.keys() - {"format", "confidence"}:
         damaged = {name: value for name, value in config.items() if name != field}
         (folder / "config.json").write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(CheckpointError, match=f"lacks '{field}'"):
             load(folder)
+
+
+def test_checkpoint_without_confidence_loads(folder: Path) -> None:
+    _edit(folder, lambda config: config.pop("confidence"))
+    assert load(folder).confidence is None
 
 
 @pytest.mark.parametrize(
@@ -402,6 +410,13 @@ def test_missing_field_is_named(folder: Path) -> None:
         ("metrics", {"CIDEr": float("nan")}),
         ("metrics", {"CIDEr": 10**400}),
         ("weights_sha256", 7),
+        ("confidence", 0.5),
+        ("confidence", [0.5]),
+        ("confidence", [0.5, 1, 2]),
+        ("confidence", [0.5, "1"]),
+        ("confidence", [0.5, True]),
+        ("confidence", [0.5, float("nan")]),
+        ("confidence", [0.5, 10**400]),
     ],
 )
 def test_invalid_field_is_rejected(folder: Path, field: str, value: object) -> None:

@@ -27,6 +27,7 @@ from captioner.errors import ConfigError
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import load_encoder
 from captioner.model.fast import FusedForward
+from captioner.training import loop
 from captioner.training.setup import photos_per_epoch, prepare
 from tests.training.runs import assert_same_run, figures
 
@@ -754,3 +755,36 @@ def test_features_too_large_for_float16_are_refused(
     assert train.main(arguments(tmp_path / "run", *more)) == 2
     assert "float16" in _last_line(capsys)
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+# The confidence
+
+
+def test_finished_run_has_a_confidence_also_if_killed_before_it(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "MIN_PHOTOS", 5)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ("--recipe", "seed", "--validation", "split", "--epochs", "1", "--reward-epochs", "0")
+    assert train.main(arguments(whole, *options)) == 0
+    assert "calibration error" in capsys.readouterr().out
+    assert (whole / "reliability.png").exists()
+    assert checkpoints.load(whole / "checkpoint").confidence is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_confidence", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(arguments(killed, *options))
+    assert checkpoints.load(killed / "checkpoint").confidence is None
+    assert train.main(arguments(killed, *options, "--resume")) == 0
+    assert_same_run(whole, killed)
+
+
+def test_few_validation_photos_give_no_confidence(arguments: MakeArguments, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main(arguments(run, "--recipe", "seed", "--epochs", "1")) == 0
+    assert checkpoints.load(run / "checkpoint").confidence is None
+    assert not (run / "reliability.png").exists()

@@ -575,6 +575,13 @@ def test_how_it_works_changes_with_the_model() -> None:
     assert len({plain, mean, deep, query}) == 4
 
 
+def test_how_it_works_defines_a_right_caption_if_there_is_a_confidence() -> None:
+    config = ModelConfig(vocabulary_size=50, encoder_channels=8)
+    encoder = {"name": "tiny", "grid": [7, 7], "transform": {"size": 224}}
+    assert "two thirds" in viewer.how_it_works(config, encoder, has_confidence=True)
+    assert "two thirds" not in viewer.how_it_works(config, encoder)
+
+
 # Errors
 
 

@@ -130,7 +130,7 @@ def test_wide_screen_shows_photo_words_and_panel_without_scrolling(
         open_page(f"__theme=light&example={example}")
         expect_no_bands(page)
         expect_on_the_first_screen(page, *STAGE)
-        photo, panel, words = (box(page, each) for each in (".frame", ".panel", ".words"))
+        photo, panel, words = (box(page, each) for each in (".frame", ".panel", ".caption"))
         # The panel is beside the photo, and the words right above it.
         assert panel["left"] >= photo["right"]
         assert abs(panel["top"] - photo["top"]) < 20
@@ -153,7 +153,7 @@ def test_phone_shows_photo_and_words_without_scrolling(
         open_page(f"__theme=light&example={example}")
         expect_no_bands(page)
         expect_on_the_first_screen(page, ".frame", ".word")
-        photo, words, panel = (box(page, each) for each in (".frame", ".words", ".panel"))
+        photo, words, panel = (box(page, each) for each in (".frame", ".caption", ".panel"))
         assert words["top"] >= photo["bottom"]
         assert 0 <= panel["top"] - words["bottom"] < 20
         assert box(page, ".word-title")["top"] - words["bottom"] < 30

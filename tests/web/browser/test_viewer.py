@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import statistics
 from collections.abc import Callable, Iterator
@@ -272,6 +273,39 @@ def test_captions_show_their_ranking_score(visit: Page, captioner: Captioner) ->
     expect(visit.locator(".beams-title")).to_have_text("Sampled captions")
     expect(visit.locator(".ranking")).to_contain_text("drawn at random")
     expect_numbers(DecodingOptions(temperature=1.0, samples=3))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "text"),
+    [
+        (1.0, "Sure: about 9 in 10 captions like this are right"),
+        (0.75, "Sure: about 8 in 10 captions like this are right"),
+        (0.74, "Fairly sure: about 7 in 10 captions like this are right"),
+        (0.3, "Unsure: about 3 in 10 captions like this are right"),
+        (0.0, "A guess: about 1 in 10 captions like this are right"),
+    ],
+)
+def test_confidence_of_the_best_caption_is_one_line_of_words(
+    open_standalone: Callable[[View], Page], confidence: float, text: str
+) -> None:
+    (beam,) = KNOWN.caption.beams
+    caption = dataclasses.replace(KNOWN.caption, beams=(beam, beam), confidence=confidence)
+    page = open_standalone(dataclasses.replace(KNOWN, caption=caption))
+    page.set_viewport_size({"width": 360, "height": 640})
+    line = page.locator(".confidence")
+    expect(line).to_have_text(text)
+    place = "node => [node.offsetTop, node.offsetHeight]"
+    before = line.evaluate(place)
+    assert before[1] < 24
+    page.locator(".beam").nth(1).click()
+    expect(line).to_have_text("")  # nothing is known of the others
+    assert line.evaluate(place) == before
+
+
+def test_caption_without_confidence_has_no_line_for_it(
+    open_standalone: Callable[[View], Page],
+) -> None:
+    expect(open_standalone(KNOWN).locator(".confidence")).to_be_hidden()
 
 
 def look(page: Page, at: int) -> tuple[str, str]:
