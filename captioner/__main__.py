@@ -311,6 +311,9 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
     for name, value in result.scores.items():
         digits = 4 if name in ("repetition", "distinct_captions") else 1
         print(f"{name:18} {value:16.{digits}f} {result.report_scores[name]:16.{digits}f}")
+    if result.invented_people is not None:
+        captions, photos = result.invented_people
+        print(f"people in {captions} captions of the {photos} photos whose references mention none")
     if result.reliability is not None:
         print(result.reliability)
 

@@ -26,6 +26,7 @@ from captioner.__main__ import _COMMANDS, _to_json, main
 from captioner.arguments import build_parser
 from captioner.inference.heatmaps import HeatmapFolder
 from captioner.model import checkpoint as checkpoints
+from captioner.training.metrics import invented_people
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
@@ -599,9 +600,30 @@ def test_evaluate_prints_scores_and_writes_captions_and_sheet(
     assert record["conditions"]["photos"] == len(record["photos"])
     assert all(photo["caption"] and photo["references"] for photo in record["photos"])
     assert record["confidence"] is None
+    assert record["invented_people"] is None  # no reference mentions anybody
     Image.open(picture).verify()
     assert main(arguments) == 0
     assert json.loads(out.read_text()) == record
+
+
+def test_evaluate_counts_invented_people(
+    csv_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(csv_folder, folder)
+    with (folder / "captions.csv").open("a", encoding="utf-8") as file:
+        file.write("0.png,a child with a square\n")
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "--data", str(folder), "--split", "train", "--json", str(out)]
+    assert main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
+    record = json.loads(out.read_text())
+    captions = [photo["caption"] for photo in record["photos"]]
+    references = [photo["references"] for photo in record["photos"]]
+    people = record["invented_people"]
+    assert (people["captions"], people["photos"]) == invented_people(captions, references)
+    assert people["photos"] == len(captions) - 1
+    line = f"people in {people['captions']} captions of the {people['photos']} photos"
+    assert line in capsys.readouterr().out
 
 
 def test_evaluate_measures_the_confidence_that_the_checkpoint_has(

@@ -26,7 +26,7 @@ from captioner.model.fast import FusedForward
 from captioner.model.search import decode
 from captioner.model.vocabulary import Vocabulary
 from captioner.training.confidence import Reliability, are_right, visual_words
-from captioner.training.metrics import score_cleaned_captions
+from captioner.training.metrics import invented_people, score_cleaned_captions
 
 
 @torch.inference_mode()
@@ -89,6 +89,8 @@ class Evaluation:
         cross_entropy: unsmoothed, in nats per token, over all references.
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
+        invented_people: how many of ``captions`` mention people where no reference does, and how
+            many photos that could happen to; None if no reference mentions any: it is not English.
         reliability: of the confidence in ``captions``, None if the checkpoint has no confidence.
         photos: the split.
         rows: of the readable photos in the split.
@@ -102,6 +104,7 @@ class Evaluation:
     cross_entropy: float
     scores: dict[str, float]
     report_scores: dict[str, float]
+    invented_people: tuple[int, int] | None
     reliability: Reliability | None
     photos: CaptionedPhotos
     rows: list[int]
@@ -120,8 +123,10 @@ class Evaluation:
         ]
         fields = ("conditions", "cross_entropy", "scores", "report_scores")
         reliability = self.reliability and dataclasses.asdict(self.reliability)
+        people = self.invented_people
         return {
             **{name: getattr(self, name) for name in fields},
+            "invented_people": people and dict(zip(("captions", "photos"), people, strict=True)),
             "confidence": reliability,
             "photos": photos,
         }
@@ -165,6 +170,7 @@ def evaluate_checkpoint(
             confidence_of(confidence_inputs, checkpoint.confidence),
             are_right(captions, references, visual_words(model.config, vocabulary)),
         )
+    people = invented_people(captions, references)
     counts = sorted({len(texts) for texts in references})
     return Evaluation(
         conditions={
@@ -179,6 +185,7 @@ def evaluate_checkpoint(
         cross_entropy=cross_entropy_of(model, dataset),
         scores=score_cleaned_captions(captions, references),
         report_scores=score_cleaned_captions(report_captions, references),
+        invented_people=people if people[1] < len(references) else None,
         reliability=reliability,
         photos=photos,
         rows=features.readable,

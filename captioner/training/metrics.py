@@ -1,4 +1,4 @@
-"""Scores of captions against references: BLEU, CIDEr-D, ROUGE-L, and repetition.
+"""Scores of captions against references: BLEU, CIDEr-D, ROUGE-L, repetition, invented people.
 
 Everything is in the usual scale of papers: BLEU, CIDEr and ROUGE x 100. The numbers equal
 coco-caption's on the same words. Texts are cleaned (see ``vocabulary.clean``) and not truncated;
@@ -23,6 +23,13 @@ Ngram: TypeAlias = tuple[str, ...]
 _MAX_ORDER = 4
 _SIGMA = 6.0  # of CIDEr-D's length penalty
 _BETA = 1.2  # of ROUGE-L's F-measure: recall counts 1.44 times as much as precision
+# fmt: off
+_PEOPLE = frozenset((
+    "man", "men", "woman", "women", "boy", "boys", "girl", "girls", "child", "children", "kid",
+    "kids", "person", "persons", "people", "baby", "babies", "toddler", "lady", "ladies", "guy",
+    "guys", "player", "players", "crowd", "someone",
+))
+# fmt: on
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -149,6 +156,24 @@ def repetition(texts: Sequence[str]) -> float:
         trigrams = list(zip(words, words[1:], words[2:], strict=False))
         num_repetitive += repeats_word or len(set(trigrams)) < len(trigrams)
     return num_repetitive / max(len(texts), 1)
+
+
+def invented_people(
+    candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[int, int]:
+    """Count cleaned English captions that mention people where no reference does.
+
+    Object hallucination (Rohrbach et al. 2018, CHAIR), of what captioners invent most.
+
+    Returns:
+        the number of such captions, and of photos whose references mention nobody.
+    """
+    without = [
+        candidate
+        for candidate, texts in zip(candidates, references, strict=True)
+        if _PEOPLE.isdisjoint(word for text in texts for word in text.split())
+    ]
+    return sum(not _PEOPLE.isdisjoint(text.split()) for text in without), len(without)
 
 
 def score_captions(

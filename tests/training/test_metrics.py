@@ -13,7 +13,14 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captioner.errors import DataError
-from captioner.training.metrics import CiderD, bleu, repetition, rouge_l, score_captions
+from captioner.training.metrics import (
+    CiderD,
+    bleu,
+    invented_people,
+    repetition,
+    rouge_l,
+    score_captions,
+)
 
 # Common words first, as in captions.
 WORDS = """a in the on man is and of with woman two dog white black boy shirt girl young wearing
@@ -270,6 +277,16 @@ def test_repetition_detects_repeated_words_and_trigrams(text: str, repeats: bool
 def test_repetition_is_a_share_of_captions() -> None:
     assert repetition(["a a dog", "a dog", "dog dog dog dog", "a cat"]) == 0.5
     assert repetition([]) == 0
+
+
+def test_invented_people_are_those_that_no_reference_mentions() -> None:
+    references = [["a dog", "two women and a dog"], ["a dog"], ["an empty room"], ["a cat"]]
+
+    captions = ["a man with a dog", "a boy with a dog", "a manly room", "people and a cat"]
+
+    assert invented_people(captions, references) == (2, 3)
+    assert invented_people(["a dog"] * 4, references) == (0, 3)
+    assert invented_people(captions[:1], references[:1]) == (0, 0)
 
 
 def test_variety_matches_hand_computation() -> None:
