@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioner.config import DEFAULT_LANGUAGE, split_share
 
-_FLICKR_SCENES = "It was trained on everyday snapshots, many of people and dogs outdoors. "
+# What the data sets that shipped checkpoints learned from show, by a part of their names.
+_SCENES = {
+    "flickr": "snapshots, many of people and dogs outdoors",
+    "everyday": "photos of rooms, food, things, vehicles, animals and buildings",
+}
+_OTHER_SCENES = "It knows scenes like those of its training photos. "
+_EVERYDAY_CAPTIONS = (
+    "The captions of `everyday` were written by a language model that saw each photo, not by "
+    "people. "
+)
+_NAMES = (
+    "It can also name what its backbone recognizes, which knows ImageNet's 1,000 classes and "
+    "confuses similar ones. "
+)
+_CONFIDENCE = "Its confidence was calibrated on the validation photos and may mislead on others. "
 _FLICKR_TERMS = (
     "The photos of Flickr8k and Flickr30k belong to their owners on Flickr; the data sets are "
     "released for research and education. Use this checkpoint under the same terms. "
 )
-_OTHER_SCENES = "It knows only scenes like those of its training photos. "
 _OTHER_TERMS = "The terms of the photos and captions that it was trained on apply. "
 
 
@@ -24,12 +37,20 @@ def model_card(
     max_length: int,
     recipe: Mapping[str, Any],
     metrics: Mapping[str, float],
+    has_names: bool,
+    has_confidence: bool,
 ) -> str:
-    """Return the model card of a checkpoint; see ``Checkpoint`` for the arguments."""
+    """Return the model card of a checkpoint; see ``Checkpoint`` for most arguments.
+
+    ``has_names`` says whether a caption can name what the backbone recognizes, ``has_confidence``
+    whether the checkpoint has a calibrated confidence.
+    """
     language = recipe.get("language", DEFAULT_LANGUAGE)
     kind = "an English caption" if language == "en" else f"a caption (language: {language})"
-    is_flickr = ["flickr" in source.lower() for source in recipe["data"]]
-    scenes = _FLICKR_SCENES if all(is_flickr) else _OTHER_SCENES
+    names = [split_share(source)[0].lower() for source in recipe["data"]]
+    is_flickr = ["flickr" in name for name in names]
+    knows = _knowledge(names) + _NAMES * has_names
+    doubt = _CONFIDENCE * has_confidence
     terms = _FLICKR_TERMS * any(is_flickr) + _OTHER_TERMS * (not all(is_flickr))
     means = " The first ones are means over the sources." if len(is_flickr) > 1 else ""
     numbers = [f"| {_score_name(name)} | {value:.4g} |" for name, value in metrics.items()]
@@ -56,8 +77,8 @@ def model_card(
             "",
             "## Limits",
             "",
-            f"{scenes}It describes anything else as the most similar thing it knows, with "
-            "confidence. It miscounts, mixes up colors, guesses people's sex and age from looks, "
+            f"{knows}It describes anything else as the most similar thing that it knows. {doubt}"
+            "It miscounts, mixes up colors, guesses people's sex and age from looks, "
             "and repeats the assumptions of its training captions. Don't use it to identify or "
             "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
             "attended for a word; it doesn't prove that the word came from there.",
@@ -79,6 +100,15 @@ def model_card(
             "",
         ]
     )
+
+
+def _knowledge(names: Sequence[str]) -> str:
+    """Return what the sources of these lower-case names taught."""
+    known = [next((scene for part, scene in _SCENES.items() if part in name), "") for name in names]
+    if not all(known):
+        return _OTHER_SCENES
+    text = f"It was trained on {' and on '.join(dict.fromkeys(known))}. "
+    return text + _EVERYDAY_CAPTIONS * ("everyday" in names)
 
 
 def _source_name(source: str) -> str:

@@ -79,6 +79,8 @@ class Checkpoint:
             max_length=self.max_length,
             recipe=self.recipe,
             metrics=self.metrics,
+            has_names=bool(self.model.config.class_names),
+            has_confidence=self.confidence is not None,
         )
 
     def check_encoder(self, spec: dict[str, Any]) -> None:

@@ -196,6 +196,25 @@ def test_card_names_all_sources(folder: Path) -> None:
     assert "The terms of the photos" not in checkpoint.card
 
 
+def test_card_says_what_the_checkpoint_knows(folder: Path, encoder: Encoder) -> None:
+    checkpoint = dataclasses.replace(load(folder), confidence=None)
+    assert "people and dogs" in checkpoint.card
+    for text in ("language model", "ImageNet's 1,000 classes", "Its confidence"):
+        assert text not in checkpoint.card
+    both = dataclasses.replace(
+        _make(encoder, RECOGNIZING),
+        recipe={**checkpoint.recipe, "data": ["flickr8k", "everyday=0.3"]},
+        confidence=[0.0] * 5,
+    )
+    for text in (
+        "people and dogs outdoors and on photos of rooms",
+        "language model",
+        "ImageNet's 1,000 classes",
+        "Its confidence",
+    ):
+        assert text in both.card
+
+
 # Written whole, or not at all
 
 
