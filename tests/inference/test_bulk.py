@@ -37,7 +37,8 @@ def table(output: Path) -> dict[str, Row]:
                 {name: value or None for name, value in row.items()} for row in csv.DictReader(file)
             ]
         for row in rows:
-            row["log_probability"] = row["log_probability"] and float(row["log_probability"])
+            for name in ("log_probability", "confidence"):
+                row[name] = row[name] and float(row[name])
     elif output.suffix == ".jsonl":
         rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     else:
@@ -50,7 +51,8 @@ def rounded(output: Path) -> dict[str, Row]:
     """Return the rows with what batches of any size have in common of the numbers."""
     rows = table(output)
     for row in rows.values():
-        row["log_probability"] = row["log_probability"] and round(row["log_probability"], 3)
+        for name in ("log_probability", "confidence"):
+            row[name] = row[name] and round(row[name], 3)
     return rows
 
 
@@ -90,7 +92,7 @@ def test_every_photo_gets_a_row_with_caption_or_error(
         "filename": "b.png",
         "caption": whole.text,
         "log_probability": pytest.approx(whole.log_probability, abs=1e-4),
-        "confidence": None,
+        "confidence": pytest.approx(whole.confidence, abs=1e-4),
         "error": None,
     }
     assert rows[f"{album}/deep/a.png"]["caption"] == captioner.caption(album / "deep/a.png").text
