@@ -449,8 +449,9 @@ def test_ray_output_equals_local_output(
     alone, spread = table(outputs["local"]), table(outputs["ray"])
     assert alone.keys() == spread.keys()
     for photo, row in alone.items():
-        likely = pytest.approx(row.pop("log_probability"), abs=1e-4)
-        assert spread[photo].pop("log_probability") == likely
+        for name in ("log_probability", "confidence"):
+            value = row.pop(name)
+            assert spread[photo].pop(name) == (value and pytest.approx(value, abs=1e-4))
         assert spread[photo] == row
     assert len(list(outputs["ray"].glob("*.parquet"))) >= 5
 
