@@ -90,7 +90,7 @@ class Evaluation:
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
         invented_people: how many of ``captions`` mention people where no reference does, and how
-            many photos that could happen to; None if no reference mentions any: it is not English.
+            many photos have no such reference; None if that is all of them, as in other languages.
         reliability: of the confidence in ``captions``, None if the checkpoint has no confidence.
         photos: the split.
         rows: of the readable photos in the split.
@@ -126,7 +126,7 @@ class Evaluation:
         people = self.invented_people
         return {
             **{name: getattr(self, name) for name in fields},
-            "invented_people": people and dict(zip(("captions", "photos"), people, strict=True)),
+            "invented_people": people and {"captions": people[0], "photos": people[1]},
             "confidence": reliability,
             "photos": photos,
         }
