@@ -24,7 +24,9 @@ SCORES = {
     **{name: name for name in ("BLEU-1", "BLEU-4", "CIDEr", "ROUGE-L", "repetition", "epoch")},
     "cross-entropy": "val_loss",
     "words": "mean_length",
-    **{f"{name} {source}": f"{name} {source}" for name in ("BLEU-4", "CIDEr") for source in SOURCES},
+    **{
+        f"{name} {source}": f"{name} {source}" for name in ("BLEU-4", "CIDEr") for source in SOURCES
+    },
 }
 # Depend on the reader's files and machine.
 LOCAL_SETTINGS = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
