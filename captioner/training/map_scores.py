@@ -91,6 +91,8 @@ TESTS = {
     "hottest": "share of words whose hottest cell is in that quarter, %",
     "likeness": "cosine between the maps of one caption, x 100",
     "cells": "effective number of cells (perplexity), 1 to 49",
+    "deletion": "probability of the word while the hottest cells are blurred first, %; low is good",
+    "insertion": "the same while they are restored first in a blurred photo, %; high is good",
 }
 
 
@@ -193,14 +195,14 @@ def likeness(words: Sequence[WordMaps], name: str) -> WordValues | None:
     sums = np.zeros((index.max() + 1, directions.shape[1]))
     np.add.at(sums, index, directions)
     others = np.bincount(index)[index] - 1
-    kept = np.flatnonzero(others)
-    if not len(kept):
+    kept = others > 0
+    if not kept.any():
         return None
     mean = (sums[index] - directions)[kept] / others[kept, None]
     shuffled = _of_others(directions, photos, directions)
     return WordValues(
         photos[kept],
-        [words[row].kind for row in kept],
+        [word.kind for word, has_others in zip(words, kept, strict=True) if has_others],
         100 * (directions[kept] * mean).sum(axis=1),
         shuffled=None if shuffled is None else 100 * shuffled[kept],
     )

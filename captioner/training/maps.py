@@ -1,7 +1,7 @@
 """Tests of a checkpoint's maps on photos: do they point at what the words name?
 
-Two tests, each of the four maps of ``model/maps.py``: pointing at boxes, and focus on mosaics of
-four photos. Figures are ``map_scores``'s.
+Three tests, each of the four maps of ``model/maps.py``: pointing at boxes, focus on mosaics of four
+photos, and blurring the photo where a map is hottest. Figures are ``map_scores``'s.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from captioner.config import EOS, UNK
+from captioner.config import BOS, EOS, UNK
 from captioner.data.features import Features
 from captioner.data.sources import Box, CaptionedPhotos
 from captioner.model.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from captioner.training.map_scores import (
     MapScore,
     Pattern,
     WordMaps,
+    WordValues,
     effective_cells,
     hottest,
     likeness,
@@ -35,10 +37,14 @@ from captioner.training.map_scores import (
     shares,
     summarize,
 )
-from captioner.training.word_kinds import category_words, kind_of
+from captioner.training.word_kinds import WordKind, category_words, kind_of
 
 # Enough for intervals of a few points; each reading is 50 readings, one without each cell.
-_MAX_READ, _MAX_MOSAICS = 200, 100
+_MAX_READ, _MAX_MOSAICS, _MAX_BLURRED = 200, 100, 100
+# How many of the 49 cells are blurred, hottest first.
+_STEPS = (0, 3, 6, 12, 24, 49)
+# The blur's standard deviation, as a share of the photo's side: two thirds of a cell's width.
+_BLUR = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,8 +64,8 @@ class _Reader:
         ids = self.checkpoint.vocabulary.encode(text)
         return [*ids[: self.checkpoint.max_length - 2], EOS]
 
-    def words(self, cells: Tensor, text: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """Yield word and maps of each known word of a caption, given cells (P, C)."""
+    def words(self, cells: Tensor, text: str) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
+        """Yield place, word and maps of each known word of a caption, given cells (P, C)."""
         model, ids = self.checkpoint.model, self.ids(text)
         read = caption_maps(model, cells, ids)
         values = {
@@ -77,7 +83,20 @@ class _Reader:
                 for name, has in (("evidence", read.has_evidence), ("shown", read.has_detector))
                 if not has[place]
             }
-            yield word, {name: arrays[name][place] for name in MAPS if name not in lacking}
+            maps = {name: arrays[name][place] for name in MAPS if name not in lacking}
+            yield place, word, maps
+
+    @torch.inference_mode()
+    def probabilities(self, cells: Tensor, text: str, place: int) -> np.ndarray:
+        """Return the probability (N,) of one word of a caption, given cells (N, P, C)."""
+        model, ids = self.checkpoint.model, self.ids(text)
+        state, memory = model.start(cells)
+        logits = cells.new_zeros(())
+        for previous in [BOS, *ids[:place]]:
+            token_ids = torch.full((len(cells), 1), previous, device=cells.device)
+            logits, _, state = model.step(token_ids, state, memory)
+        values: np.ndarray = logits[:, 0].float().softmax(dim=-1)[:, ids[place]].cpu().numpy()
+        return values
 
 
 def score_maps(
@@ -121,6 +140,7 @@ def score_maps(
     scores += _point(mosaics, "focus", "people", shares, seed)
     scores += _point(mosaics, "hottest", "people", hottest, seed)
     scores += _describe(words, seed)
+    scores += _blur(reader, encoder, photos, features, own, seed)
     return scores
 
 
@@ -140,16 +160,21 @@ def _read(
     words = []
     numbers = itertools.count()
     for row, texts in tqdm(captions.items(), desc=f"maps of {name}", unit="photo", leave=False):
-        array = torch.from_numpy(np.array(features.array[row], dtype=np.float32))
-        cells = array.to(reader.mean_cell.device)
+        cells = _cells(reader, features, row)
         targets = {} if boxes is None else _targets(boxes[row])
         for text in texts:
             number = next(numbers)
             words += [
                 WordMaps(row, number, kind_of(word), maps, targets.get(word))
-                for word, maps in reader.words(cells, text)
+                for _, word, maps in reader.words(cells, text)
             ]
     return words
+
+
+def _cells(reader: _Reader, features: Features, row: int) -> Tensor:
+    """Return the cells (P, C) of a photo."""
+    array = torch.from_numpy(np.array(features.array[row], dtype=np.float32))
+    return array.to(reader.mean_cell.device)
 
 
 def _targets(boxes: Sequence[Box]) -> dict[str, np.ndarray]:
@@ -188,7 +213,7 @@ def _read_mosaics(
             caption = next(numbers)
             words += [
                 WordMaps(number, caption, kind, maps, quarter(place))
-                for word, maps in reader.words(cells, photos.captions[row][0])
+                for _, word, maps in reader.words(cells, photos.captions[row][0])
                 if (kind := kind_of(word)) == "function" or shared.isdisjoint(with_plurals([word]))
             ]
     return words
@@ -232,3 +257,129 @@ def _describe(words: Sequence[WordMaps], seed: int) -> Iterator[MapScore]:
             values = measure(with_map, name) if with_map else None
             if values is not None:
                 yield from summarize(test, "model", name, values, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Choice:
+    """A word whose photo is blurred: its place in the caption of a row, and its maps."""
+
+    row: int
+    text: str
+    place: int
+    maps: dict[str, np.ndarray]
+    kind: WordKind
+
+
+def _blur(
+    reader: _Reader,
+    encoder: Encoder,
+    photos: CaptionedPhotos,
+    features: Features,
+    captions: dict[int, list[str]],
+    seed: int,
+) -> Iterator[MapScore]:
+    """Yield deletion and insertion (Petsiuk et al. 2018, RISE), in the photo, not in its cells.
+
+    One word of each photo's caption, of a kind drawn first, so that rare kinds count too. Its
+    "chance" is a random order of the cells, "centre" the order of their distance from the middle,
+    and "shuffled" that of a map of another photo's word.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = [
+        choice
+        for row, (text,) in itertools.islice(captions.items(), _MAX_BLURRED)
+        if (choice := _choose_word(reader, _cells(reader, features, row), row, text, rng))
+    ]
+    y, x = np.divmod(np.arange(GRID * GRID), GRID)
+    middle = GRID // 2
+    found: list[dict[str, tuple[float, float]]] = []  # deletion and insertion by each order
+    for number, choice in enumerate(tqdm(chosen, desc="blurring", unit="photo", leave=False)):
+        other = chosen[(number + 1) % len(chosen)].maps
+        maps = choice.maps | {
+            "centre": -((y - middle) ** 2 + (x - middle) ** 2),
+            "chance": rng.random(GRID * GRID),
+            "shuffled": other[str(rng.choice(list(other)))],
+        }
+        sharp, blurred = _sharp_and_blurred(photos.photo(choice.row), encoder)
+        orders = [np.argsort(-values, kind="stable") for values in maps.values()]
+        images = [sharp[None], blurred[None], *(blurrings(sharp, blurred, o) for o in orders)]
+        cells = torch.cat(
+            [encoder(part).float() for part in torch.split(torch.cat(images), encoder.batch_size)]
+        )
+        whole, nothing, *rest = reader.probabilities(cells, choice.text, choice.place)
+        between = np.array(rest).reshape(len(orders), 2, -1)
+        found.append(
+            {
+                name: (
+                    mean_between(np.array([whole, *deletion, nothing])),
+                    mean_between(np.array([nothing, *insertion, whole])),
+                )
+                for name, (deletion, insertion) in zip(maps, between, strict=True)
+            }
+        )
+    for test, name in itertools.product((0, 1), MAPS):
+        rows = [number for number, choice in enumerate(chosen) if name in choice.maps]
+        if rows:
+            values = {
+                each: 100 * np.array([found[row][each][test] for row in rows])
+                for each in (name, "centre", "chance", "shuffled")
+            }
+            yield from summarize(
+                ("deletion", "insertion")[test],
+                "model",
+                name,
+                WordValues(
+                    np.array([chosen[row].row for row in rows]),
+                    [chosen[row].kind for row in rows],
+                    values.pop(name),
+                    **values,
+                ),
+                seed=seed,
+            )
+
+
+def _choose_word(
+    reader: _Reader, cells: Tensor, row: int, text: str, rng: np.random.Generator
+) -> _Choice | None:
+    """Return a word of a caption: a kind at random, then one of its words at random."""
+    choices = [
+        _Choice(row, text, place, maps, kind_of(word))
+        for place, word, maps in reader.words(cells, text)
+    ]
+    if not choices:
+        return None
+    kind = rng.choice(sorted({choice.kind for choice in choices}))
+    of_kind = [choice for choice in choices if choice.kind == kind]
+    return of_kind[rng.integers(len(of_kind))]
+
+
+def _sharp_and_blurred(image: Image.Image, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Return the encoder's input of a photo, (3, S, S), and that of the photo blurred."""
+    size = encoder.transform.size
+    blur = ImageFilter.GaussianBlur(_BLUR * size)
+    blurred = image.resize((size, size), reducing_gap=3.0).filter(blur)
+    return torch.from_numpy(encoder.transform(image)), torch.from_numpy(encoder.transform(blurred))
+
+
+def blurrings(sharp: Tensor, blurred: Tensor, order: np.ndarray) -> Tensor:
+    """Return a photo with its first cells blurred, then with all others blurred, step by step.
+
+    Args:
+        sharp: (3, S, S).
+        blurred: (3, S, S).
+        order: (P,), the cells, hottest first.
+
+    Returns:
+        (2 N, 3, S, S) for the N steps between none and all.
+    """
+    is_first = torch.zeros(len(_STEPS) - 2, GRID * GRID)
+    for step, count in enumerate(_STEPS[1:-1]):
+        is_first[step, order[:count].copy()] = 1
+    mask = interpolate(is_first.view(-1, 1, GRID, GRID), size=sharp.shape[1:]) > 0
+    return torch.cat([torch.where(mask, blurred, sharp), torch.where(mask, sharp, blurred)])
+
+
+def mean_between(probabilities: np.ndarray) -> float:
+    """Return the area under the probabilities at each step over the share of cells, 0 to 1."""
+    widths = np.diff(_STEPS) / _STEPS[-1]
+    return float(((probabilities[1:] + probabilities[:-1]) / 2 * widths).sum())

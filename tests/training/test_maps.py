@@ -36,9 +36,9 @@ from captioner.training.map_scores import (
     summarize,
     table,
 )
-from captioner.training.maps import mosaic, quarter, score_maps
+from captioner.training.maps import blurrings, mean_between, mosaic, quarter, score_maps
 from captioner.training.word_kinds import category_words, kind_of
-from tests.model.tiny import CHANNELS, make_model
+from tests.model.tiny import make_model
 
 VISUAL = ["dog", "cat", "red", "man", "runs"]  # as many as the tiny model has detectors
 
@@ -151,10 +151,8 @@ def test_table_and_plot_show_every_score() -> None:
 
 def test_quarters_share_the_middle_and_cover_the_grid() -> None:
     quarters = [quarter(place).reshape(7, 7) for place in range(4)]
-    assert (sum(quarters) == 1).all()
-    assert [np.unravel_index(each.argmax(), (7, 7)) for each in quarters] == [
-        *((0, 0), (0, 4), (4, 0), (4, 4)),
-    ]
+    assert (np.sum(quarters, axis=0) == 1).all()
+    assert [each.argmax() for each in quarters] == [0, 4, 28, 32]
     assert all(each.mean() == 0.25 for each in quarters)
     assert quarters[1][0, 3] == 0.5
 
@@ -164,6 +162,23 @@ def test_photos_of_a_mosaic_lie_in_their_quarters() -> None:
     image = mosaic([Image.new("RGB", (9, 5), colour) for colour in colours], 10)
     middles = [image.getpixel(point) for point in ((5, 5), (15, 5), (5, 15), (15, 15))]
     assert middles == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+# Blurring
+
+
+def test_hottest_cells_are_blurred_or_all_others() -> None:
+    sharp, blurred = torch.zeros(3, 14, 14), torch.ones(3, 14, 14)
+    order = np.roll(np.arange(49), -7)  # the second row first
+    deletion, insertion = torch.split(blurrings(sharp, blurred, order), 4)
+    assert (deletion.mean(dim=(1, 2, 3)) * 49).round().tolist() == [3, 6, 12, 24]
+    assert (deletion[0, :, 2:4, :6] == 1).all()
+    assert torch.equal(insertion, 1 - deletion)
+
+
+def test_mean_probability_weighs_steps_by_their_cells() -> None:
+    assert mean_between(np.full(6, 0.3)) == pytest.approx(0.3)
+    assert mean_between(np.array([1.0, 0, 0, 0, 0, 0])) == pytest.approx(1.5 / 49)
 
 
 # Whole runs
@@ -182,7 +197,9 @@ def boxed_photos(boxes: list[list[Box]]) -> CaptionedPhotos:
     rows = [
         [{"category": box.category, "box": list(box[1:])} for box in of_photo] for of_photo in boxes
     ]
-    table_ = datasets.Dataset.from_dict({"image": [b""] * len(boxes), "boxes": rows})
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "gray").save(file, "PNG")
+    table_ = datasets.Dataset.from_dict({"image": [file.getvalue()] * len(boxes), "boxes": rows})
     return CaptionedPhotos(
         DEFAULT_SOURCE, "validation", table_, [["a dog on the left", "nothing"]] * len(boxes)
     )
@@ -193,16 +210,15 @@ def boxed_photos(boxes: list[list[Box]]) -> CaptionedPhotos:
 def test_detector_points_at_its_photos_boxes(
     tiny_encoder: Callable[..., Encoder], tmp_path: Path, swapped: bool, expected: float
 ) -> None:
-    model = make_model(words=True)
-    model.detectors.linear.weight[0] = torch.eye(CHANNELS)[2]
-    cells = np.random.default_rng(0).random((2, 49, CHANNELS)).astype(np.float16)
+    encoder = tiny_encoder()
+    model = make_model(words=True, encoder_channels=encoder.channels)
+    model.detectors.linear.weight[0] = torch.eye(encoder.channels)[2]
+    cells = np.random.default_rng(0).random((2, 49, encoder.channels)).astype(np.float16)
     cells[0, 0, 2] = cells[1, 48, 2] = 40  # the dog's cells: top left, bottom right
     boxes = [[Box("dog", 0, 0, 0.2, 0.2)], [Box("dog", 0.8, 0.8, 1, 1), Box("cup", 0, 0, 1, 1)]]
     photos = boxed_photos(boxes[::-1] if swapped else boxes)
-    checkpoint = make_checkpoint(tiny_encoder(), model)
-    scores = score_maps(
-        checkpoint, tiny_encoder(), photos, Features(cells, [0, 1], tmp_path), ["a dog", "a cat"]
-    )
+    checkpoint, features = make_checkpoint(encoder, model), Features(cells, [0, 1], tmp_path)
+    scores = score_maps(checkpoint, encoder, photos, features, ["a dog", "a cat"])
     found = {(score.captions, score.map): score for score in scores if score.test == "pointing"}
     shown = found["people", "shown"]
     assert shown.value == expected
@@ -213,7 +229,7 @@ def test_detector_points_at_its_photos_boxes(
     assert {name for _, name in found} == {"attended", "evidence", "mattered", "shown"}
 
 
-def test_any_data_has_mosaics_likeness_and_cells(
+def test_any_data_has_mosaics_likeness_cells_and_blurring(
     tiny_encoder: Callable[..., Encoder], parquet_folder: Path, tmp_path: Path
 ) -> None:
     encoder = tiny_encoder()
@@ -223,7 +239,11 @@ def test_any_data_has_mosaics_likeness_and_cells(
     checkpoint = make_checkpoint(encoder, model)
     captions = ["a red square on the left"] * len(photos)
     scores = score_maps(checkpoint, encoder, photos, features, captions)
-    assert {score.test for score in scores} == {"focus", "hottest", "likeness", "cells"}
+    assert {score.test for score in scores} == {
+        *("focus", "hottest", "likeness", "cells", "deletion", "insertion"),
+    }
+    blurred = [score for score in scores if score.test == "deletion" and score.kind == "all"]
+    assert [score.photos for score in blurred] == [len(photos)] * 2
     # Without detectors there are only two maps.
     assert {score.map for score in scores} == {"attended", "mattered"}
     focus = [score for score in scores if score.test == "focus"]
