@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -165,10 +165,16 @@ def _read(
         for text in texts:
             number = next(numbers)
             words += [
-                WordMaps(row, number, kind_of(word), maps, targets.get(word))
+                WordMaps(row, number, _kind(word, targets), maps, targets.get(word))
                 for _, word, maps in reader.words(cells, text)
             ]
     return words
+
+
+def _kind(word: str, targets: Container[str]) -> WordKind:
+    """Return the kind of a word; one that names a box is for a thing or a person, as "skis" is."""
+    kind = kind_of(word)
+    return "object" if word in targets and kind != "person" else kind
 
 
 def _cells(reader: _Reader, features: Features, row: int) -> Tensor:

@@ -40,7 +40,7 @@ from captioner.training.maps import blurrings, mean_between, mosaic, quarter, sc
 from captioner.training.word_kinds import category_words, kind_of
 from tests.model.tiny import make_model
 
-VISUAL = ["dog", "cat", "red", "man", "runs"]  # as many as the tiny model has detectors
+VISUAL = ["dog", "cat", "red", "man", "skis"]  # as many as the tiny model has detectors
 
 
 def word(photo: int, cells: list[float], target: list[float] | None = None, **other: Any) -> Any:
@@ -193,7 +193,7 @@ def make_checkpoint(encoder: Encoder, model: CaptionModel) -> Checkpoint:
 
 
 def boxed_photos(boxes: list[list[Box]]) -> CaptionedPhotos:
-    """Return photos of which a person wrote "a dog on the left"."""
+    """Return photos of which a person wrote "a dog skis on the left"."""
     rows = [
         [{"category": box.category, "box": list(box[1:])} for box in of_photo] for of_photo in boxes
     ]
@@ -201,7 +201,7 @@ def boxed_photos(boxes: list[list[Box]]) -> CaptionedPhotos:
     Image.new("RGB", (8, 8), "gray").save(file, "PNG")
     table_ = datasets.Dataset.from_dict({"image": [file.getvalue()] * len(boxes), "boxes": rows})
     return CaptionedPhotos(
-        DEFAULT_SOURCE, "validation", table_, [["a dog on the left", "nothing"]] * len(boxes)
+        DEFAULT_SOURCE, "validation", table_, [["a dog skis on the left", "nothing"]] * len(boxes)
     )
 
 
@@ -227,6 +227,19 @@ def test_detector_points_at_its_photos_boxes(
     assert shown.chance == pytest.approx(100 / 49)
     assert found["model", "shown"].words == 1  # "cat" has no box
     assert {name for _, name in found} == {"attended", "evidence", "mattered", "shown"}
+
+
+def test_word_that_names_a_box_is_an_object(
+    tiny_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = tiny_encoder()
+    checkpoint = make_checkpoint(encoder, make_model(encoder_channels=encoder.channels))
+    photos = boxed_photos([[Box("skis", 0, 0, 0.5, 1)]] * 2)
+    features = Features(np.ones((2, 49, encoder.channels), np.float16), [0, 1], tmp_path)
+    assert kind_of("skis") == "action"
+    scores = score_maps(checkpoint, encoder, photos, features, ["a dog", "a dog"])
+    pointing = [score for score in scores if score.test == "pointing"]
+    assert {(score.kind, score.words) for score in pointing} == {("all", 2), ("object", 2)}
 
 
 def test_any_data_has_mosaics_likeness_cells_and_blurring(
