@@ -606,6 +606,21 @@ def test_evaluate_prints_scores_and_writes_captions_and_sheet(
     assert json.loads(out.read_text()) == record
 
 
+def test_evaluate_tests_maps_and_plots_them_beside_the_scores(
+    parquet_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--data", str(parquet_folder), "--limit", "4", "--maps"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "scores.json")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for test in ("focus, people's captions", "likeness, model's captions", "deletion, model's"):
+        assert test in printed
+    maps = json.loads((tmp_path / "scores.json").read_text())["maps"]
+    assert {score["map"] for score in maps} >= {"attended", "mattered"}
+    assert all(score["interval"][0] <= score["value"] <= score["interval"][1] for score in maps)
+    Image.open(tmp_path / "scores.maps.png").verify()
+
+
 def test_evaluate_counts_invented_people(
     csv_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import fsspec
@@ -149,6 +149,16 @@ def _local_path(source: str) -> Path | None:
         return None
 
 
+class Box(NamedTuple):
+    """An object in a photo: its category, and its sides as shares of width and height."""
+
+    category: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 class CaptionedPhotos:
     """The photos of one split, each with its captions; a thin view of a ``datasets.Dataset``.
 
@@ -206,6 +216,25 @@ class CaptionedPhotos:
             if names and None not in names:
                 break
         return [str(row) if name is None else name for row, name in enumerate(names)]
+
+    def boxes(self) -> list[list[Box]] | None:
+        """Return the boxes of the objects in each photo; None if the source has none.
+
+        Raises:
+            DataError: the column ``boxes`` has something else.
+        """
+        if "boxes" not in self._table.column_names:
+            return None
+        try:
+            return [
+                [Box(str(each["category"]), *map(float, each["box"])) for each in cell or ()]
+                for cell in self._table["boxes"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.source}: the column boxes must hold lists of category and box (left, top, "
+                f"right, bottom as shares of width and height): {first_line(error)}"
+            ) from error
 
     @functools.cached_property
     def fingerprint(self) -> str:
