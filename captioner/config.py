@@ -21,6 +21,9 @@ DEFAULT_SOURCE = "AnyModal/flickr30k"
 FEATURES_FOLDER = Path("runs/features")
 # The formats that ``captioner.inference.render`` can export a caption as.
 FORMATS = ("png", "gif", "json", "html")
+# The maps of a word (``model/maps.py``) and where a word comes from (``model/verdicts.py``).
+MAPS = ("attended", "evidence", "mattered", "shown")
+VERDICTS = ("seen there", "from the scene", "from the sentence", "guessed")
 DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)

@@ -89,8 +89,8 @@ def test_caption_json_holds_every_number(
     assert record["path"] == str(example_photos[0])
     assert len(record["beams"]) == 2
     word = record["beams"][0]["words"][0]
-    assert len(word["attention"]) == len(word["attention"][0]) == 7
-    assert sum(map(sum, word["attention"])) == pytest.approx(1, abs=1e-3)
+    assert len(word["maps"]["attended"]) == len(word["maps"]["attended"][0]) == 7
+    assert sum(map(sum, word["maps"]["attended"])) == pytest.approx(1, abs=1e-3)
     assert len(word["alternatives"]) == 5
 
 

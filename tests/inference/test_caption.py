@@ -27,7 +27,7 @@ def look_at(row: int, column: int, weight: float = 1.0) -> np.ndarray:
 
 def make_word(text: str, attention: np.ndarray | None = None, probability: float = 0.5) -> Word:
     attention = look_at(3, 3) if attention is None else attention
-    return Word(text, probability, ((text, probability), ("other", 0.25)), attention)
+    return Word(text, probability, ((text, probability), ("other", 0.25)), {"attended": attention})
 
 
 def make_beam(text: str, log_probability: float = -4.0) -> Beam:
@@ -163,8 +163,8 @@ def test_to_dict_holds_every_number() -> None:
         {"text": "dog", "probability": 0.5},
         {"text": "other", "probability": 0.25},
     ]
-    assert np.array(word["attention"]).shape == (7, 7)
-    assert word["attention"][1][0] == 1
+    assert np.array(word["maps"]["attended"]).shape == (7, 7)
+    assert word["maps"]["attended"][1][0] == 1
     assert (word["entropy"], word["cells"], word["region"]) == (0, 1, "top left")
 
 
@@ -173,7 +173,7 @@ def test_to_dict_rounds_attention_to_six_places() -> None:
 
     values = make_word("dog", attention).to_dict()
 
-    np.testing.assert_allclose(values["attention"], attention, atol=1e-6)
+    np.testing.assert_allclose(values["maps"]["attended"], attention, atol=1e-6)
 
 
 SHARES = st.floats(0, 1)
@@ -282,7 +282,7 @@ WORD = ("beams", 0, "words", 0)
         *(leave_out("beams", 0, key) for key in ("words", "end", "score", "log_probability")),
         *(
             leave_out(*WORD, key)
-            for key in ("text", "probability", "alternatives", "attention", "known")
+            for key in ("text", "probability", "alternatives", "maps", "known", "fall", "verdict")
         ),
         leave_out(*WORD, "alternatives", 0, "text"),
         leave_out("size", 1),
@@ -329,20 +329,20 @@ WORD = ("beams", 0, "words", 0)
         put(*WORD, "alternatives", value=[{"text": "a", "probability": 0.5}] * 101),
         put(*WORD, "alternatives", value=[{"text": "a", "probability": math.inf}]),
         put(*WORD, "alternatives", value=[["dog", 0.5]]),
-        put(*WORD, "attention", value=[]),
-        put(*WORD, "attention", value=[[]]),
-        put(*WORD, "attention", value=[0.5, 0.5]),
-        put(*WORD, "attention", value=0.5),
-        put(*WORD, "attention", value=[[[0.5]]]),
-        put(*WORD, "attention", value=[[0.5, 0.5], [0.5]]),
-        put(*WORD, "attention", value=[[math.nan] * 7] * 7),
-        put(*WORD, "attention", value=[[math.inf] * 7] * 7),
-        put(*WORD, "attention", value=[[-0.1] * 7] * 7),
-        put(*WORD, "attention", value=[[0.5] * 8] * 7),
-        put(*WORD, "attention", value=[[0.5] * 1000] * 1000),
-        put(*WORD, "attention", value=[["much"]]),
-        put(*WORD, "attention", value=None),
-        put("beams", 1, "end", "attention", value=[[-math.inf] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[]),
+        put(*WORD, "maps", "attended", value=[[]]),
+        put(*WORD, "maps", "attended", value=[0.5, 0.5]),
+        put(*WORD, "maps", "attended", value=0.5),
+        put(*WORD, "maps", "attended", value=[[[0.5]]]),
+        put(*WORD, "maps", "attended", value=[[0.5, 0.5], [0.5]]),
+        put(*WORD, "maps", "attended", value=[[math.nan] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[math.inf] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[-0.1] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[0.5] * 8] * 7),
+        put(*WORD, "maps", "attended", value=[[0.5] * 1000] * 1000),
+        put(*WORD, "maps", "attended", value=[["much"]]),
+        put(*WORD, "maps", "attended", value=None),
+        put("beams", 1, "end", "maps", "attended", value=[[-math.inf] * 7] * 7),
         lambda _: [],
         lambda values: [values],
         lambda _: {},

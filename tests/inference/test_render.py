@@ -41,7 +41,7 @@ def one_hot(row: int, column: int) -> np.ndarray:
 
 
 def word(text: str, attention: np.ndarray) -> Word:
-    return Word(text, 0.5, (("a", 0.5),), attention)
+    return Word(text, 0.5, (("a", 0.5),), {"attended": attention})
 
 
 def beam_of(*texts: str) -> Beam:

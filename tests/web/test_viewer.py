@@ -46,7 +46,7 @@ Fields: TypeAlias = dict[str, Any]
 
 
 def word(text: str) -> Word:
-    return Word(text, 0.5, ((text, 0.5),), np.full((7, 7), 1 / 49, dtype=np.float32))
+    return Word(text, 0.5, ((text, 0.5),), {"attended": np.full((7, 7), 1 / 49, np.float32)})
 
 
 class Parrot:

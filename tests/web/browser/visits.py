@@ -29,7 +29,7 @@ def cells(shares: dict[tuple[int, int], float]) -> np.ndarray:
 
 
 def word(text: str, attention: np.ndarray, probability: float = 0.5, known: bool = True) -> Word:
-    return Word(text, probability, ((text, probability), ("other", 0.25)), attention, known)
+    return Word(text, probability, ((text, probability), ("other", 0.25)), {"attended": attention}, known)
 
 
 def make_view(words: Sequence[Word], size: tuple[int, int] = (420, 280)) -> View:
