@@ -265,10 +265,14 @@ class DecodingOptions(_Config):
 
 @_settings
 class Appearance(_Config):
-    """How attention maps are drawn, in the page and in exports."""
+    """How maps are drawn, in the page and in exports."""
 
+    map: Literal["attended", "evidence", "mattered", "shown"] = "evidence"
+    """Which of a word's maps (``MAPS``); words without it show the attention instead."""
+    special: bool = False
+    """Draw what is special to the word: the difference from the mean of the caption's maps."""
     colors: Literal["inferno", "viridis", "cividis", "light"] = "inferno"
-    """Colormap laid over the photo; "light" only darkens the photo where attention is low."""
+    """Colormap laid over the photo; "light" only darkens the photo where the map is low."""
     shape: Literal["smooth", "cells"] = "smooth"
     """"smooth" interpolates between the grid's cells, "cells" shows them as they are."""
     scale: Literal["word", "caption"] = "word"

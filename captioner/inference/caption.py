@@ -80,6 +80,24 @@ def _map(name: str, value: Any) -> np.ndarray:
     return cells.astype(np.float32)
 
 
+def _strongest(cells: np.ndarray) -> tuple[int, int]:
+    """Return row and column of a map's hottest cell."""
+    row, column = np.unravel_index(int(cells.argmax()), cells.shape)
+    return int(row), int(column)
+
+
+def region_of(cells: np.ndarray) -> str:
+    """Return the region of a map's hottest cell, such as "top left" or "center"."""
+    rows, columns = cells.shape
+    row, column = _strongest(cells)
+    # The middle third is the three cells 2, 3, 4 of seven.
+    vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
+    horizontal = _COLUMNS[int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)]
+    if (vertical, horizontal) == ("middle", "center"):
+        return "center"
+    return f"{vertical} {horizontal}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Word:
     """One word of a caption.
@@ -127,22 +145,12 @@ class Word:
     @property
     def strongest(self) -> tuple[int, int]:
         """Row and column of the cell with the most attention."""
-        row, column = np.unravel_index(int(self.attention.argmax()), self.attention.shape)
-        return int(row), int(column)
+        return _strongest(self.attention)
 
     @property
     def region(self) -> str:
         """The region of the strongest cell, such as "top left" or "center"."""
-        rows, columns = self.attention.shape
-        row, column = self.strongest
-        # The middle third is the three cells 2, 3, 4 of seven.
-        vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
-        horizontal = _COLUMNS[
-            int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)
-        ]
-        if (vertical, horizontal) == ("middle", "center"):
-            return "center"
-        return f"{vertical} {horizontal}"
+        return region_of(self.attention)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -15,7 +15,8 @@ from captioner.config import VERDICTS
 from captioner.model.maps import CaptionMaps, Occlusion
 
 _SEEN, _SCENE, _SENTENCE, _GUESSED = VERDICTS
-# A word depends on the photo if its probability falls to less than 37 % without it.
+# A word depends on the photo if without it the probability falls to less than 37 %; the photo
+# speaks against the word if it rises as much.
 _LEAST_FALL = 1.0
 # People use a word that is recognized less than this in a quarter of the photos for which the model
 # writes it, and all words together in three of five.
@@ -27,10 +28,11 @@ _NEAR = 1
 def verdicts(maps: CaptionMaps, occlusion: Occlusion) -> list[str]:
     """Return one of ``VERDICTS`` for each of T words.
 
-    In this order: "guessed" if the word has a detector or a class's name and neither is recognized
-    in the photo; "from the sentence" if covering the whole photo hardly changes it; "seen there" if
-    the evidence and what mattered have their hottest places together; else "from the scene": it
-    mattered, nowhere in particular. Without detectors and names a model sees no word anywhere.
+    In this order: "guessed" if the word has a detector or a class's name, but neither is recognized
+    in the photo, or the photo speaks against the word; "from the sentence" if covering the whole
+    photo hardly changes it; "seen there" if the evidence and what mattered have their hottest
+    places together; else "from the scene": it mattered, nowhere in particular. Without detectors
+    and names a model sees no word anywhere.
 
     Args:
         maps: of the caption.
@@ -46,7 +48,7 @@ def verdicts(maps: CaptionMaps, occlusion: Occlusion) -> list[str]:
         is_near.tolist(),
         strict=True,
     ):
-        if has_evidence and recognized < _LEAST_RECOGNIZED:
+        if has_evidence and (recognized < _LEAST_RECOGNIZED or fall < -_LEAST_FALL):
             result.append(_GUESSED)
         elif fall < _LEAST_FALL:
             result.append(_SENTENCE)

@@ -1,7 +1,7 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
-Hovering, clicking and playing need no request. Two events go to the server: ``caption`` (write or
-score a caption) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
+Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
+score a caption), ``explain`` (its words' verdicts and further maps) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
 standalone page of ``inference/render.py``. ``page.js`` holds the state of the page.
 """
 
@@ -35,6 +35,7 @@ _THUMBNAIL_SIDE = 128
 _ON_LOAD = """
 const page = mountPage(element, {
   caption: (request) => trigger("caption", request),
+  explain: (request) => trigger("explain", request),
   save: (request) => trigger("export", request),
   upload,
 });
@@ -92,12 +93,14 @@ class View:
         caption: with all of its beams.
         photo: upright RGB, or None where the browser draws its own copy.
         request: the number of the answered request.
+        explained: whether this adds what explains a caption that the browser has.
         examples: only in the page's first value.
     """
 
     caption: Caption
     photo: Image.Image | None = None
     request: int = 0
+    explained: bool = False
     examples: Sequence[Example] = ()
 
 
@@ -118,6 +121,7 @@ class ViewData(GradioModel):
     caption: dict[str, Any]
     photo: FileData | None = None
     request: int = 0
+    explained: bool = False
     examples: list[ExampleData] = Field(default_factory=list)
     defaults: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
@@ -172,6 +176,27 @@ class CaptionRequest(_ClientEvent):
             raise ConfigError("the request marks words that do not exist: reload the page")
 
 
+class ExplainRequest(_ClientEvent):
+    """The data of the event ``explain``.
+
+    Attributes:
+        request: the number of the request that the caption answered.
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+        caption: the caption on the screen.
+        beam: index of the beam to explain; not checked yet.
+    """
+
+    @show_errors
+    def __init__(self, target: Any, data: Any) -> None:
+        """Check the fields; the page itself sends only valid ones."""
+        super().__init__(target, data)
+        self.request = self._field("request", int)
+        self._read_photo()
+        self.caption = Caption.from_dict(self._field("caption", dict))
+        self.beam = self._field("beam", int)
+
+
 class ExportRequest(_ClientEvent):
     """The data of the event ``export``.
 
@@ -198,7 +223,7 @@ class ExportRequest(_ClientEvent):
 
 
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires the events ``caption`` and ``export``."""
+    """Shows a ``View``; fires the events ``caption``, ``explain`` and ``export``."""
 
     data_model = ViewData
 
@@ -228,7 +253,9 @@ class AttentionViewer(gr.HTML):
         """Return the view as the browser receives it."""
         if value is None:
             return None
-        data = ViewData(caption=value.caption.to_dict(), request=value.request)
+        data = ViewData(
+            caption=value.caption.to_dict(), request=value.request, explained=value.explained
+        )
         if value.photo is not None:
             data.photo = self.save(display_jpeg(value.photo), "photo.jpg")
         if value.examples:

@@ -16,7 +16,13 @@ from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
 from captioner.inference.render import Appearance, render
-from captioner.web.attention_viewer import CaptionRequest, Example, ExportRequest, View
+from captioner.web.attention_viewer import (
+    CaptionRequest,
+    Example,
+    ExplainRequest,
+    ExportRequest,
+    View,
+)
 from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
 from captioner.web.photo_input import ExamplePhoto, example_photos
@@ -39,6 +45,9 @@ class Model(Protocol):
 
     def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Score a caption."""
+
+    def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:
+        """Explain the words of a beam."""
 
     def words_of(self, text: str) -> list[str]:
         """Split a text into words as the model reads them."""
@@ -76,7 +85,7 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(self, request: CaptionRequest | ExportRequest) -> Path:
+    def _path(self, request: CaptionRequest | ExplainRequest | ExportRequest) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -129,6 +138,13 @@ class Handlers:
                 indices += range(count, count + num_words)
             count += num_words
         return indices
+
+    @show_errors
+    def explain(self, request: ExplainRequest) -> View:
+        """Return a caption with its words' verdicts and further maps."""
+        encoded = self._encode(self._path(request))
+        caption = self._model.explain(encoded, request.caption, request.beam)
+        return View(caption, request=request.request, explained=True)
 
     @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:

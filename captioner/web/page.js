@@ -1,8 +1,8 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
-function mountPage(root, { caption, save, upload }) {
+// mountPage(root, { caption, explain, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
+function mountPage(root, { caption, explain, save, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -20,6 +20,7 @@ function mountPage(root, { caption, save, upload }) {
 
   const viewer = mountViewer(find(".viewer"), {
     rewrite: (words) => request({ ...state, ...words }),
+    explain: (beam) => requestIdle(() => requestExplanation(beam)),
     changed: () => writeAddress(),
   });
 
@@ -39,6 +40,18 @@ function mountPage(root, { caption, save, upload }) {
     caption({ request: number, example, file, text, given, whole, settings, drawn });
   }
 
+  // Asks for verdicts and further maps of one of the captions on the screen, once nothing else is to be done.
+  const requestIdle = window.requestIdleCallback ?? ((action) => setTimeout(action, 50));
+  function requestExplanation(beam) {
+    if (!value || pending) return;
+    const { example = null, path: file = null } = state;
+    explain({ request: number, example, file, caption: value.caption, beam });
+  }
+  function takeExplanation(next) {
+    // A request since then has replaced the caption, or is about to.
+    if (next.request === number && !pending) viewer.explained(next.caption);
+  }
+
   // Ignores the answer to a pending request; returns the number of the action that replaces it.
   function supersede() {
     pending = null;
@@ -47,6 +60,7 @@ function mountPage(root, { caption, save, upload }) {
   }
 
   function answer(next) {
+    if (next.explained) return takeExplanation(next);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -301,7 +315,9 @@ function mountPage(root, { caption, save, upload }) {
     const { beam, word, appearance, defaults: usual } = viewer.state();
     const words = wordsOf(state.text);
     const numbers = (settings) => Object.fromEntries(Object.entries(settings).map(([name, setting]) => [name, Number(setting)]));
-    const parameters = (look) => ({ colors: look.colors, map: look.shape, scale: look.scale, opacity: Math.round(100 * look.strength) });
+    const parameters = (look) => ({
+      map: look.map, special: Number(look.special), colors: look.colors, shape: look.shape, scale: look.scale, opacity: Math.round(100 * look.strength),
+    });
     const omitted = { prefix: "", whole: 0, yours: String([...words.keys()]), beam: 1, ...parameters(usual), ...numbers(defaults) };
     const current = {
       example: state.example, prefix: state.text, whole: Number(state.whole),
@@ -343,7 +359,7 @@ function mountPage(root, { caption, save, upload }) {
         beam: index(given.beam),
         word: index(given.word),
         appearance: {
-          colors: given.colors, shape: given.map, scale: given.scale,
+          map: given.map, special: given.special === "1", colors: given.colors, shape: given.shape, scale: given.scale,
           ...(opacity >= 0 && opacity <= 1 && { strength: opacity }),
         },
       },
@@ -369,7 +385,8 @@ function mountPage(root, { caption, save, upload }) {
 
   // ---- The tour, on the current caption.
   const STEPS = [
-    [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows where the model looked before it wrote that word."],
+    [".words", "A map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows what spoke for the word. The sign before its percentage tells where it comes from: ● seen there, ◐ from the scene, ○ from the sentence, ? guessed."],
+    [".switch", "Four kinds of maps", "What each cell gave to the word, where the model looked, what the word would lose without the cell, and where its detector sees it. The key M switches, too."],
     [".panel", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
     [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several. Each word then shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],

@@ -48,7 +48,7 @@ def test_word_is_seen_where_its_evidence_is_if_covering_that_place_matters() -> 
 
 def test_word_that_the_photo_hardly_changes_comes_from_the_sentence() -> None:
     assert judge(spot((2, 2)), spot((2, 2)), fall=0.9) == "from the sentence"
-    assert judge(spot((2, 2)), spot((2, 2)), fall=-4.0) == "from the sentence"
+    assert judge(spot((2, 2)), spot((2, 2)), fall=-0.9) == "from the sentence"
     assert judge(spot(), spot(), fall=0.9, has_evidence=False) == "from the sentence"
 
 
@@ -58,6 +58,11 @@ def test_word_that_no_detector_recognizes_is_guessed(fall: float) -> None:
     # Words that have no detector are never recognized, and are no guesses for that.
     verdict = judge(spot(), spot(), fall=fall, recognized=0.0, has_evidence=False)
     assert verdict in ("from the sentence", "from the scene")
+
+
+def test_word_that_the_photo_speaks_against_is_guessed() -> None:
+    assert judge(spot((2, 2)), spot((2, 2)), fall=-1.1) == "guessed"
+    assert judge(spot(), spot(), fall=-1.1, has_evidence=False) == "from the sentence"
 
 
 def test_hottest_place_counts_neighbors_and_ignores_what_speaks_against_the_word() -> None:
