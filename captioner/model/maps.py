@@ -81,7 +81,8 @@ def caption_maps(
         memory: of the photo.
         captions: each at least one id, without ``<bos>``.
     """
-    ids = pad_sequence([torch.tensor(caption) for caption in captions]).to(memory.keys.device)
+    device = memory.keys.device
+    ids = pad_sequence([torch.tensor(caption, device=device) for caption in captions])
     previous = torch.cat([torch.full_like(ids[:1], BOS), ids[:-1]])  # (T, W)
     state = model.first_state(memory.features, len(captions))
     steps = []

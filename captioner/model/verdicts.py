@@ -63,7 +63,7 @@ def hottest_places(maps: Tensor) -> Tensor:
     Each cell counts with its neighbors: single cells say little about a backbone's coarse grid.
     """
     side = math.isqrt(maps.shape[1])
-    kernel = torch.tensor([1.0, 2.0, 1.0], device=maps.device)
+    kernel = maps.new_tensor([1.0, 2.0, 1.0])
     grid = pad(maps.clamp(min=0).view(-1, 1, side, side), (1, 1, 1, 1), mode="replicate")
     smooth = conv2d(grid, torch.outer(kernel, kernel)[None, None])
     cell = smooth.flatten(1).argmax(dim=1)

@@ -10,6 +10,7 @@ from captioner.web.attention_viewer import (
     AttentionViewer,
     CaptionRequest,
     Example,
+    ExplainRequest,
     ExportRequest,
     View,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "CaptionRequest",
     "Example",
     "ExamplePhoto",
+    "ExplainRequest",
     "ExportRequest",
     "Handlers",
     "PhotoInput",

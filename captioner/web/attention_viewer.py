@@ -1,8 +1,9 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
 Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
-score a caption), ``explain`` (its words' verdicts and further maps) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
-standalone page of ``inference/render.py``. ``page.js`` holds the state of the page.
+score a caption), ``explain`` (its words' verdicts and further maps) and ``export`` (make a file).
+``inference/viewer.js`` draws, here and in the standalone page of ``inference/render.py``.
+``page.js`` holds the state of the page.
 """
 
 from __future__ import annotations
@@ -93,15 +94,15 @@ class View:
         caption: with all of its beams.
         photo: upright RGB, or None where the browser draws its own copy.
         request: the number of the answered request.
-        explained: whether this adds what explains a caption that the browser has.
         examples: only in the page's first value.
+        explained: whether this adds what explains a caption that the browser has.
     """
 
     caption: Caption
     photo: Image.Image | None = None
     request: int = 0
-    explained: bool = False
     examples: Sequence[Example] = ()
+    explained: bool = False
 
 
 class ExampleData(GradioModel):

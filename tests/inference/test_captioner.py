@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from captioner import Caption, Captioner, DecodingOptions
+from captioner.config import VERDICTS
 from captioner.errors import CheckpointError, ConfigError, ImageError
 from captioner.inference.captioner import SHIPPED_CHECKPOINT, near_misses
 
@@ -260,7 +261,8 @@ def test_captions_do_not_depend_on_torch_defaults(
 
     def captions(of: Captioner) -> list[Caption]:
         drawn = of.caption(photos[0], sampled)
-        return [drawn, of.score(photos[0], "a dog runs"), *of.caption_batch(photos[:2])]
+        scored = of.score(photos[0], "a dog runs")
+        return [drawn, of.explain(photos[0], scored), *of.caption_batch(photos[:2])]
 
     expected = captions(captioner)
     with state():
@@ -273,6 +275,90 @@ def test_captions_do_not_depend_on_torch_defaults(
         assert one.text == other.text
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
         assert np.allclose(one.attention, other.attention, atol=1e-4)
+
+
+def test_words_of_things_have_evidence_and_function_words_have_none(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    maps = {word.text: word.maps for word in caption.words}
+    assert caption.text.startswith("a close up of a striped cat")
+    assert maps["a"].keys() == {"attended"}
+    assert maps["cat"].keys() == {"attended", "evidence", "shown"}
+    for word in caption.words:
+        assert word.verdict is None
+        assert word.fall is None
+        for cells in word.maps.values():
+            assert cells.shape == (7, 7)
+            assert cells.dtype == np.float32
+    assert maps["cat"]["shown"].max() > 0.5
+    assert maps["cat"]["evidence"].sum() > 1
+
+
+def test_captions_without_evidence_are_the_same(captioner: Captioner, photos: list[Path]) -> None:
+    (plain,) = captioner.caption_each(photos[:1], with_evidence=False)
+    assert isinstance(plain, Caption)
+    full = captioner.caption(photos[0])
+    assert plain.text == full.text
+    assert plain.log_probability == pytest.approx(full.log_probability, abs=1e-4)
+    assert all(word.maps.keys() == {"attended"} for word in plain.words)
+
+
+def test_explanation_adds_maps_and_verdicts_of_one_beam(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    explained = captioner.explain(photos[0], caption, 1)
+    assert [beam.text for beam in explained.beams] == [beam.text for beam in caption.beams]
+    assert all(word.verdict is None for word in explained.words)
+    for old, new in zip(caption.beams[1].words, explained.beams[1].words, strict=True):
+        assert new.verdict in VERDICTS
+        assert new.fall is not None
+        assert new.maps.keys() == {*old.maps, "mattered"}
+        for name, cells in old.maps.items():
+            np.testing.assert_allclose(new.maps[name], cells, atol=1e-4)
+    assert explained.beams[1].end.verdict in VERDICTS
+    assert explained.seen is not None
+    assert len(explained.seen) == 49
+    assert any(text == "cat" for cell in explained.seen for text, _ in cell)
+    probabilities = [[probability for _, probability in cell] for cell in explained.seen]
+    assert probabilities == [sorted(cell, reverse=True) for cell in probabilities]
+    with pytest.raises(ConfigError, match="no beam 3; there are 3"):
+        captioner.explain(photos[0], caption, 3)
+
+
+def test_photo_speaks_for_what_it_shows_and_against_what_it_does_not(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    encoded = captioner.encode(photos[0])
+    cat, truck = (
+        captioner.explain(encoded, captioner.score(encoded, text)).words[1]
+        for text in ("a cat", "a truck")
+    )
+    assert cat.fall is not None
+    assert truck.fall is not None
+    assert cat.fall > 2 > 0 > truck.fall
+    assert truck.verdict == "guessed"
+    assert cat.verdict != "guessed"
+    assert cat.maps["mattered"].max() > 0.01
+
+
+def test_verdicts_fall_if_the_caption_is_of_another_photo(
+    captioner: Captioner, example_photos: list[Path]
+) -> None:
+    def seen(photo: Path, caption: Caption) -> float:
+        words = captioner.explain(photo, caption).words
+        return sum(word.verdict == "seen there" for word in words)
+
+    photos = example_photos[:6]
+    captions = captioner.caption_batch(photos)
+    own = [seen(*pair) for pair in zip(photos, captions, strict=True)]
+    swapped = [
+        seen(photo, caption)
+        for photo, caption in zip(photos, [*captions[1:], captions[0]], strict=True)
+    ]
+    assert min(own) >= 1
+    assert sum(swapped) < sum(own) / 2
 
 
 def test_only_captions_found_by_search_have_a_confidence(

@@ -183,7 +183,9 @@ def test_sheet_frames_the_chosen_word(size: tuple[int, int]) -> None:
         panel = np.asarray(picture.crop(box))
         height, width, _ = panel.shape
         assert width / height == pytest.approx(size[0] / size[1], rel=0.03)
-        assert np.array_equal(panel, np.asarray(blend(grey((width, height)), step.attention, appearance)))
+        assert np.array_equal(
+            panel, np.asarray(blend(grey((width, height)), step.attention, appearance))
+        )
         boxes.append((box[1], box[0]))
     boxes.pop()  # the end, which moves the others
     assert boxes == sorted(boxes)  # in rows, from left to right

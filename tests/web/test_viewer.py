@@ -32,6 +32,7 @@ from captioner.web import (
     CaptionRequest,
     Example,
     ExamplePhoto,
+    ExplainRequest,
     ExportRequest,
     Handlers,
     PhotoInput,
@@ -71,6 +72,9 @@ class Parrot:
         words = tuple(map(word, text.split()))
         return Caption((Beam(words, word("<eos>"), -1.0, -1.0),), size)
 
+    def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:  # noqa: ARG002
+        return dataclasses.replace(caption, seen=((),) * 49)
+
     def words_of(self, text: str) -> list[str]:
         return text.split()
 
@@ -90,6 +94,13 @@ def export_request(**fields: Any) -> ExportRequest:
     sent: Fields = {"example": None if "file" in fields else "one", "file": None, "format": "png"}
     sent |= {"caption": CAPTION.to_dict(), "beam": 0, "word": 0, "appearance": {}}
     return ExportRequest(None, sent | fields)
+
+
+def explain_request(**fields: Any) -> ExplainRequest:
+    """Return the event that asks for verdicts."""
+    sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
+    sent |= {"caption": CAPTION.to_dict(), "beam": 0}
+    return ExplainRequest(None, sent | fields)
 
 
 @pytest.fixture(scope="module")
@@ -450,11 +461,35 @@ def test_invalid_event_data_is_refused(build: Callable[..., object], name: str) 
         assert not refused.value.print_exception
 
 
-@pytest.mark.parametrize("event", [CaptionRequest, ExportRequest])
+@pytest.mark.parametrize("event", [CaptionRequest, ExplainRequest, ExportRequest])
 def test_event_without_data_is_refused(event: Callable[[None, object], object]) -> None:
     for data in NO_DATA:
         with pytest.raises(gr.Error, match="reload the page"):
             event(None, data)
+
+
+# Verdicts
+
+
+def test_explanation_has_verdicts_and_the_number_of_its_request(
+    handlers: Handlers, captioner: Captioner, photo: Path
+) -> None:
+    caption = captioner.caption(photo)
+    view = handlers.explain(explain_request(caption=caption.to_dict(), request=12, beam=1))
+    assert (view.explained, view.request, view.photo) == (True, 12, None)
+    expected = captioner.explain(photo, caption, 1)
+    assert [word.verdict for word in view.caption.beams[1].words] == [
+        word.verdict for word in expected.beams[1].words
+    ]
+    assert view.caption.seen == expected.seen
+
+
+@pytest.mark.parametrize(
+    "fields", [{"beam": 9}, {"beam": -1}, {"example": "nothing"}, {"file": "/etc/passwd"}]
+)
+def test_explanation_of_what_is_not_there_is_refused(handlers: Handlers, fields: Fields) -> None:
+    with pytest.raises(gr.Error):
+        handlers.explain(explain_request(**fields))
 
 
 # The component
