@@ -27,6 +27,7 @@ from captioner.model.confidence import confidence_features, confidence_of
 from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
 from captioner.model.search import Hypothesis, beam_search, decode
+from captioner.model.steps import WordSteps, word_steps
 from captioner.model.vocabulary import SPECIALS, clean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -358,3 +359,31 @@ class Captioner:
             )
         ]
         return Beam(tuple(words), end, hypothesis.log_probability, hypothesis.score)
+
+    def steps(
+        self, photo: Photo | EncodedPhoto, words: str | Sequence[str], index: int
+    ) -> WordSteps:
+        """Return how one word of a caption was chosen, step by step.
+
+        Args:
+            photo: as for ``caption``.
+            words: the caption; as a text, it is split as ``score`` splits it.
+            index: of the word; the number of words stands for the caption's end.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: there is no such word, or there are too many.
+        """
+        words = self.words_of(words) if isinstance(words, str) else words
+        if len(words) > _MAX_SCORED_LENGTH - 2:
+            raise ConfigError(
+                f"the caption has {len(words)} words; the limit is {_MAX_SCORED_LENGTH - 2}"
+            )
+        if not 0 <= index <= len(words):
+            raise ConfigError(f"there is no word {index}; there are {len(words)}, and the end")
+        vocabulary = self.checkpoint.vocabulary
+        ids = [*(vocabulary.word2idx.get(word, UNK) for word in words), EOS]
+        encoded = photo if isinstance(photo, EncodedPhoto) else self.encode(photo)
+        return word_steps(
+            self.checkpoint.model, encoded.cells, ids[: index + 1], vocabulary.idx2word
+        )
