@@ -73,8 +73,7 @@ class Attention(nn.Module):
     def score(self, memory: Memory, projected_query: Tensor) -> Tensor:
         """Return the score (B, W, P) of each cell, before the softmax."""
         summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
-        scores: Tensor = self.v(torch.tanh(summed)).squeeze(-1)
-        return scores
+        return self.v(torch.tanh(summed)).squeeze(-1)
 
 
 class CaptionModel(nn.Module):

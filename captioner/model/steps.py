@@ -32,7 +32,7 @@ _CODE: dict[str, list[tuple[ModuleType, str, int]]] = {
     "query": [(decoder, "query = torch.cat([state.hidden, word]", 1)],
     "scores": [
         (decoder, "summed = memory.keys[:, None] + projected_query", 1),
-        (decoder, "scores: Tensor = self.v(torch.tanh(summed))", 1),
+        (decoder, "return self.v(torch.tanh(summed))", 1),
     ],
     "attention": [(decoder, "attention = self.score(", 1)],
     "context": [(decoder, "return attention.to(memory.features.dtype) @", 1)],

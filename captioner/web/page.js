@@ -1,8 +1,9 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
-function mountPage(root, { caption, save, upload }) {
+// mountPage(root, { caption, save, explain, upload }) returns
+// { start(value), answer(value), fail(), saved(text), unexplained() }.
+function mountPage(root, { caption, save, explain, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -20,8 +21,12 @@ function mountPage(root, { caption, save, upload }) {
 
   const viewer = mountViewer(find(".viewer"), {
     rewrite: (words) => request({ ...state, ...words }),
-    changed: () => writeAddress(),
+    changed: () => {
+      writeAddress();
+      chooseSteps();
+    },
   });
+  const steps = mountSteps(find(".steps"), { explain, move: (at) => find(".words").children[at].click() });
 
   const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
   const samePhoto = (a, b) => a && b && a.example === b.example && a.path === b.path;
@@ -46,7 +51,16 @@ function mountPage(root, { caption, save, upload }) {
     return ++number;
   }
 
+  // While a caption is on its way, its answer must not be overtaken in the component's value.
+  function chooseSteps() {
+    if (pending || !state) return;
+    const { value, beam, word } = viewer.state();
+    const words = value.caption.beams[beam].words.map(({ text }) => text);
+    steps.choose({ example: state.example ?? null, file: state.path ?? null, words, word });
+  }
+
   function answer(next) {
+    if (next.steps) return steps.show(next.request, next.steps);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -71,6 +85,7 @@ function mountPage(root, { caption, save, upload }) {
     if (!value) return openExample(examples[0].name);
     fillForms();
     describePhoto();
+    chooseSteps();
   }
 
   // Makes an answered state the current one; Undo brings back the one before.
@@ -85,6 +100,7 @@ function mountPage(root, { caption, save, upload }) {
     [state, value] = [next, shown];
     viewer.show({ appearance: viewer.state().appearance, ...shown });
     fillForms();
+    chooseSteps();
     describeChange();
     if (isNewPhoto) {
       describePhoto();
@@ -425,5 +441,5 @@ function mountPage(root, { caption, save, upload }) {
     if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
-  return { start, answer, fail, saved: exported };
+  return { start, answer, fail, saved: exported, unexplained: steps.fail };
 }
