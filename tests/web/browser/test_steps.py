@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Request, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from captioner import Captioner
 from captioner.web import example_photos
@@ -114,11 +114,10 @@ def test_steps_follow_a_rewritten_caption_an_upload_and_undo(
     visit: Page, example_photos: list[Path], captioner: Captioner
 ) -> None:
     open_steps(visit)
-    before = visit.locator(".steps-title").inner_text()
-    other = steer(visit, 2)
-    expect_steps_of(visit, other)
+    words = words_of(visit)
+    expect_steps_of(visit, steer(visit, 2))
     visit.locator(".undo").click()
-    expect(visit.locator(".steps-title")).to_have_text(before)
+    expect_steps_of(visit, words[2])
     bring(visit, example_photos[1])
     words, at = words_of(visit), pressed(visit)
     expect_steps_of(visit, words[at])
@@ -145,15 +144,24 @@ def test_keyboard_opens_the_section_and_walks_along_the_words(visit: Page) -> No
     expect(visit.locator(".later")).to_be_disabled()
 
 
-def test_failed_request_leaves_the_section_usable(visit: Page) -> None:
+def test_section_is_usable_after_an_error(visit: Page) -> None:
     visit.locator(".word").first.click()
     open_steps(visit)
-    visit.route("**/queue/join*", lambda route: route.abort())
+
+    def spoil(route: Route) -> None:
+        text = route.request.post_data or ""
+        route.continue_(post_data=text.replace('"example":"cat"', '"example":"gone"'))
+
+    visit.route("**/queue/join*", spoil)
     visit.locator(".word").nth(1).click()
-    expect(visit.locator(".steps-list")).to_have_attribute("aria-busy", "false", timeout=ASK)
+    expect(visit.get_by_text("There is no such example").last).to_be_visible(timeout=ASK)
+    expect(visit.locator(".steps-list")).to_have_attribute("aria-busy", "false")
+    expect(visit.locator(".steps-title")).to_contain_text("The first word")
     visit.unroute("**/queue/join*")
-    visit.locator(".word").nth(2).click()
-    expect_steps_of(visit, words_of(visit)[2])
+    # Also the word that failed can be asked for again.
+    for at in (2, 1):
+        visit.locator(".word").nth(at).click()
+        expect_steps_of(visit, words_of(visit)[at])
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
