@@ -67,7 +67,7 @@ function mountSteps(root, { explain, move }) {
             : `What to look for? The decoder asks with ${state}.`),
           equation(reads ? "q = [h_{t−1} ; x]" : "q = h_{t−1}"),
         ],
-        [result(`‖h_{t−1}‖ = ${number(hidden_before)}`, ...(reads ? [`‖x‖ = ${number(word_norm)}`, `‖q‖ = ${number(query)}`] : []))],
+        [result(`‖h_{t−1}‖ = ${number(hidden_before)}${hidden_before ? "" : ", nothing is written yet"}`, ...(reads ? [`‖x‖ = ${number(word_norm)}`, `‖q‖ = ${number(query)}`] : []))],
       ];
     }],
     scores: ["A score for each cell", ({ scores, projected_query }) => [

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Page, Request, Route, expect
 
 from captioner import Captioner
+from captioner import web as viewer
+from captioner.model.steps import WordSteps, word_steps
 from captioner.web import example_photos
+from tests.model.tiny import ALL_ON, CHANNELS, REPORT, VOCABULARY, Options, make_model
 from tests.web.browser.test_quality import expect_no_barrier
 from tests.web.browser.visits import (
     ASK,
@@ -180,3 +184,54 @@ def test_phone_shows_all_steps_without_scrolling_sideways(
     assert wide == []
     expect(page.locator(".scores td")).to_have_count(49)
     expect_no_barrier(page)
+
+
+# ---- Other models.
+
+WEB = Path(viewer.__file__).parent
+(SECTION,) = re.findall(
+    r'<details class="steps">.*?</details>', (WEB / "page.html").read_text(), flags=re.DOTALL
+)
+HOSTILE = "<img src=x onerror=window.hacked=1>"
+
+
+def draw(page: Page, options: Options, word: int, text: str) -> WordSteps:
+    """Draw the steps of a tiny model in an empty page; the word is written as ``text``."""
+    texts = [f"w{index}" for index in range(VOCABULARY)]
+    texts[word] = text
+    cells = torch.randn(49, CHANNELS, generator=torch.Generator().manual_seed(1))
+    steps = word_steps(make_model(**options), cells, [9, word], texts)
+    page.set_content(SECTION)
+    page.add_script_tag(path=WEB / "steps.js")
+    page.evaluate(
+        """steps => {
+            const root = document.querySelector(".steps");
+            root.open = true;
+            const explain = ({ request }) => view.show(request, steps);
+            const view = mountSteps(root, { explain, move: () => {} });
+            view.choose({ words: ["w9", steps.word], word: 1 });
+        }""",
+        steps.to_dict(),
+    )
+    page.locator(".candidates").wait_for()
+    return steps
+
+
+def test_steps_that_the_model_lacks_are_not_drawn(page: Page) -> None:
+    steps = draw(page, REPORT, 5, "dog")
+    assert page.locator(".step").count() == len(steps.code) == 7
+    names = page.locator(".step").evaluate_all("all => all.map((each) => each.className)")
+    assert names == [f"step {name}" for name in steps.code]
+    expect(page.locator(".candidates thead th")).to_have_text(["word", "logit", "p(w)"])
+    expect(page.locator(".query")).not_to_contain_text("last word")
+    assert not re.search("NaN|undefined|null", page.locator(".steps").inner_text())
+
+
+def test_hostile_word_that_only_the_pointer_writes_is_explained_as_text(page: Page) -> None:
+    draw(page, ALL_ON, 21, HOSTILE)
+    expect(page.locator(".output")).to_contain_text("Only the pointer can write it")
+    for part in (".steps-title", ".output", ".pointer", ".softmax", ".candidates .chosen"):
+        expect(page.locator(part)).to_contain_text(HOSTILE)
+    assert not re.search("NaN|undefined|null", page.locator(".steps").inner_text())
+    expect(page.locator("img")).to_have_count(0)
+    assert page.evaluate("window.hacked") is None
