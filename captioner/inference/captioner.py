@@ -30,6 +30,7 @@ from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
 from captioner.model.maps import CaptionMaps, caption_maps, mattered
 from captioner.model.search import Hypothesis, beam_search, decode
+from captioner.model.steps import WordSteps, word_steps
 from captioner.model.verdicts import verdicts
 from captioner.model.vocabulary import SPECIALS, clean
 
@@ -428,6 +429,34 @@ class Captioner:
         beams = list(caption.beams)
         beams[beam] = dataclasses.replace(chosen, words=tuple(explained), end=end)
         return dataclasses.replace(caption, beams=tuple(beams), seen=self._seen(memory))
+
+    def steps(
+        self, photo: Photo | EncodedPhoto, words: str | Sequence[str], index: int
+    ) -> WordSteps:
+        """Return how one word of a caption was chosen, step by step.
+
+        Args:
+            photo: as for ``caption``.
+            words: the caption; as a text, it is split as ``score`` splits it.
+            index: of the word; the number of words stands for the caption's end.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: there is no such word, or there are too many.
+        """
+        words = self.words_of(words) if isinstance(words, str) else words
+        if len(words) > _MAX_SCORED_LENGTH - 2:
+            raise ConfigError(
+                f"the caption has {len(words)} words; the limit is {_MAX_SCORED_LENGTH - 2}"
+            )
+        if not 0 <= index <= len(words):
+            raise ConfigError(f"there is no word {index}; there are {len(words)}, and the end")
+        vocabulary = self.checkpoint.vocabulary
+        ids = [*(vocabulary.word2idx.get(word, UNK) for word in words), EOS]
+        encoded = photo if isinstance(photo, EncodedPhoto) else self.encode(photo)
+        return word_steps(
+            self.checkpoint.model, encoded.cells, ids[: index + 1], vocabulary.idx2word
+        )
 
     def _seen(self, memory: Memory) -> tuple[tuple[tuple[str, float], ...], ...] | None:
         """Return the words that detectors see in each cell of a photo; None without evidence."""

@@ -67,10 +67,13 @@ class Attention(nn.Module):
 
     def attend(self, memory: Memory, projected_query: Tensor) -> tuple[Tensor, Tensor]:
         """Attend with ``projected_query = Wh(query)``, (B, W, A)."""
-        summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
-        scores = self.v(torch.tanh(summed)).squeeze(-1)  # (B, W, P)
-        attention = scores.float().softmax(dim=-1)
+        attention = self.score(memory, projected_query).float().softmax(dim=-1)
         return attention.to(memory.features.dtype) @ memory.features, attention
+
+    def score(self, memory: Memory, projected_query: Tensor) -> Tensor:
+        """Return the score (B, W, P) of each cell, before the softmax."""
+        summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
+        return self.v(torch.tanh(summed)).squeeze(-1)
 
 
 class CaptionModel(nn.Module):

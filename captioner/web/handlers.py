@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from captioner.web.attention_viewer import (
     Example,
     ExplainRequest,
     ExportRequest,
+    StepsRequest,
+    StepsView,
     View,
 )
 from captioner.web.controls import decoding_options, setting_values
@@ -30,6 +33,13 @@ from captioner.web.photo_input import ExamplePhoto, example_photos
 _MAX_CHARACTERS = 2000
 _MAX_ENCODED = 64  # photos, 0.3 MB each
 _MAX_DISPLAYED = 4  # photos that a browser cannot draw, 3 MB each
+
+
+class Steps(Protocol):
+    """The part of ``captioner.model.steps.WordSteps`` that the page uses."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
 
 
 class Model(Protocol):
@@ -51,6 +61,9 @@ class Model(Protocol):
 
     def words_of(self, text: str) -> list[str]:
         """Split a text into words as the model reads them."""
+
+    def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Steps:
+        """Explain how one word of a caption was chosen."""
 
 
 class Handlers:
@@ -85,7 +98,9 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(self, request: CaptionRequest | ExplainRequest | ExportRequest) -> Path:
+    def _path(
+        self, request: CaptionRequest | ExplainRequest | ExportRequest | StepsRequest
+    ) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -155,6 +170,13 @@ class Handlers:
             photo, request.caption, request.format, request.beam, request.word, appearance
         )
         return data, f"caption.{request.format}"
+
+    @show_errors
+    def steps(self, request: StepsRequest) -> StepsView:
+        """Explain how one word of the caption on the screen was chosen."""
+        encoded = self._encode(self._path(request))
+        steps = self._model.steps(encoded, request.words, request.word)
+        return StepsView(steps.to_dict(), request.request)
 
     @show_errors
     def api(self, photo: bytes | None) -> dict[str, Any]:

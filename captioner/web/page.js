@@ -1,8 +1,9 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, explain, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
-function mountPage(root, { caption, explain, save, upload }) {
+// mountPage(root, { caption, explain, explainSteps, save, upload }) returns
+// { start(value), answer(value), fail(), saved(text), failSteps() }.
+function mountPage(root, { caption, explain, explainSteps, save, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -21,8 +22,12 @@ function mountPage(root, { caption, explain, save, upload }) {
   const viewer = mountViewer(find(".viewer"), {
     rewrite: (words) => request({ ...state, ...words }),
     explain: (beam) => requestIdle(() => requestExplanation(beam)),
-    changed: () => writeAddress(),
+    changed: () => {
+      writeAddress();
+      chooseSteps();
+    },
   });
+  const steps = mountSteps(find(".steps"), { explain: explainSteps, move: (at) => find(".words").children[at].click() });
 
   const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
   const samePhoto = (a, b) => a && b && a.example === b.example && a.path === b.path;
@@ -59,8 +64,17 @@ function mountPage(root, { caption, explain, save, upload }) {
     return ++number;
   }
 
+  // While a caption is on its way, its answer must not be overtaken in the component's value.
+  function chooseSteps() {
+    if (pending || !state) return;
+    const { value, beam, word } = viewer.state();
+    const words = value.caption.beams[beam].words.map(({ text }) => text);
+    steps.choose({ example: state.example ?? null, file: state.path ?? null, words, word });
+  }
+
   function answer(next) {
     if (next.explained) return takeExplanation(next);
+    if (next.steps) return steps.show(next.request, next.steps);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -85,6 +99,7 @@ function mountPage(root, { caption, explain, save, upload }) {
     if (!value) return openExample(examples[0].name);
     fillForms();
     describePhoto();
+    chooseSteps();
   }
 
   // Makes an answered state the current one; Undo brings back the one before.
@@ -99,6 +114,7 @@ function mountPage(root, { caption, explain, save, upload }) {
     [state, value] = [next, shown];
     viewer.show({ appearance: viewer.state().appearance, ...shown });
     fillForms();
+    chooseSteps();
     describeChange();
     if (isNewPhoto) {
       describePhoto();
@@ -442,5 +458,5 @@ function mountPage(root, { caption, explain, save, upload }) {
     if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
-  return { start, answer, fail, saved: exported };
+  return { start, answer, fail, saved: exported, failSteps: steps.fail };
 }

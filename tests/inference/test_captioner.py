@@ -409,3 +409,56 @@ def test_card_is_the_model_card_without_front_matter(captioner: Captioner) -> No
     assert captioner.card
     assert shipped.endswith(f"---\n\n{captioner.card}\n")
     assert captioner.card.startswith("# ")
+
+
+# How a word was chosen
+
+
+@torch.no_grad()
+def test_steps_have_the_numbers_of_the_caption_and_of_the_decoder(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    model, vocabulary = captioner.checkpoint.model, captioner.checkpoint.vocabulary
+    encoded = captioner.encode(photos[0])
+    state, memory = model.start(encoded.cells[None])
+    previous = "<bos>"
+    (beam, *_) = caption.beams
+    for index, word in enumerate((*beam.words, beam.end)):
+        found = captioner.steps(encoded, [each.text for each in beam.words], index)
+        assert (found.previous, found.word) == (previous, word.text)
+        token_ids = torch.tensor([[vocabulary.word2idx[previous]]])
+        logits, attention, state = model.step(token_ids, state, memory)
+        assert found.attention == pytest.approx(attention.flatten().tolist(), abs=1e-6)
+        assert np.allclose(found.attention, word.attention.flatten(), atol=1e-4)
+        for each in found.candidates:
+            expected = float(logits[0, 0, vocabulary.word2idx[each.text]])
+            assert each.logit == pytest.approx(expected, abs=1e-4)
+            assert each.output + each.evidence + each.pointer == pytest.approx(expected, abs=1e-4)
+        assert found.hidden == pytest.approx(float(state.hidden.norm()), rel=1e-5)
+        (chosen,) = [each for each in found.candidates if each.text == word.text]
+        assert chosen.probability == pytest.approx(word.probability, abs=1e-4)
+        previous = word.text
+
+
+def test_steps_read_texts_and_unknown_words_as_scores_do(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    encoded = captioner.encode(photos[0])
+    texts = captioner.steps(encoded, "A zyzzyva!", 1)
+    assert (texts.previous, texts.word) == ("a", "<unk>")
+    assert texts == captioner.steps(photos[0], ["a", "zyzzyva"], 1)
+    score = captioner.score(encoded, "A zyzzyva!").words[1]
+    (chosen,) = [each for each in texts.candidates if each.text == "<unk>"]
+    assert chosen.probability == pytest.approx(score.probability, abs=1e-4)
+    assert captioner.steps(encoded, "", 0).word == "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("words", "index"), [("a dog", 3), ("a dog", -1), ("", 1), ("a " * 199, 0)]
+)
+def test_steps_of_words_that_do_not_exist_are_refused(
+    captioner: Captioner, photos: list[Path], words: str, index: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"there is no word|the limit is 198"):
+        captioner.steps(photos[0], words, index)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,6 +36,8 @@ from captioner.web import (
     ExportRequest,
     Handlers,
     PhotoInput,
+    StepsRequest,
+    StepsView,
     View,
     show_errors,
 )
@@ -48,6 +50,16 @@ Fields: TypeAlias = dict[str, Any]
 
 def word(text: str) -> Word:
     return Word(text, 0.5, ((text, 0.5),), {"attended": np.full((7, 7), 1 / 49, np.float32)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """Stands in for the steps of a word."""
+
+    word: str
+
+    def to_dict(self) -> Fields:
+        return {"word": self.word}
 
 
 class Parrot:
@@ -78,6 +90,10 @@ class Parrot:
     def words_of(self, text: str) -> list[str]:
         return text.split()
 
+    def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Explained:
+        assert isinstance(photo, EncodedPhoto)
+        return Explained(words[index])
+
 
 CAPTION = Parrot().score(Image.new("RGB", (40, 20)), "a dog")
 
@@ -101,6 +117,12 @@ def explain_request(**fields: Any) -> ExplainRequest:
     sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
     sent |= {"caption": CAPTION.to_dict(), "beam": 0}
     return ExplainRequest(None, sent | fields)
+
+
+def steps_request(**fields: Any) -> StepsRequest:
+    """Return the event that explains a word."""
+    sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
+    return StepsRequest(None, sent | {"words": ["a", "dog"], "word": 1} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +378,10 @@ PROBLEMS: dict[str, Ask] = {
     "strength of no number": lambda handlers, _: handlers.export(
         export_request(appearance={"strength": "1"})
     ),
+    "unknown word, explained": lambda handlers, _: handlers.steps(steps_request(word=3)),
+    "negative word, explained": lambda handlers, _: handlers.steps(steps_request(word=-1)),
+    "many words, explained": lambda handlers, _: handlers.steps(steps_request(words=["a"] * 10**5)),
+    "unknown example, explained": lambda handlers, _: handlers.steps(steps_request(example="x")),
     "API without a photo": lambda handlers, _: handlers.api(None),
 }
 
@@ -395,11 +421,33 @@ def test_only_uploaded_files_are_opened(
     calls: list[Callable[[], object]] = [
         lambda: handlers.caption(request(file=path)),
         lambda: handlers.export(export_request(file=path)),
+        lambda: handlers.steps(steps_request(file=path)),
     ]
     for call in calls:
         with pytest.raises(gr.Error, match="no longer stored here") as refused:
             call()
         assert str(photo) not in refused.value.message
+
+
+def test_steps_are_those_of_the_word_on_the_screen(
+    handlers: Handlers, captioner: Captioner, photo: Path
+) -> None:
+    words = ["a", "zyzzyva", "dog"]
+    for index in range(4):
+        answer = handlers.steps(steps_request(words=words, word=index))
+        assert answer.steps == captioner.steps(photo, words, index).to_dict()
+        assert answer.request == 7
+        assert json.loads(json.dumps(answer.steps, allow_nan=False))["word"] == answer.steps["word"]
+
+
+def test_explained_photo_is_not_encoded_again(uploads: Path) -> None:
+    model = Parrot()
+    handlers = Handlers(model, {})
+    path = uploads / "photo.png"
+    Image.new("RGB", (40, 20)).save(path)
+    handlers.caption(request(file=str(path)))
+    assert handlers.steps(steps_request(file=str(path))).steps == {"word": "dog"}
+    assert model.encoded == 1
 
 
 def test_api_returns_plain_json(handlers: Handlers, captioner: Captioner, photo: Path) -> None:
@@ -442,26 +490,34 @@ BAD_EXPORT_REQUESTS: dict[str, list[object]] = {
     "word": NO_WHOLE_NUMBERS,
     "appearance": NO_DICTS,
 }
+BAD_STEPS_REQUESTS: dict[str, list[object]] = {
+    "request": NO_WHOLE_NUMBERS,
+    "example": [5, ["one"], {}],
+    "file": NO_TEXTS,
+    "words": [None, "a dog", 5, {}, [5], ["a", None], [["a"]]],
+    "word": NO_WHOLE_NUMBERS,
+}
+BAD_REQUESTS: dict[Callable[..., object], dict[str, list[object]]] = {
+    request: BAD_CAPTION_REQUESTS,
+    export_request: BAD_EXPORT_REQUESTS,
+    steps_request: BAD_STEPS_REQUESTS,
+}
 
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [
-        *((request, name) for name in BAD_CAPTION_REQUESTS),
-        *((export_request, name) for name in BAD_EXPORT_REQUESTS),
-    ],
+    [(build, name) for build, values in BAD_REQUESTS.items() for name in values],
 )
 def test_invalid_event_data_is_refused(build: Callable[..., object], name: str) -> None:
     # Two words, of which index 2 is out of range; without an example the file counts.
     fields = {"text": "ab cd"} if build is request else {}
-    values = (BAD_CAPTION_REQUESTS if build is request else BAD_EXPORT_REQUESTS)[name]
-    for value in values:
+    for value in BAD_REQUESTS[build][name]:
         with pytest.raises(gr.Error, match=r"reload the page|not the JSON of a caption") as refused:
             build(**fields | {name: value})
         assert not refused.value.print_exception
 
 
-@pytest.mark.parametrize("event", [CaptionRequest, ExplainRequest, ExportRequest])
+@pytest.mark.parametrize("event", [CaptionRequest, ExplainRequest, ExportRequest, StepsRequest])
 def test_event_without_data_is_refused(event: Callable[[None, object], object]) -> None:
     for data in NO_DATA:
         with pytest.raises(gr.Error, match="reload the page"):
@@ -533,6 +589,12 @@ def test_answer_holds_only_the_caption() -> None:
     assert data is not None
     assert (data.photo, data.examples, data.defaults, data.request) == (None, [], {}, 2)
     assert component.postprocess(None) is None
+
+
+def test_explanation_is_sent_without_a_caption() -> None:
+    data = AttentionViewer().postprocess(StepsView({"word": "dog"}, request=3))
+    assert data is not None
+    assert (data.steps, data.caption, data.photo, data.request) == ({"word": "dog"}, {}, None, 3)
 
 
 def test_example_photos_are_installed_and_described() -> None:
