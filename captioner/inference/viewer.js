@@ -1,12 +1,14 @@
 // The attention viewer: draws one caption with its maps and lets the visitor explore it.
 // Knows nothing of Gradio or of a server. Text from the value is set as text, never as HTML.
 //
-// mountViewer(root, { rewrite, changed }) returns { show(value), state(), text() }.
+// mountViewer(root, { rewrite, changed, selected }) returns { show(value), state(), text(), chosen(), percent }.
 //   value: { photo: { url }, caption: Caption.to_dict(), beam, word, appearance }
 //   rewrite({ text, given, whole }): requests a caption that begins with `text`; without it the
 //     alternatives cannot be clicked.
 //   changed(): called when the visitor chose another caption, word or appearance.
-function mountViewer(root, { rewrite, changed = () => {} } = {}) {
+//   selected(): called when other cells, or none, are selected.
+//   chosen(): the chosen word, its place, its map as it is shown, and the selected cells.
+function mountViewer(root, { rewrite, changed = () => {}, selected: selectionChanged = () => {} } = {}) {
   const find = (selector) => root.querySelector(selector);
   const make = (name, className, ...children) => {
     const node = Object.assign(document.createElement(name), { className });
@@ -119,6 +121,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const isScored = ({ caption }) => caption.given.includes(caption.beams[0].words.length);
   const SPECIAL = { __proto__: null, "<eos>": "end here", "<unk>": "(unknown word)" };
   const display = (text) => SPECIAL[text] ?? text;
+  const shownMap = (word) => word.attention;
   const label = (word) => (isEnd(word) ? "end" : display(word.text));
   const captionText = (caption) => caption.text.replaceAll("<unk>", SPECIAL["<unk>"]) || "(no words)";
   // Marks text as the caption's, which may be in a right-to-left language, or as the page's own.
@@ -239,6 +242,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
       : "";
     drawBadge();
     drawCells();
+    selectionChanged();
   }
 
   const cellAt = (event) => {
@@ -464,5 +468,10 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     show,
     state: () => ({ value, beam, word: pinned, appearance: { ...appearance }, defaults: DEFAULTS }),
     text: () => captionText(current()),
+    percent,
+    chosen: () => ({
+      word: items()[pinned], at: pinned, label: label(items()[pinned]), isEnd: isEnd(items()[pinned]),
+      words: current().words.map((word) => word.text), map: shownMap(items()[pinned]), selection: [...selection],
+    }),
   };
 }

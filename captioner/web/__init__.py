@@ -4,11 +4,13 @@ from captioner.web import gradio_setup  # noqa: F401 -- first: see there
 
 # isort: split
 from captioner.web.attention_viewer import (
+    ON_COVER_FAILED,
     ON_EXPORT_FAILED,
     ON_EXPORTED,
     ON_REQUEST_FAILED,
     AttentionViewer,
     CaptionRequest,
+    CoverRequest,
     Example,
     ExportRequest,
     View,
@@ -19,11 +21,13 @@ from captioner.web.handlers import Handlers, preview_picture
 from captioner.web.photo_input import ExamplePhoto, PhotoInput, example_photos
 
 __all__ = [
+    "ON_COVER_FAILED",
     "ON_EXPORTED",
     "ON_EXPORT_FAILED",
     "ON_REQUEST_FAILED",
     "AttentionViewer",
     "CaptionRequest",
+    "CoverRequest",
     "Example",
     "ExamplePhoto",
     "ExportRequest",

@@ -1,8 +1,9 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
-Hovering, clicking and playing need no request. Two events go to the server: ``caption`` (write or
-score a caption) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
-standalone page of ``inference/render.py``. ``page.js`` holds the state of the page.
+Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
+score a caption), ``cover`` (test a map by covering cells) and ``export`` (make a file).
+``inference/viewer.js`` draws, here and in the standalone page of ``inference/render.py``.
+``page.js`` holds the state of the page, and ``cover.js`` tests its maps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from captioner.config import DecodingOptions
 from captioner.errors import ConfigError
 from captioner.images import display_jpeg
 from captioner.inference.caption import Caption
+from captioner.inference.cover import CoverTest, check_cells
 from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
 
@@ -35,10 +37,12 @@ _THUMBNAIL_SIDE = 128
 _ON_LOAD = """
 const page = mountPage(element, {
   caption: (request) => trigger("caption", request),
+  cover: (request) => trigger("cover", request),
   save: (request) => trigger("export", request),
   upload,
 });
 element.addEventListener("request-failed", () => page.fail());
+element.addEventListener("cover-failed", () => page.uncover());
 element.addEventListener("export-ended", ({ detail }) => page.saved(detail));
 let started = false;
 const load = () => {
@@ -52,8 +56,9 @@ load();
 """
 
 _PAGE = "document.querySelector('.page').parentElement"
-# Run in the browser after an event: a request failed, an export failed or succeeded.
+# Run in the browser after an event: a request or a cover failed, an export failed or succeeded.
 ON_REQUEST_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('request-failed')); }}"
+ON_COVER_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('cover-failed')); }}"
 ON_EXPORT_FAILED = f"""() => {{
     {_PAGE}.dispatchEvent(new CustomEvent("export-ended", {{ detail: "" }}));
 }}"""
@@ -89,16 +94,18 @@ class View:
     """An answer to the browser.
 
     Attributes:
-        caption: with all of its beams.
+        caption: with all of its beams; that of the covered photo if there is a ``cover``.
         photo: upright RGB, or None where the browser draws its own copy.
         request: the number of the answered request.
         examples: only in the page's first value.
+        cover: only in the answer to the event ``cover``.
     """
 
     caption: Caption
     photo: Image.Image | None = None
     request: int = 0
     examples: Sequence[Example] = ()
+    cover: CoverTest | None = None
 
 
 class ExampleData(GradioModel):
@@ -113,7 +120,7 @@ class ExampleData(GradioModel):
 
 
 class ViewData(GradioModel):
-    """A ``View`` as JSON, with its photos as JPEG files."""
+    """A ``View`` as JSON, with its photos as JPEG files; ``cover`` has no caption of its own."""
 
     caption: dict[str, Any]
     photo: FileData | None = None
@@ -121,6 +128,7 @@ class ViewData(GradioModel):
     examples: list[ExampleData] = Field(default_factory=list)
     defaults: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
+    cover: dict[str, Any] | None = None
 
 
 class _ClientEvent(gr.EventData):
@@ -172,6 +180,34 @@ class CaptionRequest(_ClientEvent):
             raise ConfigError("the request marks words that do not exist: reload the page")
 
 
+class CoverRequest(_ClientEvent):
+    """The data of the event ``cover``.
+
+    Attributes:
+        request: its number, returned with the answer.
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+        text: the caption on the screen.
+        word: index of the chosen word; not checked yet.
+        cells: to cover, row * 7 + column.
+        options: of the search for the new caption.
+    """
+
+    @show_errors
+    def __init__(self, target: Any, data: Any) -> None:
+        """Check the fields; the page itself sends only valid ones."""
+        super().__init__(target, data)
+        self.request = self._field("request", int)
+        self._read_photo()
+        self.text = self._field("text", str)
+        self.word = self._field("word", int)
+        cells = self._field("cells", list)
+        if not all(type(cell) is int for cell in cells):
+            raise ConfigError("the request has no valid cells: reload the page")
+        self.cells = check_cells(cells)
+        self.options: DecodingOptions = decoding_options(self._field("settings", dict))
+
+
 class ExportRequest(_ClientEvent):
     """The data of the event ``export``.
 
@@ -198,7 +234,7 @@ class ExportRequest(_ClientEvent):
 
 
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires the events ``caption`` and ``export``."""
+    """Shows a ``View``; fires the events ``caption``, ``cover`` and ``export``."""
 
     data_model = ViewData
 
@@ -214,8 +250,8 @@ class AttentionViewer(gr.HTML):
         super().__init__(
             value,
             html_template=parts["page.html"].replace("<!-- viewer -->", parts["viewer.html"]),
-            css_template=parts["viewer.css"] + parts["page.css"],
-            js_on_load=parts["viewer.js"] + parts["page.js"] + _ON_LOAD,
+            css_template=parts["viewer.css"] + parts["page.css"] + parts["cover.css"],
+            js_on_load=parts["viewer.js"] + parts["cover.js"] + parts["page.js"] + _ON_LOAD,
             apply_default_css=False,
             **kwargs,
         )
@@ -231,6 +267,9 @@ class AttentionViewer(gr.HTML):
         data = ViewData(caption=value.caption.to_dict(), request=value.request)
         if value.photo is not None:
             data.photo = self.save(display_jpeg(value.photo), "photo.jpg")
+        if value.cover is not None:
+            data.cover = value.cover.to_dict()
+            del data.cover["caption"]
         if value.examples:
             data.defaults = setting_values(DecodingOptions())
             data.plain = setting_values(DecodingOptions.plain_greedy())

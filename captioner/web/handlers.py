@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,15 @@ from captioner.errors import ConfigError, ImageError
 from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
+from captioner.inference.cover import CoverTest
 from captioner.inference.render import Appearance, render
-from captioner.web.attention_viewer import CaptionRequest, Example, ExportRequest, View
+from captioner.web.attention_viewer import (
+    CaptionRequest,
+    CoverRequest,
+    Example,
+    ExportRequest,
+    View,
+)
 from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
 from captioner.web.photo_input import ExamplePhoto, example_photos
@@ -42,6 +50,17 @@ class Model(Protocol):
 
     def words_of(self, text: str) -> list[str]:
         """Split a text into words as the model reads them."""
+
+    def cover(
+        self,
+        photo: Photo,
+        text: str,
+        word: int,
+        cells: Sequence[int],
+        *,
+        options: DecodingOptions | None = None,
+    ) -> CoverTest:
+        """Cover cells of a photo and caption it anew."""
 
 
 class Handlers:
@@ -76,7 +95,7 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(self, request: CaptionRequest | ExportRequest) -> Path:
+    def _path(self, request: CaptionRequest | CoverRequest | ExportRequest) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -94,10 +113,7 @@ class Handlers:
     @show_errors
     def caption(self, request: CaptionRequest) -> View:
         """Write a caption that begins with the visitor's words, or score the whole of it."""
-        if len(request.text) > _MAX_CHARACTERS:
-            raise ConfigError(
-                f"the text has {len(request.text)} characters; the limit is {_MAX_CHARACTERS}"
-            )
+        _check_length(request.text)
         path, photo = self._path(request), None
         given = self._word_indices(request.text, request.given)
         if request.drawn:
@@ -131,6 +147,16 @@ class Handlers:
         return indices
 
     @show_errors
+    def cover(self, request: CoverRequest) -> View:
+        """Cover cells of the photo, and caption it without the visitor's words."""
+        _check_length(request.text)
+        photo = self._path(request).read_bytes()  # bytes: errors must not name the path
+        test = self._model.cover(
+            photo, request.text, request.word, request.cells, options=request.options
+        )
+        return View(test.caption, request=request.request, cover=test)
+
+    @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:
         """Return the caption on the screen as a file: its data and its name."""
         photo = open_photo(self._path(request).read_bytes())  # errors must not name the path
@@ -152,6 +178,11 @@ def preview_picture(model: Model) -> bytes:
     """Return a PNG for links to the page: the first example, all of its words with their maps."""
     path = next(iter(example_photos().values())).path
     return render(open_photo(path), model.caption(path), "png")
+
+
+def _check_length(text: str) -> None:
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"the text has {len(text)} characters; the limit is {_MAX_CHARACTERS}")
 
 
 def _display_copy(photo: Image.Image) -> Image.Image:

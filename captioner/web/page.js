@@ -1,8 +1,9 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
-function mountPage(root, { caption, save, upload }) {
+// mountPage(root, { caption, cover, save, upload }) returns
+// { start(value), answer(value), fail(), saved(text), uncover() }.
+function mountPage(root, { caption, cover, save, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -20,7 +21,15 @@ function mountPage(root, { caption, save, upload }) {
 
   const viewer = mountViewer(find(".viewer"), {
     rewrite: (words) => request({ ...state, ...words }),
-    changed: () => writeAddress(),
+    changed: () => {
+      writeAddress();
+      mapTest.update();
+    },
+    selected: () => mapTest.update(),
+  });
+  const mapTest = mountCover(root, viewer, (test) => {
+    const { example = null, path: file = null, settings } = state;
+    cover({ ...test, example, file, settings });
   });
 
   const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
@@ -47,6 +56,7 @@ function mountPage(root, { caption, save, upload }) {
   }
 
   function answer(next) {
+    if (next.cover) return mapTest.answer(next);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -425,5 +435,5 @@ function mountPage(root, { caption, save, upload }) {
     if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
-  return { start, answer, fail, saved: exported };
+  return { start, answer, fail, saved: exported, uncover: mapTest.uncover };
 }
