@@ -37,7 +37,8 @@ class CoverTest:
         after: the same in the covered photo.
         random: the same under each of several random covers of equal size: the cover's own shape,
             turned or mirrored and moved, with what leaves at one edge coming in at the opposite.
-            Each cell is covered equally often on average; none is the cover itself.
+            Each cell is covered equally often on average. None is the cover itself, but they may
+            overlap it.
     """
 
     cells: tuple[int, ...]

@@ -12,7 +12,7 @@ function mountCover(root, viewer, request) {
   const [frame, photo, count] = [".frame", ".photo", ".count"].map(find);
   const layer = make("canvas", "cover");
   layer.ariaHidden = "true";
-  const badge = make("span", "badge covered-badge");
+  const badge = make("span", "covered-badge");
   badge.ariaHidden = "true";
   find(".grid").before(layer);
   frame.append(badge);
@@ -148,7 +148,7 @@ function mountCover(root, viewer, request) {
     find(".chances").replaceChildren(
       chance("Whole photo", before),
       chance(`Without ${these}`, after),
-      chance(`Random cover, mean of ${random.covers} (range)`, random.mean, [random.low, random.high]),
+      chance(`Random covers, mean of ${random.covers} (lowest to highest)`, random.mean, [random.low, random.high]),
     );
     const [{ words: anew }] = result.caption.beams;
     const isSame = anew.map(({ text }) => text).join(" ") === words.join(" ");
@@ -158,7 +158,7 @@ function mountCover(root, viewer, request) {
     const text = Object.assign(find(".anew-text"), { dir: "auto", lang: result.caption.language });
     text.replaceChildren(...anew.flatMap((each) => [make(words.includes(each.text) ? "span" : "strong", "", each.text), " "]));
     find(".remark").textContent =
-      "A random cover has the same shape, turned and moved elsewhere. " +
+      "A random cover has the same shape, turned and moved anywhere, even over some of the same cells. " +
       "The decoder sees the photo through nothing but its cells, so covering any of them may take something from a word: " +
       "a fall is no proof that the map is right, unless the random covers leave the word standing.";
     badge.textContent = `${cells.length} of ${viewer.chosen().map.flat().length} cells covered`;

@@ -380,7 +380,7 @@ function mountPage(root, { caption, cover, save, upload }) {
   // ---- The tour, on the current caption.
   const STEPS = [
     [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows where the model looked before it wrote that word."],
-    [".panel", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
+    [".alternatives", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
     [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several. Each word then shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],
     [".export", "Export", "Save the caption as an image, an animation, JSON or a web page that works offline, or copy a link to it."],
