@@ -16,9 +16,12 @@ from captioner.errors import ConfigError, ImageError
 from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
+from captioner.inference.cover import CoverTest
 from captioner.inference.render import Appearance, render
 from captioner.web.attention_viewer import (
     CaptionRequest,
+    ClientEvent,
+    CoverRequest,
     Example,
     ExplainRequest,
     ExportRequest,
@@ -65,6 +68,17 @@ class Model(Protocol):
     def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Steps:
         """Explain how one word of a caption was chosen."""
 
+    def cover(
+        self,
+        photo: Photo,
+        text: str,
+        word: int,
+        cells: Sequence[int],
+        *,
+        options: DecodingOptions | None = None,
+    ) -> CoverTest:
+        """Cover cells of a photo and caption it anew."""
+
 
 class Handlers:
     """The page's events."""
@@ -98,9 +112,7 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(
-        self, request: CaptionRequest | ExplainRequest | ExportRequest | StepsRequest
-    ) -> Path:
+    def _path(self, request: ClientEvent) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -118,10 +130,7 @@ class Handlers:
     @show_errors
     def caption(self, request: CaptionRequest) -> View:
         """Write a caption that begins with the visitor's words, or score the whole of it."""
-        if len(request.text) > _MAX_CHARACTERS:
-            raise ConfigError(
-                f"the text has {len(request.text)} characters; the limit is {_MAX_CHARACTERS}"
-            )
+        _check_length(request.text)
         path, photo = self._path(request), None
         given = self._word_indices(request.text, request.given)
         if request.drawn:
@@ -162,6 +171,16 @@ class Handlers:
         return View(caption, request=request.request, explained=True)
 
     @show_errors
+    def cover(self, request: CoverRequest) -> View:
+        """Cover cells of the photo, and caption it without the visitor's words."""
+        _check_length(request.text)
+        photo = self._path(request).read_bytes()  # bytes: errors must not name the path
+        test = self._model.cover(
+            photo, request.text, request.word, request.cells, options=request.options
+        )
+        return View(test.caption, request=request.request, cover=test)
+
+    @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:
         """Return the caption on the screen as a file: its data and its name."""
         photo = open_photo(self._path(request).read_bytes())  # errors must not name the path
@@ -190,6 +209,11 @@ def preview_picture(model: Model) -> bytes:
     """Return a PNG for links to the page: the first example, all of its words with their maps."""
     path = next(iter(example_photos().values())).path
     return render(open_photo(path), model.caption(path), "png")
+
+
+def _check_length(text: str) -> None:
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"the text has {len(text)} characters; the limit is {_MAX_CHARACTERS}")
 
 
 def _display_copy(photo: Image.Image) -> Image.Image:
