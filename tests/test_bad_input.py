@@ -119,7 +119,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "it lacks 'weights_sha256'": lambda folder: _edit(
         folder, lambda config: config.pop("weights_sha256")
     ),
-    "update captioner": lambda folder: _edit(folder, lambda config: config.update(format=2)),
+    "update captioner": lambda folder: _edit(folder, lambda config: config.update(format=3)),
     "hidden_size is 1000000000": lambda folder: _edit(
         folder, lambda config: config["model"].update(hidden_size=10**9)
     ),
@@ -531,7 +531,13 @@ def test_forged_export_requests_are_refused(
         *_changed(good, "caption", None, "a dog", [], {}),
         *_changed(good, "caption", *_changed(client.caption, "beams", None, [], [{}])),
         *_changed(good, "caption", *_changed(client.caption, "size", None, [-1, 10**400])),
-        *forge_word("attention", None, [[1], [1, 2]], [[math.nan] * 7] * 7, [[0.5] * 1000] * 1000),
+        *forge_word(
+            "maps", None, {}, {"attended": [[1], [1, 2]]}, {"attended": [[math.nan] * 7] * 7}
+        ),
+        *forge_word(
+            "maps", {"attended": [[0.5] * 1000] * 1000}, {"attended": [[0] * 7] * 7, "x": 1}
+        ),
+        *forge_word("verdict", "true", 5),
         *forge_word("text", None, "\ud800", "a" * 10**6),
         *forge_word("probability", None, math.nan, 2, "x"),
         *_changed(good, "appearance", None, [], "x", {"unknown": 1}),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from captioner.config import BAD_ENDINGS, DEFAULT_LANGUAGE, EOS, UNK, DecodingOptions
+from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
 from captioner.inference.caption import Beam, Caption, Word
@@ -388,6 +389,7 @@ class Captioner:
         ]
         return Beam(tuple(words), end, hypothesis.log_probability, hypothesis.score)
 
+    @torch_defaults()
     @torch.inference_mode()
     def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:
         """Return a caption of the photo with all that explains the words of one of its beams.
@@ -432,6 +434,7 @@ class Captioner:
         beams[beam] = dataclasses.replace(chosen, words=tuple(explained), end=end)
         return dataclasses.replace(caption, beams=tuple(beams), seen=self._seen(memory))
 
+    @torch_defaults()
     def steps(
         self, photo: Photo | EncodedPhoto, words: str | Sequence[str], index: int
     ) -> WordSteps:
@@ -460,6 +463,7 @@ class Captioner:
             self.checkpoint.model, encoded.cells, ids[: index + 1], vocabulary.idx2word
         )
 
+    @torch_defaults()
     def cover(
         self,
         photo: Photo,

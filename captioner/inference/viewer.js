@@ -9,7 +9,7 @@
 //   explain(beam): requests the words' verdicts and further maps; the answer goes to explained().
 //   changed(): called when the visitor chose another caption, word or appearance.
 //   selected(): called when other cells, or none, are selected.
-//   chosen(): the chosen word, its place, its map as it is shown, and the selected cells.
+//   chosen(): the chosen word's place and label, its map as it is shown, and the selected cells.
 function mountViewer(root, { rewrite, explain, changed = () => {}, selected: selectionChanged = () => {} } = {}) {
   const find = (selector) => root.querySelector(selector);
   const make = (name, className, ...children) => {
@@ -189,15 +189,17 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
     find(".high").textContent = write(high);
     const [, meaning] = MAPS[name];
     const parts = [`${MAPS[name][0]}: ${meaning}`];
-    if (name !== appearance.map) parts.unshift(`This word has no map “${MAPS[appearance.map][0].toLowerCase()}”`);
+    // Models without detectors have no evidence at all, and no word lacks it.
+    const lacks = name !== appearance.map && withMap(appearance.map).length > 0;
+    if (lacks) parts.unshift(`This word has no map “${MAPS[appearance.map][0].toLowerCase()}”`);
     if (hasCold) parts.push(appearance.special ? "blue: less than in the mean map" : "blue cells speak against the word");
     if (appearance.special) parts.push("drawn is the difference from the caption’s mean map");
     if (appearance.scale === "caption") parts.push("all words share the scale");
     find(".scale-text").textContent = `${parts.join("; ")}.`;
-    const { maps } = items()[previewed];
     for (const node of find(".maps").children) {
-      node.ariaPressed = String(node.value === appearance.map);
-      node.classList.toggle("lacking", !(node.value in maps));
+      node.hidden = !withMap(node.value).length;
+      node.ariaPressed = String(node.value === (lacks ? appearance.map : name));
+      node.classList.toggle("lacking", !(node.value in word.maps));
     }
   }
 
@@ -226,9 +228,9 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
   function drawPanel(word, at) {
     const cells = attended(word);
     mark(find(".word-title"), !isEnd(word)).textContent = isEnd(word) ? "The end of the caption" : `“${display(word.text)}”`;
-    const [shape, title, reason] = VERDICTS[word.verdict] ?? ["", "", ""];
+    const [sign, title, reason] = VERDICTS[word.verdict] ?? ["", "", ""];
     const fall = word.verdict && ` Without the photo its probability would be ${percent(clamp(word.probability * Math.exp(-word.fall), 0, 1))}.`;
-    find(".verdict").replaceChildren(...(word.verdict ? [make("b", "", `${shape} ${title}`), `: ${reason}${fall}`] : []));
+    find(".verdict").replaceChildren(...(word.verdict ? [make("b", "", `${sign} ${title}`), `: ${reason}${fall}`] : []));
     find(".detail").textContent =
       `Probability ${percent(word.probability)}${word.known ? "" : " (that of any word outside the vocabulary)"}. ` +
       `Attention is spread over about ${Math.round(word.cells)} of ${cells.length} cells, strongest at ${word.region} (${percent(Math.max(...cells))}).`;
@@ -290,8 +292,8 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
       node.classList.toggle("sharing", selection.size > 0);
       node.style.setProperty("--share", selection.size ? shares[at] / largest : probability);
       node.querySelector(".number").textContent = selection.size ? percent(shares[at]) : prefix + percent(probability);
-      const [shape, title] = VERDICTS[verdict] ?? ["", ""];
-      Object.assign(node.querySelector(".shape"), { textContent: shape, title, ariaLabel: title });
+      const [sign, title] = VERDICTS[verdict] ?? ["", ""];
+      Object.assign(node.querySelector(".sign"), { textContent: sign, title, ariaLabel: title });
     });
     const ranked = words.map((word, at) => [shares[at], label(word)]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     find(".clear").hidden = !selection.size;
@@ -397,8 +399,8 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
 
   function wordButton(word, at) {
     const number = Object.assign(make("span", "number"), { dir: "ltr" });
-    const shape = Object.assign(make("span", "shape"), { role: "img" });
-    const node = button("word", () => pin(at), mark(make("span", "text", label(word)), !isEnd(word)), make("span", "numbers", shape, number));
+    const sign = Object.assign(make("span", "sign"), { role: "img" });
+    const node = button("word", () => pin(at), mark(make("span", "text", label(word)), !isEnd(word)), make("span", "numbers", sign, number));
     for (const [name, is] of Object.entries({ end: isEnd(word), given: isGiven(at), unknown: !word.known })) node.classList.toggle(name, is);
     node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && preview(at));
     return node;
@@ -568,7 +570,7 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
     text: () => captionText(current()),
     percent,
     chosen: () => ({
-      word: items()[pinned], at: pinned, label: label(items()[pinned]), isEnd: isEnd(items()[pinned]),
+      at: pinned, label: label(items()[pinned]), isEnd: isEnd(items()[pinned]),
       words: current().words.map((word) => word.text), map: cellsOf(items()[pinned]), selection: [...selection],
     }),
   };

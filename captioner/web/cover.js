@@ -18,7 +18,7 @@ function mountCover(root, viewer, request) {
   frame.append(badge);
   find(".panel").append(find(".test"));
 
-  let word = null; // whose map is tested
+  let word = null; // whose map is tested: a key of photo, caption and place
   let number = 0; // of the latest request; answers to earlier ones are dropped
   let waiting = false;
   let result = null; // the answer that is shown
@@ -185,7 +185,8 @@ function mountCover(root, viewer, request) {
   }
 
   function update() {
-    const { word: chosen, label, isEnd } = viewer.chosen();
+    const { at, words, label, isEnd } = viewer.chosen();
+    const chosen = JSON.stringify([photo.src, words, at]);
     if (word !== chosen) {
       word = chosen;
       find(".test-title").textContent = isEnd ? "Test the map of the end" : `Test the map of “${label}”`;

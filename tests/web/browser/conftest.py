@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playw
 from captioner.images import display_jpeg
 from captioner.inference.render import page as standalone_page
 from captioner.web import View
-from tests.web.browser.visits import wait_for_photo
+from tests.web.browser.visits import wait_for_photo, wait_for_verdicts
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +71,7 @@ def open_page(page: Page, served_page: str) -> Callable[..., Page]:
     def open_address(query: str = "__theme=light") -> Page:
         page.goto(f"{served_page}?{query}")
         wait_for_photo(page)
+        wait_for_verdicts(page)
         return page
 
     return open_address

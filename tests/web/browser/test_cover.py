@@ -57,7 +57,9 @@ def requests(page: Page) -> Iterator[list[dict[str, object]]]:
 
 def hottest(caption: Caption, word: int, count: int) -> list[int]:
     """The cells where the word's map is hottest."""
-    return np.argsort(-caption.words[word].attention.ravel(), kind="stable")[:count].tolist()
+    maps = caption.words[word].maps
+    cells = maps.get("evidence", maps["attended"])
+    return np.argsort(-cells.ravel(), kind="stable")[:count].tolist()
 
 
 def cover(page: Page, button: str = ".cover-hottest") -> None:

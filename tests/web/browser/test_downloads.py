@@ -43,6 +43,7 @@ def take(page: Page, kind: str) -> tuple[bytes, dict[str, Any]]:
 
 def test_exported_files_match_the_screen(visit: Page, browser: Browser, tmp_path: Path) -> None:
     appearance = {"colors": "viridis", "shape": "cells", "scale": "caption", "strength": 0.4}
+    appearance |= {"map": "mattered", "special": True}
     visit.locator(".beam").nth(1).click()
     visit.locator(".word").nth(3).click()
     visit.locator(".appearance summary").click()
@@ -50,6 +51,9 @@ def test_exported_files_match_the_screen(visit: Page, browser: Browser, tmp_path
     visit.locator(".shape").select_option("cells")
     visit.locator(".range").select_option("caption")
     visit.locator(".strength").fill("40")
+    visit.locator(".maps [value=mattered]").click()
+    visit.locator(".special").check()
+    expect(visit.locator(".word .sign").last).not_to_be_empty()
     visit.locator(".word").nth(1).hover()  # which shows it, but doesn't choose it
 
     starts = {
@@ -94,6 +98,9 @@ def test_exported_files_match_the_screen(visit: Page, browser: Browser, tmp_path
         *((".range", "caption"), (".strength", "40")),
     ):
         expect(page.locator(selector)).to_have_value(value)
+    expect(page.locator(".maps [value=mattered]")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".special")).to_be_checked()
+    expect(page.locator(".verdict")).not_to_be_empty()
     expect(page.locator("h1")).to_have_text(re.compile("attention"))
     before = drawn(page)
     page.locator(".word").last.hover()

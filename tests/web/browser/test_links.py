@@ -42,7 +42,7 @@ def test_link_opens_words_beam_settings_and_appearance(
 ) -> None:
     fields = {"example": "tower", "prefix": "a tall", "beam": 2, "word": 3, "beam_size": 4}
     fields |= {"ban_repeats": 0, "length_penalty": 1.0, "seed": 7}
-    fields |= {"colors": "viridis", "map": "cells", "scale": "caption", "opacity": 50}
+    fields |= {"colors": "viridis", "shape": "cells", "scale": "caption", "opacity": 50}
     page = open_page(f"__theme=light&{urlencode(fields)}")
     options = DecodingOptions(
         prefix="a tall", beam_size=4, ban_repeats=False, length_penalty=1.0, seed=7
@@ -88,7 +88,7 @@ def test_address_follows_the_visitor_and_restores_the_state(
     visit.locator(".shape").select_option("cells")
     visit.locator(".word").nth(2).click()
     expected = {"example": "cat", "prefix": f"{kept} {other}", "yours": "1", "word": "3"}
-    assert query(visit) == expected | {"beam_size": "2", "map": "cells"}
+    assert query(visit) == expected | {"beam_size": "2", "shape": "cells"}
 
     def comparable() -> dict[str, Any]:
         """The state, without what lies folded on one visit and not on the other."""

@@ -99,7 +99,7 @@ def test_difference_from_the_mean_map_shows_what_is_special(show: Callable[..., 
 
 def test_words_have_their_verdict_in_words_and_shape(show: Callable[..., Page]) -> None:
     page = show(VIEW)
-    expect(page.locator(".word .shape")).to_have_text(["○", "●", "?", "◐"])
+    expect(page.locator(".word .sign")).to_have_text(["○", "●", "?", "◐"])
     expect(page.locator(".verdict")).to_have_text(
         "● Seen there: its evidence and what mattered lie in the same place. Without the photo its "
         "probability would be 30%."
@@ -112,23 +112,23 @@ def test_verdicts_and_further_maps_arrive_by_themselves(visit: Page, captioner: 
     explained = captioner.explain(CAT, captioner.caption(CAT))
     signs = {"seen there": "●", "from the scene": "◐", "from the sentence": "○", "guessed": "?"}
     expected = [signs[word.verdict or ""] for word in [*explained.words, explained.beams[0].end]]
-    expect(visit.locator(".word .shape")).to_have_text(expected, timeout=ASK)
+    expect(visit.locator(".word .sign")).to_have_text(expected, timeout=ASK)
     chosen = visit.locator(".word[aria-pressed=true] .text").inner_text()
     visit.locator(".maps [value=mattered]").click()
     expect(visit.locator(".scale-text")).to_contain_text("Mattered")
     expect(visit.locator(".word[aria-pressed=true] .text")).to_have_text(chosen)
     # Another caption gets its own, as does one that the visitor steers.
     visit.locator(".beam").nth(1).click()
-    expect(visit.locator(".word .shape").last).not_to_be_empty(timeout=ASK)
+    expect(visit.locator(".word .sign").last).not_to_be_empty(timeout=ASK)
     steer(visit, 1)
-    expect(visit.locator(".word .shape").last).not_to_be_empty(timeout=ASK)
+    expect(visit.locator(".word .sign").last).not_to_be_empty(timeout=ASK)
 
 
 def test_cell_tells_what_the_detectors_see_in_it(visit: Page, captioner: Captioner) -> None:
     caption = captioner.caption(CAT)
     seen = captioner.explain(CAT, caption).seen
     assert seen
-    expect(visit.locator(".word .shape").last).not_to_be_empty(timeout=ASK)
+    expect(visit.locator(".word .sign").last).not_to_be_empty(timeout=ASK)
     expect(visit.locator(".seen-note")).to_be_hidden()
     click_cell(visit, 3, 3)
     names = [text for text, _ in seen[3 * 7 + 3]]

@@ -1,4 +1,4 @@
-"""The tour: five steps on what is there, by mouse and by keyboard."""
+"""The tour: seven steps on what is there, by mouse and by keyboard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from tests.web.browser.visits import expect_pressed, pressed, state, tab_to
 
-TARGETS = [".words", ".alternatives", ".frame", ".captions", ".export"]
+TARGETS = [".words", ".switch", ".alternatives", ".test", ".frame", ".captions", ".export"]
 
 # Where target and bubble lie, and how much of the target is in the window and not under the bubble.
 SEEN = """() => {
@@ -28,7 +28,7 @@ SEEN = """() => {
 
 def expect_step(page: Page, at: int) -> None:
     """The step's target is marked, and can be seen beside the bubble."""
-    expect(page.locator(".bubble h2")).to_contain_text(f"{at + 1}/5 ")
+    expect(page.locator(".bubble h2")).to_contain_text(f"{at + 1}/7 ")
     expect(page.locator(".in-tour")).to_have_count(1)
     assert page.locator(TARGETS[at]).evaluate("target => target.matches('.in-tour')")
     found = page.evaluate(SEEN)
@@ -51,7 +51,7 @@ def test_tour_steps_show_their_targets(
     before = state(page)
     page.get_by_role("button", name="Tour").click()
     expect(page.get_by_role("dialog")).to_have_count(1)
-    for at in range(5):
+    for at in range(len(TARGETS)):
         expect_step(page, at)
         page.locator(".next").click()
     expect(bubble).to_be_hidden()
@@ -98,7 +98,7 @@ def test_keyboard_runs_the_tour(visit: Page) -> None:
     expect(visit.locator(".tour")).to_be_focused()
     visit.keyboard.press("Enter")
     expect_step(visit, 0)
-    for _ in range(5):
+    for _ in range(len(TARGETS)):
         visit.keyboard.press("ArrowRight")
     expect(bubble).to_be_hidden()
     expect(visit.locator(".tour")).to_be_focused()

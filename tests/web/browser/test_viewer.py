@@ -457,7 +457,10 @@ def test_appearance_settings_change_the_map(
     expect_pressed(page, 0)
 
     scale = page.locator(".scale")
-    expect(scale).to_contain_text("scaled per word")
+    expect(scale).to_contain_text("Attended: where the model looked")
+    expect(scale).not_to_contain_text("share the scale")
+    expect(scale).not_to_contain_text("no map")  # no word has evidence, and none is offered
+    expect(page.locator(".maps button:visible")).to_have_text(["Attended"])
     expect(scale.locator(".high")).to_have_text("75%")
     maps = [drawn(page)]
     colors = page.locator(".colors option").all_inner_texts()
@@ -470,7 +473,7 @@ def test_appearance_settings_change_the_map(
     page.locator(".range").select_option("same for all words")
     maps.append(drawn(page))
     assert len(set(maps)) == len(maps)
-    expect(scale).to_contain_text("the same for all words")
+    expect(scale).to_contain_text("all words share the scale")
     expect(scale.locator(".high")).to_have_text("100%")
 
     page.add_style_tag(content=".badge { display: none }")

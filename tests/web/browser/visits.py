@@ -65,6 +65,11 @@ def wait_for_photo(page: Page) -> None:
     page.wait_for_function("document.querySelector('.photo').naturalWidth > 0")
 
 
+def wait_for_verdicts(page: Page) -> None:
+    """Wait until the words' verdicts have arrived, which the page asks for by itself."""
+    expect(page.locator(".word .sign").last).not_to_be_empty(timeout=ASK)
+
+
 def expect_words(page: Page, text: str) -> None:
     """Wait until these words, and the end, are the caption."""
     expect(page.locator(".word .text")).to_have_text([*text.split(), "end"], timeout=ASK)
@@ -102,6 +107,7 @@ def drawn(page: Page) -> str:
 
 def state(page: Page) -> dict[str, Any]:
     """All that a visitor sees of the caption, and the address."""
+    wait_for_verdicts(page)
     return {
         "address": page.evaluate("location.search"),
         "photo": page.locator(".photo").get_attribute("src"),
