@@ -229,12 +229,14 @@ def _make_paths_absolute(arguments: argparse.Namespace) -> None:
 
 def _table_source(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Return the photos of --data with a name for them, or those of the PATHs."""
+    from captioner.data.columns import Columns
     from captioner.data.sources import split_name, stream_photos
     from captioner.inference import bulk
     from captioner.inference.photo_paths import readable_photos
 
     if arguments.data:
-        photos = stream_photos(arguments.data, arguments.split)
+        columns = Columns(arguments.image_column)
+        photos = stream_photos(arguments.data, arguments.split, columns)
         folder = Path(arguments.data)
         data = folder.resolve() if folder.exists() else folder
         return photos, f"{data} {split_name(arguments.split)}"
@@ -269,6 +271,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             raise ConfigError(f"{file} is a folder: give a file")
     if arguments.sheet and arguments.sheet.suffix.lower() in SUFFIXES - {".png"}:
         raise ConfigError(f"--sheet is a PNG: call it {arguments.sheet.with_suffix('.png')}")
+    from captioner.data.columns import Columns
     from captioner.inference.captioner import SHIPPED_CHECKPOINT
     from captioner.inference.heatmaps import write_file
     from captioner.model import checkpoint as checkpoints
@@ -283,6 +286,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         options,
         encoder_weights=arguments.encoder_weights,
         limit=arguments.limit,
+        columns=Columns(arguments.image_column, tuple(arguments.caption_column or ())),
         cache=arguments.cache,
         device=arguments.device,
     )

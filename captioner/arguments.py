@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from captioner import __version__
-from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, FORMATS, DecodingOptions
+from captioner.config import (
+    DEFAULT_SOURCE,
+    FEATURES_FOLDER,
+    FORMATS,
+    DecodingOptions,
+    TrainConfig,
+)
 from captioner.errors import ConfigError
 from captioner.files import user_path
 from captioner.options import OptionParser, add_options
@@ -68,10 +74,11 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
     )
     table.add_argument(
         "--data",
-        metavar="HUB_ID|FOLDER",
-        help="Caption the photos of a dataset instead of PATH: a Hub id, a folder of Parquet "
-        "files (column image), or photos with captions.csv, captions.txt or metadata.csv.",
+        metavar="SOURCE",
+        help="Caption the photos of a dataset instead of PATH: a Hub id, a folder or a file, as "
+        "for train.py. It needs no captions.",
     )
+    add_options(table, TrainConfig, {"image_column": "by rule"})
     table.add_argument(
         "--split",
         default="train",
@@ -117,8 +124,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--data",
         default=DEFAULT_SOURCE,
-        help="Hub id or folder, as for train.py. Default: %(default)s.",
+        metavar="SOURCE",
+        help="Hub id, folder or file, as for train.py. Default: %(default)s.",
     )
+    columns = {"image_column": "by rule", "caption_column": "by rule"}
+    add_options(evaluate, TrainConfig, columns)
     evaluate.add_argument("--split", default="validation", help="Default: %(default)s.")
     evaluate.add_argument(
         "--limit", type=int, default=0, metavar="N", help="Maximum number of photos. 0 = all."

@@ -261,8 +261,8 @@ def _line_break_in_a_name(folder: Path, row: Callable[..., Row], _: object) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_missing_column, "no column 'alt_text', only: image"),
-        (_mixed_types, "cannot read the parquet files"),
+        (_missing_column, "no column with captions"),
+        (_mixed_types, "cannot read the files in"),
         (_captions_by_language, "captions cannot be a dict"),
         (_line_break_in_a_name, "spans several lines up to line 4"),
     ],

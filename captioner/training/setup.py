@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from captioner.config import FEATURES_FOLDER, TrainConfig
+from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
 from captioner.data.sources import (
@@ -123,7 +124,7 @@ def prepare(
     check_encoder_name(config.encoder)
     sources = parse_sources(config.data)
     splits = [_load_splits(config, source.source) for source in sources]
-    texts = [] if config.text is None else load_texts(config.text)
+    texts = [] if config.text is None else load_texts(config.text, _columns(config))
     per_photo = 1 if config.captions == "first" else None
     # Before the features, which can take hours: captions without a vocabulary fail here.
     training_captions = [
@@ -265,12 +266,19 @@ def _describe_sources(sources: Sequence[Source]) -> list[str]:
     ]
 
 
+def _columns(config: TrainConfig) -> Columns:
+    """Return the columns that the settings name."""
+    return Columns(config.image_column, config.caption_column)
+
+
 def _load_splits(config: TrainConfig, source: str) -> tuple[Rows, Rows]:
     """Return the training and the validation photos of a source, each with the rows to use."""
-    photos = load_captions(source, "train", limit=config.limit)
+    photos = load_captions(source, "train", limit=config.limit, columns=_columns(config))
     if config.validation == "split":
         try:
-            validation = load_captions(source, "validation", limit=config.limit)
+            validation = load_captions(
+                source, "validation", limit=config.limit, columns=_columns(config)
+            )
         except DataError as error:
             log.warning("%s; holding 10 %% of the training photos back instead", error)
         else:

@@ -384,7 +384,7 @@ def _no_folder(folder: Path, *_: Any) -> Path:
 
 
 def _no_captions_column(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
-    kept = [{"image": row(0)["image"], "text": "a dog"}]
+    kept = [{"image": row(0)["image"], "description": "a dog"}]
     return write(folder, {"train": kept})
 
 
@@ -428,19 +428,27 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
     ("make", "says"),
     [
         (_no_folder, "there is no folder"),
-        (_nothing, "neither Parquet files nor captions.csv or captions.txt"),
-        (_photos_without_captions, "neither Parquet files nor captions.csv or captions.txt"),
-        (_no_captions_column, "no column 'alt_text', only: image, text"),
-        (_no_image_column, "no column 'image', only: picture, alt_text"),
+        (_nothing, r"no captions that can be read, only: nothing\. It can hold Parquet, .*csv"),
+        (_photos_without_captions, r"only: 1 \.png\. It can hold .* captions\.csv \(image,caption"),
+        (
+            _no_captions_column,
+            r"no column with captions \(alt_text, .*\), only: image, description; name it with "
+            "--caption-column",
+        ),
+        (
+            _no_image_column,
+            r"no column with photos \(image, .*\), only: picture, alt_text; name it with "
+            "--image-column",
+        ),
         (_no_captions, "no photo with a caption"),
         (_captions_of_numbers, "alt_text"),
         (_captions_by_language, "captions cannot be a dict"),
         (_photos_of_numbers, "image"),
-        (_broken_parquet, "cannot read the Parquet files"),
-        (_csv(""), "no column 'image'"),
-        (_csv("a.png,a dog\n"), "no column 'image' in its first line, only: a.png, a dog"),
-        (_csv("image,text\na.png,a dog\n"), "no column 'caption' in its first line"),
-        (_csv("image;caption\na.png;a dog\n"), "start it with image,caption"),
+        (_broken_parquet, "cannot read the files in .*not a parquet file.*the damaged file"),
+        (_csv(""), "is empty: write lines of image,caption into it"),
+        (_csv("a.png,3\na.png,4\n"), r"no column with captions, only: a\.png, 3; name the column"),
+        (_csv("image,rating\na.png,3\n"), r"only: image, rating; .*--caption-column"),
+        (_csv("a.png\n"), r"no column with captions, only: a\.png"),
         (_csv("image,caption\nb.png,a dog\n"), "none of them is in .*the first is 'b.png'"),
         (_csv("image,caption\n"), "names 0 photos"),
         (
@@ -450,7 +458,13 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
         (_csv('image,caption\n"a\rb.png",a dog\n'), "name or a caption spans several lines"),
         (_csv(f"image,caption\n{'b' * 5000},a dog\n"), "none of them is in"),
         (_csv("image,caption\nb\0.png,a dog\n"), "none of them is in"),
-        (_csv("image,caption\na.png,ein Häuschen\n", "latin-1"), "save it as UTF-8"),
+        (
+            _csv("image,caption\na.png,собака бежит по траве\n", "cp1251"),
+            "neither UTF-8 nor .*Latin",
+        ),
+        (_csv("image,caption\na.png,żółty pies goni piłkę\n", "cp1250"), "save it as UTF-8"),
+        (_csv("image,caption\na.png,一只狗在草地上跑\n", "gb18030"), "save it as UTF-8"),
+        (_csv("image,caption\na.png,犬が走っている\n", "shift-jis"), "save it as UTF-8"),
     ],
 )
 def test_bad_data_raises_data_error_with_reason(
@@ -529,7 +543,7 @@ def test_hub_errors_name_cause_and_remedy(
     def fail(*_: Any, **__: Any) -> None:
         raise _hub_error(kind)
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     for load in (load_captions, stream_photos):
         with pytest.raises(DataError, match=says):
             load("some/data")
@@ -542,7 +556,7 @@ def test_configuration_follows_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         raise ConnectionError
 
-    monkeypatch.setattr("datasets.load_dataset", record)
+    monkeypatch.setattr("datasets.load_dataset_builder", record)
     for source in ("some/data:de", "some/data"):
         with pytest.raises(DataError):
             load_captions(source)
@@ -577,7 +591,7 @@ def test_error_without_text_becomes_data_error(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     with pytest.raises(DataError, match="ConnectionError"):
         load_captions("some/dataset")
 

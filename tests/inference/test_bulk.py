@@ -356,7 +356,7 @@ def test_unsuitable_output_or_data_is_refused_and_kept(
         ["--data", str(tmp_path / "nowhere")], tmp_path / "out"
     )
     data = write_parquet(tmp_path / "data", {"train": [{"alt_text": hub_row(0)["alt_text"]}]})
-    assert "no column 'image'" in message(["--data", str(data)], tmp_path / "out")
+    assert "no column with photos" in message(["--data", str(data)], tmp_path / "out")
 
 
 def test_output_of_another_job_is_refused(

@@ -613,7 +613,8 @@ def test_bad_options_print_one_line_and_exit_with_2(
 
 def _columns_differ(folder: Path, row: MakeRow, write: Write) -> Path:
     other = {"image": row(1)["image"], "alt_text": 7.5, "more": [{"deep": 1}]}
-    return write(folder, {"train": [row(0)], "validation": [other]})
+    write(folder, {"train-a": [row(0)], "train-b": [other]})
+    return folder
 
 
 def _garbage(folder: Path, row: MakeRow, write: Write) -> Path:
@@ -657,9 +658,9 @@ def _line_break_in_a_name(folder: Path, row: MakeRow, _: Write) -> Path:
         (_no_user, "there is no folder"),
         (_no_name, "there is no folder"),
         (_line_break_in_a_name, "rename the file"),
-        (_no_alt_text, "no column 'alt_text'"),
-        (_columns_differ, "cannot read the Parquet files"),
-        (_garbage, "cannot read the Parquet files"),
+        (_no_alt_text, "no column with captions"),
+        (_columns_differ, "cannot read the files in"),
+        (_garbage, "cannot read the files in"),
         (_broken_photos, "none of the 12 photos"),
     ],
 )

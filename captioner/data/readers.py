@@ -1,0 +1,519 @@
+"""Tables from anywhere: the Hub, folders and files that ``datasets`` reads, and caption files.
+
+Photos are not decoded. Nothing is fetched or converted until a split is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import datasets
+import pyarrow.parquet
+from datasets.data_files import DataFilesDict
+
+from captioner.data.caption_files import (
+    TABLE_SUFFIXES,
+    PhotoFinder,
+    Row,
+    is_split_list,
+    join_photos,
+    json_reader,
+    open_table,
+    read_coco,
+    split_in_name,
+)
+from captioner.data.columns import Columns, captions_in
+from captioner.errors import DataError, causes_of, first_line, hub_reason
+from captioner.images import find_photos
+
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Builder: TypeAlias = datasets.DatasetBuilder
+
+CAPTION_FILES = ("captions.csv", "captions.txt")  # read before anything else in their folder
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # beside photos
+# The files that datasets reads, and the names of its readers.
+_READERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".tar": "webdataset",
+}
+# Folders of caption files whose photos are in a folder beside, such as coco/annotations.
+_ANNOTATIONS = re.compile("annotation|caption|karpathy|text", re.IGNORECASE)
+_SAVED_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # by save_to_disk
+_ACCEPTED = (
+    "Parquet, Arrow, JSON Lines, JSON or WebDataset (.tar) files, a folder of save_to_disk, photos "
+    "beside a metadata.csv or .jsonl, COCO's or Karpathy's captions as JSON, or a table such as "
+    "captions.csv (image,caption)"
+)
+LOCAL_DATA_HINT = f"give a local folder with --data: {_ACCEPTED}"
+
+
+class HubId(NamedTuple):
+    """A data set on the Hub: owner/name, owner/name@revision, owner/name:configuration.
+
+    Attributes:
+        id: owner and name.
+        revision: branch, tag or commit; None is the main branch.
+        configuration: None is the default one.
+        file: of the repository, None if it is not a single one.
+    """
+
+    id: str
+    revision: str | None = None
+    configuration: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Parse an id, or the web address of a data set; None if it is neither."""
+        owner_and_name = r"[\w-][\w.-]*/[\w.-]+"
+        address = re.fullmatch(
+            rf"(?:https?://[^/]+/|hf://)datasets/({owner_and_name})(?:@([^/]+))?(?:/(.*?))?/?(?:[?#].*)?",
+            text,
+            flags=re.ASCII,
+        )
+        if address:
+            kind, _, rest = (address[3] or "").partition("/")
+            revision, _, file = rest.partition("/")
+            if kind == "viewer":
+                return cls(address[1], None, revision or None)
+            if kind == "tree" and revision:
+                return cls(address[1], rest if rest.startswith("refs/") else revision)
+            if kind in ("blob", "resolve") and file:
+                return cls(address[1], revision, None, file)
+            return cls(address[1], address[2])
+        match = re.fullmatch(rf"({owner_and_name})((?:[@:][^@:]+)*)", text, flags=re.ASCII)
+        if not match:
+            return None
+        parts = re.findall(r"([@:])([^@:]+)", match[2])
+        named = dict(parts)
+        if len(named) < len(parts):
+            return None
+        return cls(match[1], named.get("@"), named.get(":"))
+
+    def __str__(self) -> str:
+        """Return the id as it is written after --data."""
+        revision = "" if self.revision is None else f"@{self.revision}"
+        configuration = "" if self.configuration is None else f":{self.configuration}"
+        return f"{self.id}{revision}{configuration}{'' if self.file is None else f'/{self.file}'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The tables of a source, by the names of the splits that it stores.
+
+    Attributes:
+        load: for each split a function of ``streaming`` that returns its table.
+        root: the folder, or the address on the Hub, at which relative paths of photos start.
+        columns: the columns with photos (None: none) and captions, if a reader chose them.
+        taken: these columns in words, as the source calls them.
+        num_missing: photos that the source names but that are not there.
+        builder: the reader of ``datasets``, if it is one.
+    """
+
+    load: Mapping[str, Callable[[bool], Table]]
+    root: str
+    columns: tuple[str | None, list[str]] | None = None
+    taken: str = ""
+    num_missing: int = 0
+    builder: Builder | None = None
+
+
+def local_path(source: str) -> Path | None:
+    """Return the path of a local source, None if there is none.
+
+    A captions.csv stands for its folder.
+    """
+    try:
+        path = Path(source).expanduser()
+        if path.is_file() and path.name in CAPTION_FILES:
+            path = path.parent
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # an impossible path, or no such user
+        return None
+
+
+def open_tables(source: str, columns: Columns, *, photos: bool, captions: bool) -> Tables:
+    """Find out what a source is and open it.
+
+    Args:
+        source: a Hub id or web address, a folder or a file.
+        columns: those that the user named.
+        photos: whether photos are needed; without them, caption files are read alone.
+        captions: whether captions are needed; only without them is a mere folder of photos read.
+
+    Raises:
+        DataError: there is no such source, it holds nothing that can be read, or it is damaged.
+    """
+    path = local_path(source)
+    if path is None:
+        tables = _open_hub(source)
+    elif path.is_dir():
+        tables = _open_folder(path, columns, photos=photos, captions=captions)
+    else:
+        tables = _open_file(path, columns, photos=photos)
+    if path is not None and photos and tables.columns is None:
+        return _with_found_photos(path, tables, columns)
+    return tables
+
+
+# The Hub
+
+
+def _open_hub(source: str) -> Tables:
+    hub = HubId.parse(source)
+    if hub is None:
+        raise DataError(
+            f"there is no folder or file {source}, and it is not a Hub id (owner/name, "
+            "owner/name:configuration, owner/name@revision)"
+        )
+    files = None if hub.file is None else {"train": hub.file}
+
+    def explain(error: BaseException) -> DataError:
+        if names := _configurations(error):
+            reason = f"choose a configuration, as in {hub.id}:NAME, from {names}"
+        else:
+            reason = hub_reason(error, f"datasets/{hub.id}")
+        return DataError(
+            f"cannot load {source} from the Hugging Face Hub: {reason}. For local data, "
+            f"{LOCAL_DATA_HINT}"
+        )
+
+    revision = "" if hub.revision is None else f"@{hub.revision}"
+    return _open_builder(
+        f"hf://datasets/{hub.id}{revision}",
+        explain,
+        lambda: datasets.load_dataset_builder(
+            hub.id, hub.configuration, revision=hub.revision, data_files=files
+        ),
+    )
+
+
+def _configurations(error: BaseException) -> str:
+    """Return the names that an error of ``datasets`` asks to choose from, or an empty string."""
+    match = re.search(r"[Aa]vailable(?: configs)?: (\[.*\])", "\n".join(map(str, causes_of(error))))
+    return ", ".join(ast.literal_eval(match[1])) if match else ""
+
+
+# What datasets reads
+
+
+def _open_builder(
+    root: str, explain: Callable[[BaseException], DataError], open_builder: Callable[[], Builder]
+) -> Tables:
+    """Return the tables of a reader of ``datasets``; ``explain`` makes its errors readable."""
+
+    @contextlib.contextmanager
+    def explained() -> Any:
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            raise explain(error) from error
+
+    def load(split: str, streaming: bool) -> Table:
+        with explained():
+            if streaming:
+                return builder.as_streaming_dataset(split=split)
+            of_split = only_split(builder, split)
+            of_split.download_and_prepare(verification_mode="no_checks")
+            return of_split.as_dataset(split=split)
+
+    def loader(split: str) -> Callable[[bool], Table]:
+        return lambda streaming: load(split, streaming)
+
+    with explained():
+        builder = open_builder()
+        # A converted copy in the cache, for want of a connection, has no files.
+        names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
+    return Tables({name: loader(name) for name in names}, root, builder=builder)
+
+
+def only_split(builder: Builder, split: str, **options: Any) -> Builder:
+    """Return a reader of one split, which downloads and converts no other.
+
+    Args:
+        builder: of all splits.
+        split: as stored.
+        options: changed settings of the reader.
+    """
+    files = builder.config.data_files
+    if not files or (len(files) == 1 and not options):
+        return builder
+    return type(builder)(
+        dataset_name=builder.dataset_name,
+        config_name=None if builder.config.name.startswith("default-") else builder.config.name,
+        hash=builder.hash,
+        base_path=builder.base_path,
+        repo_id=builder.repo_id,
+        data_files=DataFilesDict({name: files[name] for name in files if name == split}),
+        **options,
+    )
+
+
+def _open_saved(folder: Path) -> Tables:
+    """Open a folder that ``save_to_disk`` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise DataError(
+            f"cannot read {folder}, which looks like a folder of save_to_disk: "
+            f"{first_line(error)[:160]}; save it again"
+        ) from error
+    # A lone table is training data, whatever part of another it was.
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return Tables({name: _loader(table) for name, table in splits.items()}, str(folder))
+
+
+def _loader(table: datasets.Dataset) -> Callable[[bool], Table]:
+    return lambda streaming: table.to_iterable_dataset() if streaming else table
+
+
+# Folders and files
+
+
+def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool) -> Tables:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _open_saved(folder)
+    for name in CAPTION_FILES:
+        if (folder / name).is_file():
+            return _open_caption_files([folder / name], folder, columns, photos=photos)
+    files = _data_files(folder)
+    if any(_is_for_datasets(file, folder) for file in files):
+        return _open_with_datasets(folder)
+    annotations = [file for file in files if file.suffix.lower() == ".json" and json_reader(file)]
+    if annotations:
+        _check_splits(annotations, folder)
+        return _open_caption_files(annotations, folder, columns, photos=photos)
+    readable = [
+        file for file in files if file.suffix.lower() in _READERS and file.name not in _SAVED_FILES
+    ]
+    has_photos = next(find_photos(folder), None) is not None
+    if readable and not has_photos:
+        return _open_with_datasets(folder)
+    if readable:  # datasets would read the photos alone
+        kinds = collections.Counter(file.suffix.lower() for file in readable)
+        kind, _ = kinds.most_common(1)[0]
+        return _open_data_files(folder, [file for file in readable if file.suffix.lower() == kind])
+    tables = [
+        file for file in files if file.suffix.lower() in TABLE_SUFFIXES and not is_split_list(file)
+    ]
+    if tables and captions and (has_photos or not photos):
+        tables = _caption_tables(tables, folder, columns, photos=photos)
+        return _open_caption_files(tables, folder, columns, photos=photos)
+    if not captions and (has_photos or any(file.suffix.lower() == ".zip" for file in files)):
+        return _open_with_datasets(folder)
+    raise _nothing_to_read(folder)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders that may hold captions, sorted."""
+    suffixes = {*_READERS, *TABLE_SUFFIXES, ".zip", ".md"}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _is_for_datasets(path: Path, folder: Path) -> bool:
+    """Return whether a file describes photos, or data files, for ``datasets``."""
+    if path == folder / "README.md":
+        with path.open("rb") as file:
+            return b"data_files:" in file.read(100_000)
+    if path.name not in _METADATA_FILES:
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or b"file_name" in file.readline(100_000)
+
+
+def _nothing_to_read(folder: Path, reasons: Iterable[str] = ()) -> DataError:
+    found = collections.Counter(
+        path.suffix or path.name for path in folder.rglob("*") if path.is_file()
+    )
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(6))
+    return DataError(
+        f"{folder} holds no captions that can be read, only: {shown or 'nothing'}. "
+        + "".join(f"{reason}. " for reason in reasons)
+        + f"It can hold {_ACCEPTED}"
+    )
+
+
+def _open_file(path: Path, columns: Columns, *, photos: bool) -> Tables:
+    if path.suffix.lower() == ".json" and json_reader(path):
+        return _open_caption_files([path], path.parent, columns, photos=photos)
+    if path.suffix.lower() in _READERS:
+        return _open_data_files(path.parent, [path])
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return _open_caption_files([path], path.parent, columns, photos=photos)
+    raise DataError(
+        f"{path} is no file of captions: it can be "
+        f"{', '.join((*_READERS, *TABLE_SUFFIXES))}. Give such a file, or a folder"
+    )
+
+
+def _open_with_datasets(folder: Path) -> Tables:
+    return _open_builder(
+        str(folder),
+        lambda error: DataError(f"cannot read the files in {folder}: {_reason(folder, error)}"),
+        lambda: datasets.load_dataset_builder(str(folder)),
+    )
+
+
+def _open_data_files(folder: Path, files: list[Path]) -> Tables:
+    """Open files of one kind; a file among several belongs to the split in its name."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        split = split_in_name(file) if len(files) > 1 else ""
+        splits.setdefault(split or "train", []).append(str(file))
+    reader = _READERS[files[0].suffix.lower()]
+    name = str(files[0] if len(files) == 1 else folder)
+    return _open_builder(
+        str(folder),
+        lambda error: DataError(f"cannot read {name}: {_reason(folder, error)}"),
+        lambda: datasets.load_dataset_builder(reader, data_files=splits),
+    )
+
+
+def _reason(folder: Path, error: BaseException) -> str:
+    """Return why ``datasets`` cannot read a folder, and the way out."""
+    for file in sorted(folder.rglob("*.parquet")):
+        with contextlib.suppress(Exception):
+            if pyarrow.parquet.read_metadata(file).num_rows == 0:
+                return f"{file.relative_to(folder)} is empty: remove it"
+    if names := _configurations(error):
+        return f"they have several configurations: keep the files of one of {names}"
+    return f"{first_line(error.__cause__ or error)[:300]}; replace or remove the damaged file"
+
+
+# Caption files
+
+
+def _caption_tables(
+    files: list[Path], folder: Path, columns: Columns, *, photos: bool
+) -> list[Path]:
+    """Return those text tables of a folder that hold captions.
+
+    Raises:
+        DataError: there is none, or several that are not called after splits.
+    """
+    finder, tables, reasons = PhotoFinder(folder), list[Path](), list[str]()
+    for file in files:
+        try:
+            table = open_table(file, finder, columns)
+        except DataError as error:
+            reasons.append(str(error))
+        else:
+            if table.names_photos or not photos:
+                tables.append(file)
+    # Flickr8k.lemma.token.txt holds the captions of Flickr8k.token.txt without endings.
+    tables = [file for file in tables if "lemma" not in file.name] or tables
+    if not tables:
+        raise _nothing_to_read(folder, reasons[:3])
+    _check_splits(tables, folder)
+    return tables
+
+
+def _check_splits(files: list[Path], folder: Path) -> None:
+    """Raise ``DataError`` if several caption files are not called after different splits."""
+    if len(files) > 1 and len(set(map(split_in_name, files))) < len(files):
+        names = ", ".join(str(file.relative_to(folder)) for file in files)
+        raise DataError(
+            f"{folder} has several files of captions: {names}; give one of them, as in --data "
+            f"{files[0]}, or call each after its split (train, val, test)"
+        )
+
+
+def _open_caption_files(
+    files: list[Path], folder: Path, columns: Columns, *, photos: bool
+) -> Tables:
+    """Read caption files; one among several belongs to the split in its name."""
+    rows: list[Row] = []
+    taken = ""
+    if photos and _ANNOTATIONS.search(folder.name) and next(find_photos(folder), None) is None:
+        folder = folder.resolve().parent
+    finder = PhotoFinder(folder)
+    for file in files:
+        split = split_in_name(file) if len(files) > 1 else ""
+        if file.suffix.lower() == ".json" and (reader := json_reader(file)):
+            kind = "COCO" if reader is read_coco else "Karpathy"
+            taken = f"photos and captions from {file.name} in {kind}'s format"
+            rows += reader(file, split)
+        else:
+            table = open_table(file, finder, columns)
+            taken = f"{table.taken} of {file.name}"
+            rows += table.read(split)
+    name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files of captions)"
+    return _tables_of(rows, finder, name, taken, photos=photos)
+
+
+def _tables_of(
+    rows: Iterable[Row], finder: PhotoFinder, name: str, taken: str, *, photos: bool
+) -> Tables:
+    """Return the tables of photos that rows name."""
+    if not photos:
+        texts = datasets.Dataset.from_dict({"captions": [row.captions for row in rows]})
+        return Tables({"train": _loader(texts)}, "", (None, ["captions"]), taken)
+    splits, num_missing = join_photos(rows, finder, name)
+    load = {}
+    for split, found in splits.items():
+        paths, names, captions = zip(*found, strict=True)
+        table = {"image": paths, "captions": captions, "filename": names}
+        load[split] = _loader(datasets.Dataset.from_dict(table))
+    return Tables(load, str(finder.folder), ("image", ["captions"]), taken, num_missing)
+
+
+def _with_found_photos(path: Path, tables: Tables, columns: Columns) -> Tables:
+    """Return tables that hold the names of local photos with the paths of these photos.
+
+    Raises:
+        DataError: none of the photos is there, or a cell holds no caption.
+    """
+    rows: list[Row] = []
+    taken = ""
+    for split, load in tables.load.items():
+        table = load(True)
+        image, texts = _path_columns(table, columns, str(path))
+        if image is None:
+            return tables
+        taken = f"photos from {image}, captions from {', '.join(texts) or 'none'}"
+        has_splits = len(tables.load) == 1 and "split" in columns_of(table)
+        for row in table:
+            try:
+                captions = [text for name in texts for text in captions_in(row[name], name)]
+            except TypeError as error:
+                raise DataError(f"{path}: {error}; name others with --caption-column") from error
+            stored = row["split"] if has_splits else split
+            rows.append(Row(str(row[image] or ""), captions, str(stored or "")))
+    folder = path if path.is_dir() else path.parent
+    return _tables_of(rows, PhotoFinder(folder), str(path), taken, photos=True)
+
+
+def _path_columns(table: Table, columns: Columns, where: str) -> tuple[str | None, list[str]]:
+    """Return the columns with the names of photos (None: it holds the photos) and captions."""
+    features = table.features
+    if features is None:  # a list of objects in a JSON file, whose types only its rows show
+        row = next(iter(table), {})
+        features = datasets.Features({name: datasets.Value("string") for name in row})
+    image = columns.find_image(list(features), where)
+    if image is None or getattr(features[image], "dtype", "") not in ("string", "large_string"):
+        return None, []
+    return image, columns.find_captions(list(features), where)
+
+
+def columns_of(table: Table) -> list[str]:
+    """Return the column names; a stream may learn them only from its first row."""
+    return list(table.column_names or next(iter(table), {}))
