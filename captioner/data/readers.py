@@ -410,15 +410,16 @@ def _caption_tables(
     Raises:
         DataError: there is none, or several that are not called after splits.
     """
-    finder, tables, reasons = PhotoFinder(folder), list[Path](), list[str]()
+    finder, reasons = PhotoFinder(folder), list[str]()
+    with_photos, others = list[Path](), list[Path]()
     for file in files:
         try:
             table = open_table(file, finder, columns)
         except DataError as error:
             reasons.append(str(error))
         else:
-            if table.names_photos or not photos:
-                tables.append(file)
+            (with_photos if table.names_photos else others).append(file)
+    tables = with_photos or ([] if photos else others)
     # Flickr8k.lemma.token.txt holds the captions of Flickr8k.token.txt without endings.
     tables = [file for file in tables if "lemma" not in file.name] or tables
     if not tables:
