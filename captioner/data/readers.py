@@ -12,24 +12,26 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
+import pyarrow
+import pyarrow.dataset
 import pyarrow.parquet
 from datasets.data_files import DataFilesDict
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from captioner.data.caption_files import (
-    TABLE_SUFFIXES,
     PhotoFinder,
     Row,
-    is_split_list,
     join_photos,
     json_reader,
-    open_table,
     read_coco,
     split_in_name,
 )
 from captioner.data.columns import Columns, captions_in
+from captioner.data.hub_id import HubId
+from captioner.data.text_tables import TABLE_SUFFIXES, is_split_list, open_table
 from captioner.errors import DataError, causes_of, first_line, hub_reason
 from captioner.images import find_photos
 
@@ -49,6 +51,10 @@ _READERS = {
 }
 # Folders of caption files whose photos are in a folder beside, such as coco/annotations.
 _ANNOTATIONS = re.compile("annotation|caption|karpathy|text", re.IGNORECASE)
+# The default is to read 32 MiB ahead, twice.
+_SMALL_REQUESTS = pyarrow.dataset.ParquetFragmentScanOptions(
+    cache_options=pyarrow.CacheOptions(lazy=True, range_size_limit=4 << 20)
+)
 _SAVED_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # by save_to_disk
 _ACCEPTED = (
     "Parquet, Arrow, JSON Lines, JSON or WebDataset (.tar) files, a folder of save_to_disk, photos "
@@ -56,56 +62,6 @@ _ACCEPTED = (
     "captions.csv (image,caption)"
 )
 LOCAL_DATA_HINT = f"give a local folder with --data: {_ACCEPTED}"
-
-
-class HubId(NamedTuple):
-    """A data set on the Hub: owner/name, owner/name@revision, owner/name:configuration.
-
-    Attributes:
-        id: owner and name.
-        revision: branch, tag or commit; None is the main branch.
-        configuration: None is the default one.
-        file: of the repository, None if it is not a single one.
-    """
-
-    id: str
-    revision: str | None = None
-    configuration: str | None = None
-    file: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """Parse an id, or the web address of a data set; None if it is neither."""
-        owner_and_name = r"[\w-][\w.-]*/[\w.-]+"
-        address = re.fullmatch(
-            rf"(?:https?://[^/]+/|hf://)datasets/({owner_and_name})(?:@([^/]+))?(?:/(.*?))?/?(?:[?#].*)?",
-            text,
-            flags=re.ASCII,
-        )
-        if address:
-            kind, _, rest = (address[3] or "").partition("/")
-            revision, _, file = rest.partition("/")
-            if kind == "viewer":
-                return cls(address[1], None, revision or None)
-            if kind == "tree" and revision:
-                return cls(address[1], rest if rest.startswith("refs/") else revision)
-            if kind in ("blob", "resolve") and file:
-                return cls(address[1], revision, None, file)
-            return cls(address[1], address[2])
-        match = re.fullmatch(rf"({owner_and_name})((?:[@:][^@:]+)*)", text, flags=re.ASCII)
-        if not match:
-            return None
-        parts = re.findall(r"([@:])([^@:]+)", match[2])
-        named = dict(parts)
-        if len(named) < len(parts):
-            return None
-        return cls(match[1], named.get("@"), named.get(":"))
-
-    def __str__(self) -> str:
-        """Return the id as it is written after --data."""
-        revision = "" if self.revision is None else f"@{self.revision}"
-        configuration = "" if self.configuration is None else f":{self.configuration}"
-        return f"{self.id}{revision}{configuration}{'' if self.file is None else f'/{self.file}'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +180,12 @@ def _open_builder(
 
     def load(split: str, streaming: bool) -> Table:
         with explained():
+            if streaming and isinstance(builder, Parquet):
+                return stream_parquet(builder, split)
             if streaming:
+                # Else datasets opens a folder's photos itself, 32 ahead.
+                if getattr(builder.config, "decode_num_threads", None):
+                    builder.config.decode_num_threads = 0
                 return builder.as_streaming_dataset(split=split)
             of_split = only_split(builder, split)
             of_split.download_and_prepare(verification_mode="no_checks")
@@ -260,6 +221,26 @@ def only_split(builder: Builder, split: str, **options: Any) -> Builder:
         data_files=DataFilesDict({name: files[name] for name in files if name == split}),
         **options,
     )
+
+
+def stream_parquet(
+    builder: Builder, split: str, *, columns: list[str] | None = None, filters: Any = None
+) -> datasets.IterableDataset:
+    """Stream a split of Parquet files, fetching no more than the rows that are read.
+
+    Args:
+        builder: of all splits.
+        split: as stored.
+        columns: to read; None means all. They are assumed to be small.
+        filters: rows to read, as for ``pyarrow.parquet.read_table``; row groups whose statistics
+            exclude them are skipped.
+    """
+    options: dict[str, Any] = {"fragment_scan_options": _SMALL_REQUESTS}
+    if columns is not None:  # without reading ahead into the photos
+        options |= {"columns": columns, "storage_options": {"hf": {"block_size": 1 << 16}}}
+    if filters is not None:
+        options["filters"] = filters
+    return only_split(builder, split, **options).as_streaming_dataset(split=split)
 
 
 def _open_saved(folder: Path) -> Tables:
@@ -492,13 +473,14 @@ def _with_found_photos(path: Path, tables: Tables, columns: Columns) -> Tables:
             return tables
         taken = f"photos from {image}, captions from {', '.join(texts) or 'none'}"
         has_splits = len(tables.load) == 1 and "split" in columns_of(table)
-        for row in table:
+        cells: dict[str, Any]
+        for cells in table:
             try:
-                captions = [text for name in texts for text in captions_in(row[name], name)]
+                captions = [text for name in texts for text in captions_in(cells[name], name)]
             except TypeError as error:
                 raise DataError(f"{path}: {error}; name others with --caption-column") from error
-            stored = row["split"] if has_splits else split
-            rows.append(Row(str(row[image] or ""), captions, str(stored or "")))
+            stored = cells["split"] if has_splits else split
+            rows.append(Row(str(cells[image] or ""), captions, str(stored or "")))
     folder = path if path.is_dir() else path.parent
     return _tables_of(rows, PhotoFinder(folder), str(path), taken, photos=True)
 
@@ -507,8 +489,8 @@ def _path_columns(table: Table, columns: Columns, where: str) -> tuple[str | Non
     """Return the columns with the names of photos (None: it holds the photos) and captions."""
     features = table.features
     if features is None:  # a list of objects in a JSON file, whose types only its rows show
-        row = next(iter(table), {})
-        features = datasets.Features({name: datasets.Value("string") for name in row})
+        names = next(iter(table), dict[str, Any]())
+        features = datasets.Features({name: datasets.Value("string") for name in names})
     image = columns.find_image(list(features), where)
     if image is None or getattr(features[image], "dtype", "") not in ("string", "large_string"):
         return None, []

@@ -6,12 +6,9 @@ Photos stay encoded until they are requested. Captions are cleaned here, where t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
-import math
 import os
 import re
 import tempfile
@@ -26,16 +23,14 @@ import pyarrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
-from captioner.config import DEFAULT_SOURCE, split_share
+from captioner.config import DEFAULT_SOURCE
 from captioner.data.columns import Columns, captions_in, missing_column
 from captioner.data.readers import (
-    HubId,
     Table,
     Tables,
     columns_of,
-    local_path,
-    only_split,
     open_tables,
+    stream_parquet,
 )
 from captioner.environment import cache_access
 from captioner.errors import ConfigError, DataError, ImageError, first_line
@@ -53,96 +48,6 @@ _SPLIT_NAMES = {
     "dev": "validation",
     "restval": "train",  # Karpathy's name for COCO's validation photos that are trained on
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSource:
-    """A source of a training run.
-
-    Attributes:
-        source: as for ``load_captions``.
-        name: short and unique in the run: the last part of its path or Hub id, or more of them if
-            that is the name of another source too.
-        share: its share of each epoch, above 0 to 1; None if it has its part of the rest.
-        is_local: whether it is a path of this machine.
-    """
-
-    source: str
-    name: str
-    share: float | None
-    is_local: bool
-
-    @property
-    def portable(self) -> str:
-        """The source with its share, without the path of this machine."""
-        source = self.name if self.is_local else self.source
-        return source if self.share is None else f"{source}={self.share}"
-
-
-def parse_sources(texts: Sequence[str]) -> list[DataSource]:
-    """Parse the sources of a run, each with an optional share, as in "photos=0.3".
-
-    Raises:
-        ConfigError: a share is not above 0 and at most 1, the shares leave no or too much of the
-            epoch, or a source is given twice.
-    """
-    parsed = [_parse_share(text) for text in texts]
-    paths = [local_path(source) for source, _ in parsed]
-    places = [
-        path.resolve() if path else Path(str(HubId.parse(source) or source))
-        for (source, _), path in zip(parsed, paths, strict=True)
-    ]
-    for number, (source, _) in enumerate(parsed):
-        if places[number] in places[:number]:
-            raise ConfigError(f"--data {source} is given twice: give each source once")
-    _check_shares(parsed)
-    names = next(
-        names
-        for depth in itertools.count(1)
-        if len(set(names := ["/".join(place.parts[-depth:]) for place in places])) == len(places)
-    )
-    return [
-        DataSource(source, name, share, path is not None)
-        for (source, share), name, path in zip(parsed, names, paths, strict=True)
-    ]
-
-
-def _parse_share(text: str) -> tuple[str, float | None]:
-    """Split "photos=0.3" into source and share, unless it is a path as a whole."""
-    source, written = ("", "") if local_path(text) else split_share(text)
-    if not written or "?" in source.rpartition("=")[2]:  # of a web address
-        return text, None
-    try:
-        share = float(written)
-    except ValueError:
-        raise DataError(
-            f"there is no {text}, and {written!r} is not a share of an epoch: write "
-            f"--data {source} or --data {source}=0.5"
-        ) from None
-    if not 0 < share <= 1:
-        raise ConfigError(
-            f"the share of {source} is {written}; it must be a number above 0 and at most 1"
-        )
-    return source, share
-
-
-def _check_shares(parsed: Sequence[tuple[str, float | None]]) -> None:
-    """Raise ``ConfigError`` unless the shares leave a rest exactly if sources divide it."""
-    total = sum(share or 0.0 for _, share in parsed)
-    others = [source for source, share in parsed if share is None]
-    is_whole = math.isclose(total, 1)
-    if total > 1 and not is_whole:
-        raise ConfigError(f"the shares of --data add up to {total:g}; they can be 1 at most")
-    if others and is_whole:
-        raise ConfigError(
-            f"the shares of --data leave nothing for {', '.join(others)}: lower them, or leave it "
-            "out"
-        )
-    if not others and not is_whole:
-        raise ConfigError(
-            f"the shares of --data add up to {total:g}: raise them to 1, or leave one source "
-            "without a share, which then gets the rest"
-        )
 
 
 class CaptionedPhotos:
@@ -281,8 +186,7 @@ class OpenedSource:
         builder, column = self._tables.builder, table.select_columns("split")
         is_parquet = isinstance(builder, Parquet)
         if is_parquet:  # reads this column alone
-            only_splits = only_split(builder, stored, columns=["split"])
-            column = only_splits.as_streaming_dataset(split=stored)
+            column = stream_parquet(builder, stored, columns=["split"])
         written: dict[str | None, None] = {}
         try:
             for row in column:
@@ -293,8 +197,8 @@ class OpenedSource:
         names = list(dict.fromkeys(map(_split_in_cell, written)))
         chosen = [name for name in written if _split_in_cell(name) == split]
         if is_parquet and None not in chosen:  # skips the row groups of other splits
-            filtered = only_split(builder, stored, filters=[("split", "in", chosen or [""])])
-            return names, filtered.as_streaming_dataset(split=stored)
+            filters = [("split", "in", chosen or [""])]
+            return names, stream_parquet(builder, stored, filters=filters)
         image, _ = self.find_columns(table)
         if image is not None:  # or the filter would decode every photo
             table = table.cast_column(image, datasets.Image(decode=False))
@@ -378,8 +282,8 @@ def load_captions(
     ) as error:
         raise DataError(
             f"{source}: the columns must hold photos ({image}) and texts or lists of texts "
-            f"({', '.join(texts)}): {first_line(error)}; name others with --image-column and "
-            "--caption-column"
+            f"({', '.join(texts)}): {first_line(error.__cause__ or error)}; name others with "
+            "--image-column and --caption-column"
         ) from error
     photos = CaptionedPhotos(source, split, photo_table, captions, root=opened.root)
     photos = _merge_rows(photos)
@@ -596,9 +500,9 @@ def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
 
 def _full_path(path: str, root: str) -> str:
     """Return the path or address of a photo; relative ones start at ``root``."""
-    if "://" in path or "://" not in root:
-        return path if "://" in path else str(Path(root) / path)
-    return f"{root}/{path}"
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return f"{root}/{path}" if "://" in root else str(Path(root) / path)
 
 
 def _stored_photo(cell: Any, root: str) -> bytes | Path | None:

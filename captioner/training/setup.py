@@ -23,13 +23,8 @@ from captioner.config import FEATURES_FOLDER, TrainConfig
 from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
-from captioner.data.sources import (
-    CaptionedPhotos,
-    DataSource,
-    load_captions,
-    load_texts,
-    parse_sources,
-)
+from captioner.data.shares import DataSource, parse_sources
+from captioner.data.sources import CaptionedPhotos, load_captions, load_texts
 from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, DataError
 from captioner.model.encoder import check_encoder_name, choose_device, load_encoder

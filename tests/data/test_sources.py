@@ -18,7 +18,8 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from PIL import Image
 
 from captioner.data.dataset import CaptionDataset, PhotoDataset, augment, is_mirrored, mirror_text
-from captioner.data.sources import load_captions, parse_sources, stream_photos
+from captioner.data.shares import parse_sources
+from captioner.data.sources import load_captions, stream_photos
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
 from captioner.model.encoder import Transform
 from captioner.model.vocabulary import Vocabulary, clean

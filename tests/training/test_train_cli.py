@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from captioner.config import DATA_FIELDS, ModelConfig, TrainConfig
-from captioner.data.sources import DataSource
+from captioner.data.shares import DataSource
 from captioner.errors import ConfigError
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import load_encoder
