@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Self
 
+from huggingface_hub.constants import ENDPOINT
+
 
 class HubId(NamedTuple):
     """A data set on the Hub: owner/name, owner/name@revision, owner/name:configuration.
@@ -25,8 +27,9 @@ class HubId(NamedTuple):
     def parse(cls, text: str) -> Self | None:
         """Parse an id, or the web address of a data set; None if it is neither."""
         owner_and_name = r"[\w-][\w.-]*/[\w.-]+"
+        site = rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)|{re.escape(ENDPOINT)}|hf:/"
         address = re.fullmatch(
-            rf"(?:https?://[^/]+/|hf://)datasets/({owner_and_name})(?:@([^/]+))?(?:/(.*?))?/?(?:[?#].*)?",
+            rf"(?:{site})/datasets/({owner_and_name})(?:@([^/]+))?(?:/(.*?))?/?(?:[?#].*)?",
             text,
             flags=re.ASCII,
         )

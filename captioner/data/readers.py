@@ -9,8 +9,9 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ import pyarrow
 import pyarrow.dataset
 import pyarrow.parquet
 from datasets.data_files import DataFilesDict
+from datasets.naming import camelcase_to_snakecase, filenames_for_dataset_split
+from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from captioner.data.caption_files import (
@@ -32,11 +35,14 @@ from captioner.data.caption_files import (
 from captioner.data.columns import Columns, captions_in
 from captioner.data.hub_id import HubId
 from captioner.data.text_tables import TABLE_SUFFIXES, is_split_list, open_table
-from captioner.errors import DataError, causes_of, first_line, hub_reason
+from captioner.errors import CaptionerError, DataError, causes_of, first_line, hub_reason
 from captioner.images import find_photos
+
+log = logging.getLogger(__name__)
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Builder: TypeAlias = datasets.DatasetBuilder
+Explain: TypeAlias = Callable[[BaseException], DataError]
 
 CAPTION_FILES = ("captions.csv", "captions.txt")  # read before anything else in their folder
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # beside photos
@@ -71,6 +77,7 @@ class Tables:
     Attributes:
         load: for each split a function of ``streaming`` that returns its table.
         root: the folder, or the address on the Hub, at which relative paths of photos start.
+        explain: turns an error in reading the tables into one that names the cause.
         columns: the columns with photos (None: none) and captions, if a reader chose them.
         taken: these columns in words, as the source calls them.
         num_missing: photos that the source names but that are not there.
@@ -79,10 +86,26 @@ class Tables:
 
     load: Mapping[str, Callable[[bool], Table]]
     root: str
+    explain: Explain
     columns: tuple[str | None, list[str]] | None = None
     taken: str = ""
     num_missing: int = 0
     builder: Builder | None = None
+
+
+@contextlib.contextmanager
+def explained(explain: Explain) -> Iterator[None]:
+    """Turn errors other than our own into those of ``explain``."""
+    try:
+        yield
+    except CaptionerError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
+
+
+def _cannot_read(what: object) -> Explain:
+    return lambda error: DataError(f"cannot read {what}: {first_line(error.__cause__ or error)}")
 
 
 def local_path(source: str) -> Path | None:
@@ -119,7 +142,8 @@ def open_tables(source: str, columns: Columns, *, photos: bool, captions: bool) 
     else:
         tables = _open_file(path, columns, photos=photos)
     if path is not None and photos and tables.columns is None:
-        return _with_found_photos(path, tables, columns)
+        with explained(tables.explain):
+            return _with_found_photos(path, tables, columns)
     return tables
 
 
@@ -128,6 +152,11 @@ def open_tables(source: str, columns: Columns, *, photos: bool, captions: bool) 
 
 def _open_hub(source: str) -> Tables:
     hub = HubId.parse(source)
+    if hub is None and "://" in source:
+        raise DataError(
+            f"{source} is no address of a data set on the Hugging Face Hub: download it, and give "
+            "the folder"
+        )
     if hub is None:
         raise DataError(
             f"there is no folder or file {source}, and it is not a Hub id (owner/name, "
@@ -146,13 +175,55 @@ def _open_hub(source: str) -> Tables:
         )
 
     revision = "" if hub.revision is None else f"@{hub.revision}"
-    return _open_builder(
-        f"hf://datasets/{hub.id}{revision}",
-        explain,
-        lambda: datasets.load_dataset_builder(
-            hub.id, hub.configuration, revision=hub.revision, data_files=files
-        ),
+    try:
+        tables = _open_builder(
+            f"hf://datasets/{hub.id}{revision}",
+            explain,
+            lambda: datasets.load_dataset_builder(
+                hub.id, hub.configuration, revision=hub.revision, data_files=files
+            ),
+        )
+        if not isinstance(tables.builder, Cache):
+            return tables
+    except DataError as error:
+        cause = error.__cause__
+        is_offline = isinstance(cause, ConnectionError) or "Couldn't find cache" in str(cause)
+        if not is_offline or not (cached := _open_cached(hub)):
+            raise
+        return cached
+    return _open_cached(hub) or tables
+
+
+def _open_cached(hub: HubId) -> Tables | None:
+    """Return the splits that were loaded before, for want of a connection; None if none was.
+
+    ``datasets`` finds whole data sets in its cache, but no single splits.
+    """
+    owner, _, name = hub.id.partition("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, f"{owner}___{camelcase_to_snakecase(name)}")
+    folders = sorted(
+        (path.parent for path in folder.glob("*/*/*/dataset_info.json")),
+        key=lambda path: path.stat().st_mtime,
     )
+    infos = [(folder, datasets.DatasetInfo.from_directory(str(folder))) for folder in folders]
+    configurations = [info.config_name for _, info in infos]
+    wanted = hub.configuration or ("default" if "default" in configurations else None)
+    load = {}
+    for folder, info in infos:  # the newest last
+        # A folder is called after the commit; which one a tag stands for, only the Hub knows.
+        if wanted in (None, info.config_name) and folder.name.startswith(hub.revision or ""):
+            for split in (info.splits or {}).values():
+                files = filenames_for_dataset_split(
+                    str(folder), info.dataset_name, split.name, "arrow", split.shard_lengths
+                )
+                tables = [datasets.Dataset.from_file(file) for file in files]
+                load[split.name] = _loader(datasets.concatenate_datasets(tables))
+    if not load:
+        return None
+    log.warning(
+        "%s: the Hub cannot be reached; using what was loaded before: %s", hub, ", ".join(load)
+    )
+    return Tables(load, f"hf://datasets/{hub.id}", _cannot_read(folder))
 
 
 def _configurations(error: BaseException) -> str:
@@ -164,22 +235,11 @@ def _configurations(error: BaseException) -> str:
 # What datasets reads
 
 
-def _open_builder(
-    root: str, explain: Callable[[BaseException], DataError], open_builder: Callable[[], Builder]
-) -> Tables:
+def _open_builder(root: str, explain: Explain, open_builder: Callable[[], Builder]) -> Tables:
     """Return the tables of a reader of ``datasets``; ``explain`` makes its errors readable."""
 
-    @contextlib.contextmanager
-    def explained() -> Any:
-        try:
-            yield
-        except DataError:
-            raise
-        except Exception as error:
-            raise explain(error) from error
-
     def load(split: str, streaming: bool) -> Table:
-        with explained():
+        with explained(explain):
             if streaming and isinstance(builder, Parquet):
                 return stream_parquet(builder, split)
             if streaming:
@@ -194,11 +254,11 @@ def _open_builder(
     def loader(split: str) -> Callable[[bool], Table]:
         return lambda streaming: load(split, streaming)
 
-    with explained():
+    with explained(explain):
         builder = open_builder()
         # A converted copy in the cache, for want of a connection, has no files.
         names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
-    return Tables({name: loader(name) for name in names}, root, builder=builder)
+    return Tables({name: loader(name) for name in names}, root, explain, builder=builder)
 
 
 def only_split(builder: Builder, split: str, **options: Any) -> Builder:
@@ -254,7 +314,8 @@ def _open_saved(folder: Path) -> Tables:
         ) from error
     # A lone table is training data, whatever part of another it was.
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    return Tables({name: _loader(table) for name, table in splits.items()}, str(folder))
+    load = {name: _loader(table) for name, table in splits.items()}
+    return Tables(load, str(folder), _cannot_read(folder))
 
 
 def _loader(table: datasets.Dataset) -> Callable[[bool], Table]:
@@ -448,14 +509,16 @@ def _tables_of(
     """Return the tables of photos that rows name."""
     if not photos:
         texts = datasets.Dataset.from_dict({"captions": [row.captions for row in rows]})
-        return Tables({"train": _loader(texts)}, "", (None, ["captions"]), taken)
+        load = {"train": _loader(texts)}
+        return Tables(load, "", _cannot_read(name), (None, ["captions"]), taken)
     splits, num_missing = join_photos(rows, finder, name)
     load = {}
     for split, found in splits.items():
         paths, names, captions = zip(*found, strict=True)
         table = {"image": paths, "captions": captions, "filename": names}
         load[split] = _loader(datasets.Dataset.from_dict(table))
-    return Tables(load, str(finder.folder), ("image", ["captions"]), taken, num_missing)
+    columns = ("image", ["captions"])
+    return Tables(load, str(finder.folder), _cannot_read(name), columns, taken, num_missing)
 
 
 def _with_found_photos(path: Path, tables: Tables, columns: Columns) -> Tables:

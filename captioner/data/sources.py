@@ -29,6 +29,7 @@ from captioner.data.readers import (
     Table,
     Tables,
     columns_of,
+    explained,
     open_tables,
     stream_parquet,
 )
@@ -212,6 +213,10 @@ class OpenedSource:
         image = self._columns.find_image(names, self.source)
         return image, self._columns.find_captions(names, self.source)
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which errors of reading name their cause, as ``DataError``."""
+        return explained(self._tables.explain)
+
     def taken(self, image: str, captions: Sequence[str]) -> str:
         """Return in words where photos and captions come from."""
         return self._tables.taken or f"photos from {image}, captions from {', '.join(captions)}"
@@ -265,15 +270,15 @@ def load_captions(
         raise ConfigError(f"limit is {limit}; it must be 0 (all photos) or more")
     opened = open_source(source, columns)
     split = split_name(split)
-    table = opened.table(split, streaming=limit > 0 and opened.can_stream)
-    image, texts = opened.find_columns(table)
-    for kind, found in (("image", image), ("caption", texts)):
-        if not found:
+    with opened.reading():
+        table = opened.table(split, streaming=limit > 0 and opened.can_stream)
+        image, texts = opened.find_columns(table)
+        if image is None or not texts:
+            kind = "image" if image is None else "caption"
             raise missing_column(kind, columns_of(table), source)
-    assert image is not None
-    try:
         if isinstance(table, datasets.IterableDataset):
             table = _fetch(table, image, texts, limit, opened.root)
+    try:
         captions = _read_captions(table, texts)
         photo_table = _photo_table(table, image)
     except (
@@ -349,15 +354,12 @@ def stream_photos(
     """
     try:
         opened = open_source(source, columns, captions=False)
-        table = opened.table(split_name(split), streaming=True)
-        names = columns_of(table)
-        image, _ = opened.find_columns(table)
+        with opened.reading():
+            table = opened.table(split_name(split), streaming=True)
+            names = columns_of(table)
+            image, _ = opened.find_columns(table)
     except DataError as error:
         raise DataError(f"cannot read the split {split!r} of {source}: {error}") from error
-    except Exception as error:
-        raise DataError(
-            f"cannot read the split {split!r} of {source}: {first_line(error)[:160]}"
-        ) from error
     if image is None:
         raise missing_column("image", names, source)
     root = opened.root
@@ -427,7 +429,7 @@ def _fetch(
                 with contextlib.suppress(ImageError):  # reported when the photo is opened
                     row[image] = {"bytes": _stored_photo(row[image], root), "path": path}
             name = _photo_name({**row, "image.path": path}, root)
-            if any(_cleaned_captions(row[column], column) for column in texts):
+            if _has_caption(row, texts):
                 # Rows of one photo have its name and its data.
                 photos.add(number if name is None else (name, data))
                 if len(photos) > limit:
@@ -438,6 +440,14 @@ def _fetch(
     return datasets.Dataset.from_generator(
         rows, features=table.features, cache_dir=folder, fingerprint=Path(folder).name
     )
+
+
+def _has_caption(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
+    """Return whether a row has a caption, or something that will be refused as one."""
+    try:
+        return any(_cleaned_captions(row[column], column) for column in columns)
+    except TypeError:
+        return True
 
 
 def _merge_rows(photos: CaptionedPhotos) -> CaptionedPhotos:

@@ -107,14 +107,16 @@ def hub() -> Hub:
 def load(hub: Hub, tmp_path: Path) -> Callable[..., list[tuple[Any, dict[str, int]]]]:
     """``load((source, split, limit), …)``: number of photos, or the error, and bytes by file.
 
-    A limit of None streams the photos as ``captioner caption --data`` does. Each call has an empty
-    cache.
+    A limit of None streams the photos as ``captioner caption --data`` does. The calls of a test
+    share a cache.
     """
 
-    def run(*loads: tuple[str, str, int | None]) -> list[tuple[Any, dict[str, int]]]:
+    def run(
+        *loads: tuple[str, str, int | None], **variables: str
+    ) -> list[tuple[Any, dict[str, int]]]:
         environment = {name: value for name, value in os.environ.items() if name[:3] != "HF_"}
         environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **variables}
         with hub.serve():
             done = subprocess.run(
                 [sys.executable, "-c", _SCRIPT, json.dumps(loads)],
@@ -195,3 +197,27 @@ def test_addresses_revisions_and_configurations_are_understood(
     assert all_photos[0] == 12
     assert "no repository of this name" in missing[0]
     assert "choose a configuration, as in some/flickr:NAME, from default, tiny" in wrong[0]
+
+
+@pytest.mark.slow
+def test_splits_that_were_loaded_before_are_there_offline(
+    load: Callable[..., list[tuple[Any, dict[str, int]]]],
+) -> None:
+    assert [each[0] for each in load(("some/flickr", "test", 0), ("some/flickr", "val", 0))] == [
+        5,
+        5,
+    ]
+    test, some, streamed, train, tiny, other = load(
+        ("some/flickr", "test", 0),
+        ("some/flickr", "validation", 3),
+        ("some/flickr", "test", None),
+        ("some/flickr", "train", 0),
+        ("some/flickr:tiny", "train", 0),
+        ("some/single", "train", 0),
+        HF_HUB_OFFLINE="1",
+    )
+    assert [test, some, streamed] == [(5, {}), (3, {}), (5, {})]
+    assert "no split 'train', only: test, validation" in train[0]
+    for error, _ in (tiny, other):
+        assert "cannot load some/" in error
+        assert "internet connection" in error
