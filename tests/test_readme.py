@@ -34,6 +34,10 @@ PARTS = [
     for part in command.split("&&")
     if (words := shlex.split(part, comments=True))
 ]
+LAYOUT_COMMANDS = [
+    shlex.split(command)
+    for command in re.findall(r"^\|.*\| `(python train\.py .*)` \|$", README, flags=re.MULTILINE)
+]
 CAPTION_COMMANDS = [
     words[words.index("captioner") + 1 :]
     for words in PARTS
@@ -99,7 +103,8 @@ def test_command_arguments_parse(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--help"])
     page_help = capsys.readouterr().out
-    for words in PARTS:
+    assert len(LAYOUT_COMMANDS) > 10
+    for words in (*PARTS, *LAYOUT_COMMANDS):
         _check_command(words, page_help)
 
 

@@ -34,11 +34,13 @@ class Row(NamedTuple):
         name: of the photo, as written in the file; empty if the file has captions only.
         captions: not cleaned.
         split: as written; empty if the file names none.
+        folder: of the file, in which its photo is looked for first; None if there is no other.
     """
 
     name: str
     captions: list[str]
     split: str
+    folder: Path | None = None
 
 
 class PhotoFinder:
@@ -52,27 +54,31 @@ class PhotoFinder:
         ]
         self._index: dict[str, list[Path]] | None = None
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str, near: Path | None = None) -> Path | None:
         """Return the photo with this name, None if there is none, or more than one.
 
         The name may be a path from the folder, or from a folder of someone else's machine; it may
-        lack its suffix, and end in the number of a caption (``#0``).
+        lack its suffix, and end in the number of a caption (``#0``). Of several photos the one in
+        the folder ``near`` is meant: train/ and val/ may use the same names.
         """
+        bases = self._bases if near is None else [near, *self._bases]
         for written in dict.fromkeys((name, without_number(name))):
             if not written:
                 continue
-            for base in self._bases:
+            for base in bases:
                 if _is_file(base / written):
                     return base / written
-            if len(written) < 1000 and (path := self._find_by_last_part(written)):
+            if len(written) < 1000 and (path := self._find_by_last_part(written, near)):
                 return path
         return None
 
-    def _find_by_last_part(self, name: str) -> Path | None:
+    def _find_by_last_part(self, name: str, near: Path | None) -> Path | None:
         parts = [part.casefold() for part in PurePosixPath(name.replace("\\", "/")).parts]
         if not parts:
             return None
         candidates = self._photos_by_name().get(parts[-1], [])
+        if len(candidates) > 1 and near is not None:
+            candidates = [path for path in candidates if near in path.parents] or candidates
         if len(candidates) < 2:
             return candidates[0] if candidates else None
 
@@ -109,9 +115,11 @@ def _is_file(path: Path) -> bool:
 
 
 def split_in_name(path: Path) -> str:
-    """Return the split that a file is named after, empty if there is none."""
-    match = SPLIT_IN_NAME.search(path.stem)
-    return match[1].lower() if match else ""
+    """Return the split that a file or one of its folders is named after, empty if there is none."""
+    for name in (path.stem, *reversed(path.parts[:-1])):
+        if match := SPLIT_IN_NAME.search(name):
+            return match[1].lower()
+    return ""
 
 
 # JSON
@@ -208,21 +216,22 @@ def join_photos(
     Raises:
         DataError: no photo can be found.
     """
-    paths: dict[str, Path | None] = {}
+    paths: dict[tuple[str, Path | None], Path | None] = {}
     photos: dict[Path, tuple[str, str, list[str]]] = {}  # split, name, captions
-    for name, captions, split in rows:
-        if name not in paths:
-            paths[name] = finder.find(name) if name else None
-        if (path := paths[name]) is None:
+    for name, captions, split, folder in rows:
+        if (name, folder) not in paths:
+            paths[name, folder] = finder.find(name, folder) if name else None
+        if (path := paths[name, folder]) is None:
             continue
         short = name if name.endswith(path.name) else without_number(name)
         photos.setdefault(path, (split or "train", short, []))[2].extend(captions)
-    names = {without_number(name): path for name, path in paths.items()}
+    names = {(without_number(name), folder): path for (name, folder), path in paths.items()}
     if not photos:
         raise DataError(
             f"{what} names {len(names)} photos, but none of them is in {finder.folder}"
-            + (f" (the first is {next(iter(names))!r})" if names else "")
-            + ": put the photos there, or give the folder that holds both"
+            + (f" (the first is {first!r}): " if (first := next(iter(names), ("",))[0]) else ": ")
+            + ("download" if "://" in first else "put")
+            + " the photos there, or give the folder that holds both"
         )
     if num_missing := sum(path is None for path in names.values()):
         log.warning(

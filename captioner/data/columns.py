@@ -19,6 +19,7 @@ CAPTION_COLUMNS = (
 )
 # fmt: on
 _NUMBERED = re.compile(r"caption_?(\d+)", re.IGNORECASE)
+_MAX_SHOWN = 20
 # What the dictionaries of Karpathy's and COCO's annotations call a caption.
 _TEXT_KEYS = ("raw", "caption")
 
@@ -72,10 +73,17 @@ def _named(wanted: str, names: Sequence[str], where: str, option: str) -> str:
     name = wanted if wanted in names else _first_hit([wanted.lower()], names)
     if name is None:
         raise DataError(
-            f"{where} has no column {wanted!r}, only: {', '.join(names) or 'nothing'}; name one of "
-            f"these with {option}"
+            f"{where} has no column {wanted!r}, only: {shorten(names)}; name one of these with "
+            f"{option}"
         )
     return name
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Return names for a message; where there is no table, they may be thousands of texts."""
+    shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in names[:_MAX_SHOWN]]
+    more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
+    return f"{', '.join(shown) or 'nothing'}{more}"
 
 
 def missing_column(kind: str, names: Sequence[str], where: str) -> DataError:
@@ -83,8 +91,8 @@ def missing_column(kind: str, names: Sequence[str], where: str) -> DataError:
     wanted = IMAGE_COLUMNS if kind == "image" else (*CAPTION_COLUMNS, "caption_0 ...")
     what = "photos" if kind == "image" else "captions"
     return DataError(
-        f"{where} has no column with {what} ({', '.join(wanted)}), only: {', '.join(names)}; name "
-        f"it with --{kind}-column"
+        f"{where} has no column with {what} ({', '.join(wanted)}), only: {shorten(names)}; name it "
+        f"with --{kind}-column"
     )
 
 

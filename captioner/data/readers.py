@@ -32,9 +32,9 @@ from captioner.data.caption_files import (
     read_coco,
     split_in_name,
 )
-from captioner.data.columns import Columns, captions_in
+from captioner.data.columns import Columns, captions_in, shorten
 from captioner.data.hub_id import HubId
-from captioner.data.text_tables import TABLE_SUFFIXES, is_split_list, open_table
+from captioner.data.text_tables import TABLE_SUFFIXES, is_split_list, open_table, read_text
 from captioner.errors import CaptionerError, DataError, causes_of, first_line, hub_reason
 from captioner.images import find_photos
 
@@ -351,12 +351,32 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
     tables = [
         file for file in files if file.suffix.lower() in TABLE_SUFFIXES and not is_split_list(file)
     ]
+    if captions and (pairs := _text_files_of_photos(folder, tables)):
+        rows = (Row(str(photo), read_text(text).splitlines(), "") for photo, text in pairs)
+        taken = "captions from a text file per photo"
+        return _tables_of(rows, PhotoFinder(folder), str(folder), taken, photos=photos)
     if tables and captions and (has_photos or not photos):
         tables = _caption_tables(tables, folder, columns, photos=photos)
         return _open_caption_files(tables, folder, columns, photos=photos)
     if not captions and (has_photos or any(file.suffix.lower() == ".zip" for file in files)):
         return _open_with_datasets(folder)
     raise _nothing_to_read(folder)
+
+
+def _text_files_of_photos(folder: Path, files: list[Path]) -> list[tuple[Path, Path]]:
+    """Return the photos with a text file of the same name; none if most texts are something else.
+
+    The lines of such a file are captions.
+    """
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    if not texts:
+        return []
+    pairs = [
+        (photo, texts[photo.with_suffix("")])
+        for photo, _ in find_photos(folder)
+        if photo.with_suffix("") in texts
+    ]
+    return pairs if 2 * len(pairs) > len(texts) else []
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -419,7 +439,7 @@ def _open_data_files(folder: Path, files: list[Path]) -> Tables:
     """Open files of one kind; a file among several belongs to the split in its name."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        split = split_in_name(file) if len(files) > 1 else ""
+        split = split_in_name(file.relative_to(folder)) if len(files) > 1 else ""
         splits.setdefault(split or "train", []).append(str(file))
     reader = _READERS[files[0].suffix.lower()]
     name = str(files[0] if len(files) == 1 else folder)
@@ -472,8 +492,9 @@ def _caption_tables(
 
 def _check_splits(files: list[Path], folder: Path) -> None:
     """Raise ``DataError`` if several caption files are not called after different splits."""
-    if len(files) > 1 and len(set(map(split_in_name, files))) < len(files):
-        names = ", ".join(str(file.relative_to(folder)) for file in files)
+    inner = [file.relative_to(folder) for file in files]
+    if len(files) > 1 and len(set(map(split_in_name, inner))) < len(files):
+        names = shorten([str(file) for file in inner])
         raise DataError(
             f"{folder} has several files of captions: {names}; give one of them, as in --data "
             f"{files[0]}, or call each after its split (train, val, test)"
@@ -485,20 +506,21 @@ def _open_caption_files(
 ) -> Tables:
     """Read caption files; one among several belongs to the split in its name."""
     rows: list[Row] = []
-    taken = ""
+    taken, root = "", folder
     if photos and _ANNOTATIONS.search(folder.name) and next(find_photos(folder), None) is None:
         folder = folder.resolve().parent
     finder = PhotoFinder(folder)
     for file in files:
-        split = split_in_name(file) if len(files) > 1 else ""
+        split = split_in_name(file.relative_to(root)) if len(files) > 1 else ""
         if file.suffix.lower() == ".json" and (reader := json_reader(file)):
             kind = "COCO" if reader is read_coco else "Karpathy"
             taken = f"photos and captions from {file.name} in {kind}'s format"
-            rows += reader(file, split)
+            found = reader(file, split)
         else:
             table = open_table(file, finder, columns)
             taken = f"{table.taken} of {file.name}"
-            rows += table.read(split)
+            found = table.read(split)
+        rows += (row._replace(folder=file.parent) for row in found)
     name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files of captions)"
     return _tables_of(rows, finder, name, taken, photos=photos)
 

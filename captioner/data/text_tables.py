@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from captioner.data.caption_files import SPLIT_IN_NAME, PhotoFinder, Row, without_number
-from captioner.data.columns import Columns, captions_in
+from captioner.data.columns import Columns, captions_in, shorten
 from captioner.errors import DataError
 from captioner.images import SUFFIXES
 
@@ -122,15 +122,16 @@ def open_table(path: Path, finder: PhotoFinder, columns: Columns) -> TextTable:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if not text.strip():
         raise DataError(f"{path} is empty: write lines of image,caption into it")
+    near = path.parent
     sample = "\n".join(itertools.islice(filter(str.strip, text.splitlines()), _SAMPLE))
-    hits = {each: _hits(sample, each, finder, columns) for each in _DELIMITERS}
+    hits = {each: _hits(sample, each, finder, near, columns) for each in _DELIMITERS}
     delimiter = max(_DELIMITERS, key=lambda each: hits[each])
     rows = list(_parse(text, delimiter, path))
     first = [cell.strip() for cell in rows[0]]
-    image = _best_column(rows[:_SAMPLE], finder)
+    image = _best_column(rows[:_SAMPLE], finder, near)
     names_photos = image is not None
     has_headings = _has_both(first) or not any(
-        finder.find(cell) or _is_photo_name(cell) for cell in first
+        finder.find(cell, near) or _is_photo_name(cell) for cell in first
     )
     if image is None and not has_headings:  # the photos that it names are elsewhere
         image = next(index for index, cell in enumerate(first) if _is_photo_name(cell))
@@ -155,8 +156,8 @@ def open_table(path: Path, finder: PhotoFinder, columns: Columns) -> TextTable:
         captions = _wordy_columns(body, width, {image, split}, several=not names)
     if not captions:
         raise DataError(
-            f"{path} has no column with captions, only: {', '.join(names or first)}; name the "
-            "column in the first line (image,caption), or with --caption-column"
+            f"{path} has no column with captions, only: {shorten(names or first)}; name the column "
+            "in the first line (image,caption), or with --caption-column"
         )
     if len(captions) == 1:
         body = [_join_extra(cells, captions[0], width, delimiter) for cells in body]
@@ -167,11 +168,11 @@ def open_table(path: Path, finder: PhotoFinder, columns: Columns) -> TextTable:
 
 
 def _hits(
-    sample: str, delimiter: str, finder: PhotoFinder, columns: Columns
+    sample: str, delimiter: str, finder: PhotoFinder, near: Path, columns: Columns
 ) -> tuple[int, bool, int]:
     """Return how well a delimiter fits: lines with a photo, known headings, lines with columns."""
     rows = [cells for _, cells in _reader(sample, delimiter) if len(cells) > 1]
-    named = sum(any(finder.find(cell.strip()) for cell in cells) for cells in rows)
+    named = sum(any(finder.find(cell.strip(), near) for cell in cells) for cells in rows)
     headings = bool(rows) and _known_headings([cell.strip() for cell in rows[0]], columns)
     return named, headings, len(rows)
 
@@ -233,13 +234,13 @@ def _is_photo_name(cell: str) -> bool:
     return suffix.lower() in SUFFIXES
 
 
-def _best_column(rows: Sequence[list[str]], finder: PhotoFinder) -> int | None:
+def _best_column(rows: Sequence[list[str]], finder: PhotoFinder, near: Path) -> int | None:
     """Return the column in which most cells name a photo, None if none does."""
     counts = collections.Counter(
         index
         for cells in rows
         for index, cell in enumerate(cells)
-        if finder.find(cell.strip()) is not None
+        if finder.find(cell.strip(), near) is not None
     )
     return max(counts, key=lambda index: (counts[index], -index)) if counts else None
 

@@ -395,3 +395,12 @@ def _json_lists_in_a_csv(folder: Path, photos: Sequence[Photo]) -> Path:
     rows = [("captions", "split", "filename")]
     rows += [(json.dumps(p.captions), "train", p.name) for p in photos]
     return _table(folder / "flickr_annotations_30k.csv", rows).parent
+
+
+@_layout
+def _text_file_per_photo(folder: Path, photos: Sequence[Photo]) -> Path:
+    _save(folder / "photos", photos)
+    for photo in photos:
+        _lines(folder / f"photos/{photo.stem}.txt", photo.captions)
+    _lines(folder / "readme.txt", ["Photos with a caption in each file."])
+    return folder

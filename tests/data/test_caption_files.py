@@ -259,6 +259,18 @@ def test_tables_are_called_after_their_splits(save: Save) -> None:
         load_captions(str(folder))
 
 
+def test_folders_of_splits_may_have_the_same_names(save: Save, draw: Draw) -> None:
+    folder = save("train/1.png", "val/images/1.png", "test/1.png")
+    for split in ("train", "val", "test"):
+        _write(folder / split / "captions.csv", f"image,caption\n1.png,a photo for {split}\n")
+    for number, split in enumerate(("train", "val", "test")):
+        photos = load_captions(str(folder), split)
+        assert photos.captions == [[f"a photo for {split}"]]
+        data = photos.data(0)
+        assert isinstance(data, Path)
+        assert data.read_bytes() == draw(number)
+
+
 # Names
 
 
@@ -346,6 +358,22 @@ def test_texts_need_no_photos(tmp_path: Path, name: str, text: str) -> None:
 
 
 # What cannot be opened
+
+
+def test_many_columns_are_shortened(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.json", json.dumps({f"{n}.png": "a dog " * 50 for n in range(3000)}))
+    with pytest.raises(
+        DataError, match=r"only: 0\.png, .*, 19\.png and 2,980 more; name it"
+    ) as error:
+        load_captions(str(path))
+    assert len(str(error.value)) < 1000
+
+
+def test_addresses_in_a_table_are_to_be_downloaded(save: Save) -> None:
+    text = "a dog runs\thttp://example.com/1.jpg\na cat sits\thttp://example.com/2.jpg\n"
+    source = str(_write(save("a.png") / "train.tsv", text))
+    with pytest.raises(DataError, match=r"'http://example\.com/1\.jpg'\): download the photos"):
+        load_captions(source)
 
 
 @pytest.mark.parametrize(
