@@ -355,11 +355,15 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
         rows = (Row(str(photo), read_text(text).splitlines(), "") for photo, text in pairs)
         taken = "captions from a text file per photo"
         return _tables_of(rows, PhotoFinder(folder), str(folder), taken, photos=photos)
-    if tables and captions and (has_photos or not photos):
-        tables = _caption_tables(tables, folder, columns, photos=photos)
-        return _open_caption_files(tables, folder, columns, photos=photos)
+    if tables and (has_photos or not photos):
+        try:
+            tables = _caption_tables(tables, folder, columns, photos=photos)
+            return _open_caption_files(tables, folder, columns, photos=photos)
+        except DataError:
+            if captions:
+                raise
     if not captions and (has_photos or any(file.suffix.lower() == ".zip" for file in files)):
-        return _open_with_datasets(folder)
+        return _open_with_datasets(folder, "imagefolder", data_dir=str(folder))
     raise _nothing_to_read(folder)
 
 
@@ -427,11 +431,12 @@ def _open_file(path: Path, columns: Columns, *, photos: bool) -> Tables:
     )
 
 
-def _open_with_datasets(folder: Path) -> Tables:
+def _open_with_datasets(folder: Path, reader: str = "", **options: Any) -> Tables:
+    """Open a folder with the reader that ``datasets`` chooses, or with the one that is named."""
     return _open_builder(
         str(folder),
         lambda error: DataError(f"cannot read the files in {folder}: {_reason(folder, error)}"),
-        lambda: datasets.load_dataset_builder(str(folder)),
+        lambda: datasets.load_dataset_builder(reader or str(folder), **options),
     )
 
 
