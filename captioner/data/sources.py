@@ -51,6 +51,10 @@ _SPLIT_NAMES = {
 }
 
 
+class SplitError(DataError):
+    """A source has no split of this name; training then holds photos back."""
+
+
 class CaptionedPhotos:
     """The photos of one split, each with its captions; a thin view of a ``datasets.Dataset``.
 
@@ -160,7 +164,8 @@ class OpenedSource:
         """Return one split; a single table is divided by its column ``split``, if it has one.
 
         Raises:
-            DataError: there is no such split, or it cannot be read.
+            SplitError: there is no such split.
+            DataError: it cannot be read.
         """
         names: Iterable[str] = self._stored
         if len(self._tables.load) == 1:
@@ -171,7 +176,7 @@ class OpenedSource:
                 if split in names:
                     return table
         if split not in self._stored or names is not self._stored:
-            raise DataError(
+            raise SplitError(
                 f"{self.source} has no split {split!r}, only: {', '.join(names)}; choose one of "
                 "these"
             )
@@ -263,8 +268,9 @@ def load_captions(
         columns: as for ``open_source``.
 
     Raises:
-        DataError: the source, the split or a column is missing, no row has a caption, or the
-            captions have no spaces between words.
+        SplitError: there is no such split.
+        DataError: the source or a column is missing, no row has a caption, or the captions have no
+            spaces between words.
     """
     if limit < 0:
         raise ConfigError(f"limit is {limit}; it must be 0 (all photos) or more")

@@ -24,7 +24,7 @@ from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
 from captioner.data.shares import DataSource, parse_sources
-from captioner.data.sources import CaptionedPhotos, load_captions, load_texts
+from captioner.data.sources import CaptionedPhotos, SplitError, load_captions, load_texts
 from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, DataError
 from captioner.model.encoder import check_encoder_name, choose_device, load_encoder
@@ -274,7 +274,7 @@ def _load_splits(config: TrainConfig, source: str) -> tuple[Rows, Rows]:
             validation = load_captions(
                 source, "validation", limit=config.limit, columns=_columns(config)
             )
-        except DataError as error:
+        except SplitError as error:
             log.warning("%s; holding 10 %% of the training photos back instead", error)
         else:
             return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))

@@ -182,6 +182,49 @@ def test_best_holds_back_a_tenth_without_a_validation_split(
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_damaged_validation_split_is_an_error(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(12)]
+    splits = {"train": rows, "validation": [row | {"alt_text": 7} for row in rows]}
+    data = str(write_parquet(tmp_path / "data", splits))
+    assert train.main(arguments(tmp_path / "run", "--data", data)) == 2
+    assert "captions cannot be a int" in _last_line(capsys)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_columns_are_named_on_the_command_line(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(12)]
+    names = [
+        {"picture": row["image"], "caption": "none", "en": row["alt_text"][:2], "more": "a circle"}
+        for row in rows
+    ]
+    data = str(write_parquet(tmp_path / "data", {"train": names}))
+    more = ["--data", data, "--recipe", "seed", "--captions", "all", "--epochs", "1"]
+    more += ["--reward-epochs", "0", "--detector-epochs", "0", "--image-column", "picture"]
+    out = tmp_path / "run"
+    columns = ["--caption-column", "en", "--caption-column", "more"]
+    assert train.main(arguments(out, *more, *columns)) == 0
+    assert "train: photos from picture, captions from en, more" in capsys.readouterr().err
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert (config["image_column"], config["caption_column"]) == ("picture", ["en", "more"])
+    assert "none" not in checkpoints.load(out / "checkpoint").vocabulary.idx2word
+    assert train.main(arguments(tmp_path / "other", *more, "--caption-column", "fr")) == 2
+    error = _last_line(capsys)
+    assert "has no column 'fr', only: picture, caption, en, more; name one of these" in error
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_limit_applies_to_each_split(
     arguments: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
