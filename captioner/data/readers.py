@@ -34,7 +34,13 @@ from captioner.data.caption_files import (
 )
 from captioner.data.columns import Columns, captions_in, shorten
 from captioner.data.hub_id import HubId
-from captioner.data.text_tables import TABLE_SUFFIXES, is_split_list, open_table, read_text
+from captioner.data.text_tables import (
+    TABLE_SUFFIXES,
+    TextTable,
+    is_split_list,
+    open_table,
+    read_text,
+)
 from captioner.errors import CaptionerError, DataError, causes_of, first_line, hub_reason
 from captioner.images import find_photos
 
@@ -357,8 +363,8 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
         return _tables_of(rows, PhotoFinder(folder), str(folder), taken, photos=photos)
     if tables and (has_photos or not photos):
         try:
-            tables = _caption_tables(tables, folder, columns, photos=photos)
-            return _open_caption_files(tables, folder, columns, photos=photos)
+            opened = _caption_tables(tables, folder, columns, photos=photos)
+            return _open_caption_files(list(opened), folder, columns, opened, photos=photos)
         except DataError:
             if captions:
                 raise
@@ -471,27 +477,27 @@ def _reason(folder: Path, error: BaseException) -> str:
 
 def _caption_tables(
     files: list[Path], folder: Path, columns: Columns, *, photos: bool
-) -> list[Path]:
+) -> dict[Path, TextTable]:
     """Return those text tables of a folder that hold captions.
 
     Raises:
         DataError: there is none, or several that are not called after splits.
     """
     finder, reasons = PhotoFinder(folder), list[str]()
-    with_photos, others = list[Path](), list[Path]()
+    with_photos, others = dict[Path, TextTable](), dict[Path, TextTable]()
     for file in files:
         try:
             table = open_table(file, finder, columns)
         except DataError as error:
             reasons.append(str(error))
         else:
-            (with_photos if table.names_photos else others).append(file)
-    tables = with_photos or ([] if photos else others)
+            (with_photos if table.names_photos else others)[file] = table
+    tables = with_photos or ({} if photos else others)
     # Flickr8k.lemma.token.txt holds the captions of Flickr8k.token.txt without endings.
-    tables = [file for file in tables if "lemma" not in file.name] or tables
+    tables = {file: tables[file] for file in tables if "lemma" not in file.name} or tables
     if not tables:
         raise _nothing_to_read(folder, reasons[:3])
-    _check_splits(tables, folder)
+    _check_splits(list(tables), folder)
     return tables
 
 
@@ -507,11 +513,19 @@ def _check_splits(files: list[Path], folder: Path) -> None:
 
 
 def _open_caption_files(
-    files: list[Path], folder: Path, columns: Columns, *, photos: bool
+    files: list[Path],
+    folder: Path,
+    columns: Columns,
+    opened: Mapping[Path, TextTable] | None = None,
+    *,
+    photos: bool,
 ) -> Tables:
-    """Read caption files; one among several belongs to the split in its name."""
+    """Read caption files, as far as they are not ``opened``.
+
+    One among several belongs to the split in its name.
+    """
     rows: list[Row] = []
-    taken, root = "", folder
+    taken, root = list[str](), folder
     if photos and _ANNOTATIONS.search(folder.name) and next(find_photos(folder), None) is None:
         folder = folder.resolve().parent
     finder = PhotoFinder(folder)
@@ -519,15 +533,15 @@ def _open_caption_files(
         split = split_in_name(file.relative_to(root)) if len(files) > 1 else ""
         if file.suffix.lower() == ".json" and (reader := json_reader(file)):
             kind = "COCO" if reader is read_coco else "Karpathy"
-            taken = f"photos and captions from {file.name} in {kind}'s format"
+            taken.append(f"photos and captions from {file.name} in {kind}'s format")
             found = reader(file, split)
         else:
-            table = open_table(file, finder, columns)
-            taken = f"{table.taken} of {file.name}"
+            table = (opened or {}).get(file) or open_table(file, finder, columns)
+            taken.append(table.taken)
             found = table.read(split)
         rows += (row._replace(folder=file.parent) for row in found)
     name = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} files of captions)"
-    return _tables_of(rows, finder, name, taken, photos=photos)
+    return _tables_of(rows, finder, name, "; ".join(taken), photos=photos)
 
 
 def _tables_of(

@@ -8,23 +8,23 @@ from __future__ import annotations
 import codecs
 import collections
 import csv
+import functools
 import io
 import itertools
 import json
-import logging
 import re
 import statistics
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from captioner.data.caption_files import SPLIT_IN_NAME, PhotoFinder, Row, without_number
 from captioner.data.columns import Columns, captions_in, shorten
 from captioner.errors import DataError
 from captioner.images import SUFFIXES
 
-log = logging.getLogger(__name__)
+_Find: TypeAlias = Callable[[str], Path | None]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".psv", ".tab")
 _DELIMITERS = "\t|;,"  # the rarest in a caption first
@@ -117,62 +117,77 @@ def open_table(path: Path, finder: PhotoFinder, columns: Columns) -> TextTable:
             unknown.
     """
     try:
-        text = read_text(path)
+        text, encoding = _decode(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if not text.strip():
         raise DataError(f"{path} is empty: write lines of image,caption into it")
-    near = path.parent
+    find = functools.partial(finder.find, near=path.parent)
     sample = "\n".join(itertools.islice(filter(str.strip, text.splitlines()), _SAMPLE))
-    hits = {each: _hits(sample, each, finder, near, columns) for each in _DELIMITERS}
+    hits = {each: _hits(sample, each, find, columns) for each in _DELIMITERS}
     delimiter = max(_DELIMITERS, key=lambda each: hits[each])
     rows = list(_parse(text, delimiter, path))
+    found = _column_of_names(rows[:_SAMPLE], find)
     first = [cell.strip() for cell in rows[0]]
-    image = _best_column(rows[:_SAMPLE], finder, near)
-    names_photos = image is not None
-    has_headings = _has_both(first) or not any(
-        finder.find(cell, near) or _is_photo_name(cell) for cell in first
-    )
-    if image is None and not has_headings:  # the photos that it names are elsewhere
-        image = next(index for index, cell in enumerate(first) if _is_photo_name(cell))
-    if has_headings and image is None and not _known_headings(first, columns):
-        has_headings = False
-    if not has_headings and (columns.image or columns.captions):
-        has_headings = True  # or the error that lists the columns
-    names = first if has_headings else []
-    body = rows[1:] if has_headings else rows
-    if columns.image is not None or (has_headings and image is None):
-        heading = columns.find_image(names, str(path))
-        if heading is None:
-            heading = next((name for name in names if name.lower() in _NAME_HEADINGS), None)
-        image = None if heading is None else names.index(heading)
-    found = columns.find_captions(names, str(path)) if has_headings else []
-    captions = [names.index(name) for name in found]
-    width = len(names) or _width(body, delimiter)
+    names = first if _is_heading(first, find, columns, is_found=found is not None) else []
+    rows = rows[1:] if names else rows
+    image = _image_column(names, first, found, columns, path)
+    width = len(names) or _width(rows, delimiter)
     split = next((index for index, name in enumerate(names) if name.lower() == "split"), None)
     if not names:
-        split = _split_column(body, width)
-    if not captions:
-        captions = _wordy_columns(body, width, {image, split}, several=not names)
+        split = _split_column(rows, width)
+    captions = [names.index(name) for name in columns.find_captions(names, str(path))]
+    captions = captions or _wordy_columns(rows, names, width, {image, split})
     if not captions:
         raise DataError(
             f"{path} has no column with captions, only: {shorten(names or first)}; name the column "
             "in the first line (image,caption), or with --caption-column"
         )
     if len(captions) == 1:
-        body = [_join_extra(cells, captions[0], width, delimiter) for cells in body]
-    shown = [f"column {index + 1}" if not names else names[index] for index in captions]
-    source = "none" if image is None else names[image] if names else f"column {image + 1}"
-    taken = f"photos from {source}, captions from {', '.join(shown)}"
-    return TextTable(path, body, image, captions, split, names_photos, taken)
+        rows = [_join_extra(cells, captions[0], width, delimiter) for cells in rows]
+    shown = names or [f"column {index + 1}" for index in range(width)]
+    taken = (
+        f"photos from {'none' if image is None else shown[image]}, "
+        f"captions from {', '.join(shown[index] for index in captions)} of {path.name}"
+        + (", read as Latin-1 (Windows-1252)" if encoding == _LATIN_1 else "")
+    )
+    return TextTable(path, rows, image, captions, split, found is not None, taken)
 
 
-def _hits(
-    sample: str, delimiter: str, finder: PhotoFinder, near: Path, columns: Columns
-) -> tuple[int, bool, int]:
+def _is_heading(first: Sequence[str], find: _Find, columns: Columns, *, is_found: bool) -> bool:
+    """Return whether the first line holds headings; ``is_found``: some lines name photos."""
+    if columns.image or columns.captions or _has_both(first):
+        return True
+    is_row = any(find(cell) or _is_photo_name(cell) for cell in first)
+    return not is_row and (is_found or _known_headings(first, columns))
+
+
+def _image_column(
+    names: Sequence[str], first: Sequence[str], found: int | None, columns: Columns, path: Path
+) -> int | None:
+    """Return the column with the photos' names, None if there is none.
+
+    Args:
+        names: the headings, if there are any.
+        first: the first line.
+        found: the column in which cells name photos that are there, or None.
+        columns: those that the user named.
+        path: of the table, for messages.
+    """
+    if found is not None and columns.image is None:
+        return found
+    if not names:  # its photos are elsewhere
+        return next((index for index, cell in enumerate(first) if _is_photo_name(cell)), None)
+    heading = columns.find_image(names, str(path))
+    if heading is None:
+        heading = next((name for name in names if name.lower() in _NAME_HEADINGS), None)
+    return None if heading is None else names.index(heading)
+
+
+def _hits(sample: str, delimiter: str, find: _Find, columns: Columns) -> tuple[int, bool, int]:
     """Return how well a delimiter fits: lines with a photo, known headings, lines with columns."""
     rows = [cells for _, cells in _reader(sample, delimiter) if len(cells) > 1]
-    named = sum(any(finder.find(cell.strip(), near) for cell in cells) for cells in rows)
+    named = sum(any(find(cell.strip()) for cell in cells) for cells in rows)
     headings = bool(rows) and _known_headings([cell.strip() for cell in rows[0]], columns)
     return named, headings, len(rows)
 
@@ -234,13 +249,13 @@ def _is_photo_name(cell: str) -> bool:
     return suffix.lower() in SUFFIXES
 
 
-def _best_column(rows: Sequence[list[str]], finder: PhotoFinder, near: Path) -> int | None:
+def _column_of_names(rows: Sequence[list[str]], find: _Find) -> int | None:
     """Return the column in which most cells name a photo, None if none does."""
     counts = collections.Counter(
         index
         for cells in rows
         for index, cell in enumerate(cells)
-        if finder.find(cell.strip(), near) is not None
+        if find(cell.strip()) is not None
     )
     return max(counts, key=lambda index: (counts[index], -index)) if counts else None
 
@@ -261,9 +276,13 @@ def _split_column(rows: Sequence[list[str]], width: int) -> int | None:
 
 
 def _wordy_columns(
-    rows: Sequence[list[str]], width: int, taken: set[int | None], *, several: bool
+    rows: Sequence[list[str]], names: Sequence[str], width: int, taken: set[int | None]
 ) -> list[int]:
-    """Return the column with the most words per cell, or ``several`` with about as many."""
+    """Return the columns with the most words per cell.
+
+    Without headings these are all that have at least half as many as the first of them; with
+    headings, which tell a description from an author, those of the same name but for a number.
+    """
     words = {
         index: statistics.fmean(
             len(re.findall(r"[^\W\d_]+", cells[index])) * (not _is_photo_name(cells[index]))
@@ -273,11 +292,13 @@ def _wordy_columns(
         for index in range(width)
         if index not in taken and any(index < len(cells) for cells in rows)
     }
-    most = max(words.values(), default=0.0)
-    if not most:
+    most = max(words, key=lambda index: words[index], default=0)
+    if not words.get(most):
         return []
-    wordy = [index for index, count in words.items() if count >= most / 2]
-    return wordy if several else [max(words, key=lambda index: words[index])]
+    if not names:
+        return [index for index, count in words.items() if count >= words[most] / 2]
+    stems = [re.sub(r"[\W\d_]+$", "", name) for name in names]
+    return [index for index in words if stems[index] == stems[most] or index == most]
 
 
 def _join_extra(cells: list[str], caption: int, width: int, delimiter: str) -> list[str]:
@@ -288,6 +309,7 @@ def _join_extra(cells: list[str], caption: int, width: int, delimiter: str) -> l
 
 # Encodings
 
+_LATIN_1 = "cp1252"  # with Windows' quotation marks and dashes
 _MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -304,6 +326,11 @@ def read_text(path: Path) -> str:
         DataError: it is in another encoding.
         OSError: it cannot be read.
     """
+    return _decode(path)[0]
+
+
+def _decode(path: Path) -> tuple[str, str]:
+    """Return the text and the encoding of a file; errors as for ``read_text``."""
     data = path.read_bytes()
     marked = (encoding for mark, encoding in _MARKS if data.startswith(mark))
     encoding = next(marked, None) or _guess(data)
@@ -314,14 +341,12 @@ def read_text(path: Path) -> str:
             f"{path} is no valid {encoding.upper()} ({error.reason} at byte {error.start}): save "
             "it as UTF-8"
         ) from error
-    if encoding == "cp1252":
-        if not _is_western(text):
-            raise DataError(
-                f"{path} is neither UTF-8 nor UTF-16, and as Latin-1 (Windows-1252) its letters "
-                "make no words: save it as UTF-8"
-            )
-        log.warning("%s is read as Latin-1 (Windows-1252), because it is not UTF-8", path)
-    return text
+    if encoding == _LATIN_1 and not _is_western(text):
+        raise DataError(
+            f"{path} is neither UTF-8 nor UTF-16, and as Latin-1 (Windows-1252) its letters make "
+            "no words: save it as UTF-8"
+        )
+    return text, encoding
 
 
 def _guess(data: bytes) -> str:
@@ -334,7 +359,7 @@ def _guess(data: bytes) -> str:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
-        return "cp1252" if not data.translate(None, bytes(_CP1252)) else "utf-8"
+        return _LATIN_1 if not data.translate(None, bytes(_CP1252)) else "utf-8"
     return "utf-8"
 
 

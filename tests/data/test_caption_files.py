@@ -311,6 +311,7 @@ def test_photos_that_json_lines_name_may_be_missing(
         ("A dog here;a.png\n", ["a dog here"]),
         ("0,a.png,a dog runs,a small dog\n1,a.png,a cat sits,a big cat\n", ["a dog runs", "a small dog", "a cat sits", "a big cat"]),  # noqa: E501
         ("Bild;Autor;Beschreibung\na.png;Ada Byron;ein Hund läuft im Garten\n", ["ein hund läuft im garten"]),  # noqa: E501
+        ("Bild;Titel 1;Titel_2\na.png;ein Hund;ein Hund läuft\n", ["ein hund", "ein hund läuft"]),
         ("train,a.png,a dog runs\n", ["a dog runs"]),
         ("a.png,dog\n", ["dog"]),
         ("IMAGE , Caption\na.png , a dog\n", ["a dog"]),
@@ -330,9 +331,10 @@ def test_encodings_are_recognized(
     save: Save, encoding: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     text = "image,caption\r\na.png,L'élève, garçon, mange à côté\r\n"
+    caplog.set_level(logging.INFO, "captioner")
     folder = _write(save("a.png") / "captions.csv", text, encoding).parent
     assert load_captions(str(folder)).captions == [["lélève garçon mange à côté"]]
-    assert ("is read as Latin-1" in caplog.text) == (encoding == "latin-1")
+    assert ("captions.csv, read as Latin-1" in caplog.text) == (encoding == "latin-1")
 
 
 def test_damaged_utf_16_is_refused_by_name(save: Save) -> None:
