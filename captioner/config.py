@@ -295,10 +295,10 @@ class TrainConfig(_Config):
     lists the layouts. Repeat the option to train on several sources: SOURCE=0.3 gives one of them
     30% of each epoch, and those without a share divide the rest by their sizes."""
     image_column: _Column = None
-    """Column with the photos or their file names; by default the first of image, img, jpg, jpeg,
+    """Column with the photos or their file names. Without it, the first of image, img, jpg, jpeg,
     png, webp, photo, image_path, file_name and filename."""
     caption_column: _Columns = ()
-    """Column with captions; repeat the option to take several. By default the first of alt_text,
+    """Column with captions; repeat the option to take several. Without it, the first of alt_text,
     caption, captions, text, txt, sentences, sentence and comment, else caption_0, caption_1, ..."""
     encoder: str = "resnet50"
     """Frozen backbone: resnet50, efficientnet_lite2 or timm:<name>."""
