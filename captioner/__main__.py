@@ -289,9 +289,14 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         columns=Columns(arguments.image_column, tuple(arguments.caption_column or ())),
         cache=arguments.cache,
         device=arguments.device,
+        maps=arguments.maps,
     )
     _print_scores(result, options)
     if arguments.json:
+        if result.maps:
+            from captioner.training.map_scores import plot
+
+            write_file(arguments.json.with_suffix(".maps.png"), plot(result.maps))
         text = _to_json(result.to_dict(), indent=1, ensure_ascii=False)
         write_file(arguments.json, text.encode())
     if arguments.sheet:
@@ -320,6 +325,10 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
         print(f"people in {captions} captions of the {photos} photos whose references mention none")
     if result.reliability is not None:
         print(result.reliability)
+    if result.maps is not None:
+        from captioner.training.map_scores import table
+
+        print(table(result.maps))
 
 
 def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:

@@ -140,6 +140,12 @@ def _add_evaluate(commands: Any) -> None:
         help="Write scores, reliability and captions to FILE.",
     )
     evaluate.add_argument(
+        "--maps",
+        action="store_true",
+        help="Test the words' maps too: do they point at boxes (if the data has the column boxes) "
+        "and at the right photo of a mosaic? With --json FILE, plot the figures beside FILE.",
+    )
+    evaluate.add_argument(
         "--sheet",
         type=user_path,
         metavar="FILE",

@@ -18,11 +18,15 @@ RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 RECORDS = ROOT / "assets" / "runs"
 LINK = re.compile(r"\]\((assets/runs/[\w.-]+\.json)\)")
 COMMAND = re.compile(r"`(python [^`]+)`")
+SOURCES = ("flickr8k", "everyday")  # of runs on both
 # Column -> name in the records.
 SCORES = {
     **{name: name for name in ("BLEU-1", "BLEU-4", "CIDEr", "ROUGE-L", "repetition", "epoch")},
     "cross-entropy": "val_loss",
     "words": "mean_length",
+    **{
+        f"{name} {source}": f"{name} {source}" for name in ("BLEU-4", "CIDEr") for source in SOURCES
+    },
 }
 # Depend on the reader's files and machine.
 LOCAL_SETTINGS = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
@@ -54,7 +58,8 @@ def _best(record: dict[str, Any], decoding: str) -> dict[str, float]:
         return {**scores, "val_loss": record["cross_entropy"]}
     sign = 1 if record["config"]["select_by"] == "loss" else -1
     key = "val_loss" if sign == 1 else "CIDEr"
-    best: dict[str, float] = min(record["epochs"], key=lambda row: sign * row[key])
+    scored = [row for row in record["epochs"] if key in row]  # detectors write no captions
+    best: dict[str, float] = min(scored, key=lambda row: sign * row[key])
     return best
 
 
@@ -74,6 +79,10 @@ def test_rows_show_the_figures_of_their_records() -> None:
         figures = [_best(record, row.get("decoding", "")) for record in _records(row)]
         columns = [name for name in SCORES if row.get(name, "-") not in ("", "-")]
         assert len(columns) >= 2, row
+        if "people invented" in row:
+            found = [record["invented_people"] for record in _records(row)]
+            shown = [f"{each['captions']} of {each['photos']}" for each in found]
+            assert [row["people invented"]] == shown, row
         for column in columns:
             name = SCORES[column]
             scale = 100 if name == "repetition" else 1

@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 # Columns with a photo's file name, and those that identify it if there is no file name.
 _NAME_COLUMNS = ("filename", "file_name", "image_name")
 _ID_COLUMNS = ("img_id", "image_id", "__key__", "id")
+# What is kept beside photos and captions.
+_OTHER_COLUMNS = (*_NAME_COLUMNS, *_ID_COLUMNS, "boxes")
 _SPLIT_NAMES = {
     "val": "validation",
     "valid": "validation",
@@ -53,6 +55,16 @@ _SPLIT_NAMES = {
 
 class SplitError(DataError):
     """A source has no split of this name; training then holds photos back."""
+
+
+class Box(NamedTuple):
+    """An object in a photo: its category, and its sides as shares of width and height."""
+
+    category: str
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 class CaptionedPhotos:
@@ -128,6 +140,25 @@ class CaptionedPhotos:
         except (ImageError, OSError, ValueError):  # ValueError: an impossible file name
             data = b""
         return hashlib.sha256(data).digest()
+
+    def boxes(self) -> list[list[Box]] | None:
+        """Return the boxes of the objects in each photo; None if the source has none.
+
+        Raises:
+            DataError: the column ``boxes`` has something else.
+        """
+        if "boxes" not in self._table.column_names:
+            return None
+        try:
+            return [
+                [Box(str(each["category"]), *map(float, each["box"])) for each in cell or ()]
+                for cell in self._table["boxes"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.source}: the column boxes must hold lists of category and box (left, top, "
+                f"right, bottom as shares of width and height): {first_line(error)}"
+            ) from error
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -405,8 +436,8 @@ def _split_in_cell(cell: object) -> str:
 
 
 def _photo_table(table: Table, image: str) -> Table:
-    """Return a table of photos, not decoded, as ``image``, and of what names them."""
-    names = [name for name in columns_of(table) if name in (*_NAME_COLUMNS, *_ID_COLUMNS)]
+    """Return a table of photos, not decoded, as ``image``, with their names and boxes."""
+    names = [name for name in columns_of(table) if name in _OTHER_COLUMNS]
     table = table.select_columns([image, *(name for name in names if name != image)])
     if image != "image":
         table = table.rename_column(image, "image")
@@ -423,7 +454,7 @@ def _fetch(
     table: datasets.IterableDataset, image: str, texts: Sequence[str], limit: int, root: str
 ) -> datasets.Dataset:
     """Store the rows of the first ``limit`` photos that have a caption."""
-    names = [name for name in columns_of(table) if name in (*_NAME_COLUMNS, *_ID_COLUMNS)]
+    names = [name for name in columns_of(table) if name in _OTHER_COLUMNS]
     table = table.select_columns(list(dict.fromkeys([image, *names, *texts])))
     table = table.cast_column(image, datasets.Image(decode=False))
 

@@ -392,8 +392,8 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   function drawConfidence() {
     const { confidence } = value.caption;
     find(".confidence").hidden &&= confidence == null; // once shown, the line stays: nothing moves
-    const level = ["A guess", "Unsure", "Fairly sure", "Sure"][Math.min(Math.floor(4 * confidence), 3)];
     const share = clamp(Math.round(10 * confidence), 1, 9);
+    const level = share > 7 ? "Sure" : share > 5 ? "Fairly sure" : share > 2 ? "Unsure" : "A guess";
     find(".confidence").textContent = confidence == null || beam > 0 ? "" : `${level}: about ${share} in 10 captions like this are right`;
   }
 

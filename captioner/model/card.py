@@ -107,7 +107,7 @@ def _knowledge(names: Sequence[str]) -> str:
     known = [next((scene for part, scene in _SCENES.items() if part in name), "") for name in names]
     if not all(known):
         return _OTHER_SCENES
-    text = f"It was trained on {' and on '.join(dict.fromkeys(known))}. "
+    text = f"It was trained on {', and on '.join(dict.fromkeys(known))}. "
     return text + _EVERYDAY_CAPTIONS * ("everyday" in names)
 
 

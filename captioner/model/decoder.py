@@ -148,6 +148,14 @@ class CaptionModel(nn.Module):
             cells: (B, P, C), from the encoder.
             width: W, captions per photo.
         """
+        memory = self.remember(cells)
+        return self.first_state(memory.features, width), memory
+
+    def remember(self, cells: Tensor) -> Memory:
+        """Return the memory of photos with cells (B, P, C); no cell's part depends on the others.
+
+        Dropout aside.
+        """
         features = cells
         if self.config.feature_norm:
             features = layer_norm(features, features.shape[-1:])
@@ -155,7 +163,10 @@ class CaptionModel(nn.Module):
         features = self.feature_dropout(features.transpose(1, 2)).transpose(1, 2)
         if self.config.feature_size:
             features = torch.relu(self.projection(features))
-        memory = Memory(features, self.attn.Wf(features), *self._recognize(cells))
+        return Memory(features, self.attn.Wf(features), *self._recognize(cells))
+
+    def first_state(self, features: Tensor, width: int = 1) -> State:
+        """Return the state before the first word, from ``Memory.features``."""
         if self.config.mean_start:
             mean = features.mean(dim=1)
             hidden = torch.tanh(self.start_hidden(mean))
@@ -163,7 +174,7 @@ class CaptionModel(nn.Module):
         else:
             hidden = cell = features.new_zeros(len(features), self.config.hidden_size)
         shape = (-1, width, -1)
-        return State(hidden[:, None].expand(shape), cell[:, None].expand(shape)), memory
+        return State(hidden[:, None].expand(shape), cell[:, None].expand(shape))
 
     def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, Tensor, State]:
         """Read one word of each caption and predict the next.
@@ -176,6 +187,20 @@ class CaptionModel(nn.Module):
         Returns:
             logits (B, W, V), attention (B, W, P) and the next state.
         """
+        logits, attention, state = self.step_unaided(token_ids, state, memory)
+        logits = self.add_recognized(
+            logits,
+            state.hidden,
+            attention @ memory.evidence,
+            attention @ memory.names,
+            token_ids,
+        )
+        return logits, attention, state
+
+    def step_unaided(
+        self, token_ids: Tensor, state: State, memory: Memory
+    ) -> tuple[Tensor, Tensor, State]:
+        """Return the same as ``step``, but the logits of the output layer alone."""
         B, W = token_ids.shape
         word = self.embed(token_ids)  # (B, W, E)
         query = torch.cat([state.hidden, word], dim=-1) if self.config.word_query else state.hidden
@@ -186,11 +211,7 @@ class CaptionModel(nn.Module):
             (state.hidden.flatten(0, 1), state.cell.flatten(0, 1)),
         )
         hidden, cell = hidden.view(B, W, -1), cell.view(B, W, -1)
-        logits = self.predict(word, hidden, context)
-        logits = self.add_recognized(
-            logits, hidden, attention @ memory.evidence, attention @ memory.names, token_ids
-        )
-        return logits, attention, State(hidden, cell)
+        return self.predict(word, hidden, context), attention, State(hidden, cell)
 
     @torch.no_grad()
     def _recognize(self, cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from captioner.config import ModelConfig
 _START = -6.5
 # The logit of a word that may not be written. Far below all others, yet near enough that label
 # smoothing, which counts it, stays small.
-_UNWRITTEN = -25.0
+UNWRITTEN = -25.0
 
 
 class WordDetectors(nn.Module):
@@ -127,6 +127,18 @@ class Pointer(nn.Module):
         nothing = probabilities.new_zeros(*probabilities.shape[:-1], len(self.firsts))
         return nothing.index_add(-1, self.entries, probabilities)
 
+    def by_word(self, names: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the probabilities (..., M) of the words, each the sum of its valid entries.
+
+        Args:
+            names: (..., E).
+            token_ids: (...), the previous words, which decide what is valid.
+        """
+        is_valid = (token_ids[..., None] == self.firsts) == self.is_second
+        names = names.float() * is_valid
+        nothing = names.new_zeros(*names.shape[:-1], len(self.words))
+        return nothing.scatter_add(-1, self.places.expand_as(names), names)
+
     def forward(self, logits: Tensor, hidden: Tensor, names: Tensor, token_ids: Tensor) -> Tensor:
         """Return logits (..., V) with the names added.
 
@@ -136,15 +148,12 @@ class Pointer(nn.Module):
             names: (..., E), the attention's mean of the cells' probabilities.
             token_ids: (...), the previous words.
         """
-        is_valid = (token_ids[..., None] == self.firsts) == self.is_second
-        names = names.float() * is_valid
-        nothing = names.new_zeros(*names.shape[:-1], len(self.words))
-        names = nothing.scatter_add(-1, self.places.expand_as(names), names)  # (..., M)
+        names = self.by_word(names, token_ids)
         written = logits.index_select(-1, self.words)
         is_hidden = self.is_unwritten
         if self.training and self.name_dropout:
             # Only where the pointer can help; else the word could not be learned at all.
             is_hidden = is_hidden | ((torch.rand_like(names) < self.name_dropout) & (names > 0.05))
-        written = torch.where(is_hidden, _UNWRITTEN, written)
+        written = torch.where(is_hidden, UNWRITTEN, written)
         pointed = self.scale * names.clamp(min=1e-20).log() + self.gate(hidden).float()
         return logits.index_copy(-1, self.words, torch.logaddexp(written, pointed))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +56,8 @@ def is_right(caption: str, references: Sequence[str], visual: Collection[str]) -
         visual: the words that count.
     """
     words = {word for word in caption.split() if word in visual}
-    used = {word for text in references for word in text.split()}
-    used |= {plural for word in used for plural in _plurals(word)}
-    hits = sum(word in used or any(each in used for each in _plurals(word)) for word in words)
+    used = with_plurals(word for text in references for word in text.split())
+    hits = sum(not used.isdisjoint(with_plurals([word])) for word in words)
     return bool(words) and 3 * hits >= 2 * len(words)
 
 
@@ -69,6 +68,12 @@ def are_right(
     return torch.tensor(
         [is_right(*pair, visual) for pair in zip(captions, references, strict=True)]
     )
+
+
+def with_plurals(words: Iterable[str]) -> set[str]:
+    """Return words with what their plurals may be."""
+    words = set(words)
+    return words.union(*map(_plurals, words))
 
 
 def _plurals(word: str) -> Iterator[str]:

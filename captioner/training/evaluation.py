@@ -27,6 +27,8 @@ from captioner.model.fast import FusedForward
 from captioner.model.search import decode
 from captioner.model.vocabulary import Vocabulary
 from captioner.training.confidence import Reliability, are_right, visual_words
+from captioner.training.map_scores import MapScore
+from captioner.training.maps import score_maps
 from captioner.training.metrics import invented_people, score_cleaned_captions
 
 
@@ -91,8 +93,9 @@ class Evaluation:
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
         invented_people: how many of ``captions`` mention people where no reference does, and how
-            many photos that could happen to; None if no reference mentions any: it is not English.
+            many photos have no such reference; None if that is all of them, as in other languages.
         reliability: of the confidence in ``captions``, None if the checkpoint has no confidence.
+        maps: how well the maps of the words point, None if they were not tested.
         photos: the split.
         rows: of the readable photos in the split.
         names: of the readable photos.
@@ -107,6 +110,7 @@ class Evaluation:
     report_scores: dict[str, float]
     invented_people: tuple[int, int] | None
     reliability: Reliability | None
+    maps: list[MapScore] | None
     photos: CaptionedPhotos
     rows: list[int]
     names: list[str]
@@ -127,8 +131,9 @@ class Evaluation:
         people = self.invented_people
         return {
             **{name: getattr(self, name) for name in fields},
-            "invented_people": people and dict(zip(("captions", "photos"), people, strict=True)),
+            "invented_people": people and {"captions": people[0], "photos": people[1]},
             "confidence": reliability,
+            "maps": self.maps and [dataclasses.asdict(score) for score in self.maps],
             "photos": photos,
         }
 
@@ -145,8 +150,11 @@ def evaluate_checkpoint(
     columns: Columns | None = None,
     cache: Path = FEATURES_FOLDER,
     device: str = "cpu",
+    maps: bool = False,
 ) -> Evaluation:
     """Score a checkpoint on one split, every photo against all of its references.
+
+    ``maps`` says whether to test the maps of its words too, which takes minutes.
 
     Raises:
         CaptionerError: the data, the encoder's weights or the checkpoint do not allow it.
@@ -189,6 +197,7 @@ def evaluate_checkpoint(
         report_scores=score_cleaned_captions(report_captions, references),
         invented_people=people if people[1] < len(references) else None,
         reliability=reliability,
+        maps=score_maps(checkpoint, encoder, photos, features, captions) if maps else None,
         photos=photos,
         rows=features.readable,
         names=[names[row] for row in features.readable],

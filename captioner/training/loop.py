@@ -476,9 +476,9 @@ def fit(
 
     Beside it: run.json (settings, versions, commit, metrics), metrics.csv, curves.png,
     reliability.png, tensorboard/, and state/, from which ``resume`` continues, on any number of
-    processes. Several
-    processes, started by torchrun, share the photos of each batch. All of them need access to
-    ``folder`` and ``cache``; on several machines the features must already be cached.
+    processes. Several processes, started by torchrun, share the photos of each batch. All of them
+    need access to ``folder`` and ``cache``; on several machines the features must already be
+    cached.
 
     Returns:
         the metrics of the best epoch.

@@ -34,15 +34,31 @@ class ExamplePhoto:
 _EXAMPLES = {
     "cat": (
         *("skimage", "data/chelsea.png", "cat"),
-        "Right about the cat, but is it licking its nose? Click “nose” for the runners-up.",
+        "Right, until the sentence trails off: click “with”, then choose “looking”.",
+    ),
+    "lion": (
+        *("gradio", "media_assets/images/lion.jpg", "lion"),
+        "Four of 8,344 training photos had “lion” in a caption. The backbone has seen many more.",
+    ),
+    "cheetah": (
+        *("gradio", "media_assets/images/cheetah1.jpg", "cheetah"),
+        "None of its training photos had this word. It names what its backbone recognizes.",
+    ),
+    "coffee": (
+        *("skimage", "data/coffee.png", "cup of coffee"),
+        "Right. Type “a cup” under Your own words to see how the model continues.",
+    ),
+    "tower": (
+        *("gradio", "media_assets/images/tower.jpg", "tower"),
+        "Start a caption with “a tall” under Your own words, and see how the model continues.",
     ),
     "photographer": (
         *("skimage", "data/camera.png", "photographer with a camera"),
-        "It works without color, too. Compare the maps for “man” and “camera”.",
+        "It works without color, too, but who is the woman? Click “woman” for the runners-up.",
     ),
     "motorcycle": (
         *("skimage", "data/motorcycle_left.png", "motorcycle"),
-        "The motorcycle is right, but nobody sits on it. Click “man” for the runners-up.",
+        "The motorbike is right, but nobody sits on it. Click “sitting” for the runners-up.",
     ),
     "officer": (
         *("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "officer in front of a flag"),
@@ -50,23 +66,7 @@ _EXAMPLES = {
     ),
     "astronaut": (
         *("skimage", "data/astronaut.png", "astronaut"),
-        "A person in a suit, but which one? Click “boy” for the runners-up.",
-    ),
-    "lion": (
-        *("gradio", "media_assets/images/lion.jpg", "lion"),
-        "“Lion” isn't in its vocabulary, so the model names the nearest thing it knows: a dog.",
-    ),
-    "cheetah": (
-        *("gradio", "media_assets/images/cheetah1.jpg", "cheetah"),
-        "Another animal without a word. “Dog” was far less likely here than for the lion.",
-    ),
-    "coffee": (
-        *("skimage", "data/coffee.png", "cup of coffee"),
-        "It learned from photos of people and dogs, and sees a person where there is none.",
-    ),
-    "tower": (
-        *("gradio", "media_assets/images/tower.jpg", "tower"),
-        "Start a caption with “a tall” under Your own words, and see how the model continues.",
+        "It has no word for astronauts. The line under the caption shows how unsure it is.",
     ),
 }
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from captioner.data.dataset import CaptionDataset, PhotoDataset, augment, is_mirrored, mirror_text
 from captioner.data.shares import parse_sources
-from captioner.data.sources import load_captions, stream_photos
+from captioner.data.sources import Box, load_captions, stream_photos
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
 from captioner.model.encoder import Transform
 from captioner.model.vocabulary import Vocabulary, clean
@@ -65,6 +65,17 @@ def test_parquet_splits_hold_captions_and_photos(
     assert photos.names() == [f"{1000 + first + row}.png" for row in range(count)]
     for row in (0, count - 1):
         assert np.array_equal(np.asarray(photos.photo(row)), _pixels(draw(first + row)))
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_photos_keep_their_boxes(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write, limit: int
+) -> None:
+    box = {"category": "kite", "box": [0.25, 0, 0.5, 1]}
+    rows = [hub_row(number) | {"boxes": [box] * number} for number in range(3)]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})), limit=limit)
+    boxes = [[Box("kite", 0.25, 0, 0.5, 1)] * number for number in range(3)]
+    assert photos.boxes() == boxes[: limit or None]
 
 
 @pytest.mark.parametrize("alias", ["val", "valid", "dev", "Validation"])

@@ -37,7 +37,8 @@ def table(output: Path) -> dict[str, Row]:
                 {name: value or None for name, value in row.items()} for row in csv.DictReader(file)
             ]
         for row in rows:
-            row["log_probability"] = row["log_probability"] and float(row["log_probability"])
+            for name in ("log_probability", "confidence"):
+                row[name] = row[name] and float(row[name])
     elif output.suffix == ".jsonl":
         rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     else:
@@ -50,7 +51,8 @@ def rounded(output: Path) -> dict[str, Row]:
     """Return the rows with what batches of any size have in common of the numbers."""
     rows = table(output)
     for row in rows.values():
-        row["log_probability"] = row["log_probability"] and round(row["log_probability"], 3)
+        for name in ("log_probability", "confidence"):
+            row[name] = row[name] and round(row[name], 3)
     return rows
 
 
@@ -90,7 +92,7 @@ def test_every_photo_gets_a_row_with_caption_or_error(
         "filename": "b.png",
         "caption": whole.text,
         "log_probability": pytest.approx(whole.log_probability, abs=1e-4),
-        "confidence": None,
+        "confidence": pytest.approx(whole.confidence, abs=1e-4),
         "error": None,
     }
     assert rows[f"{album}/deep/a.png"]["caption"] == captioner.caption(album / "deep/a.png").text
@@ -447,8 +449,9 @@ def test_ray_output_equals_local_output(
     alone, spread = table(outputs["local"]), table(outputs["ray"])
     assert alone.keys() == spread.keys()
     for photo, row in alone.items():
-        likely = pytest.approx(row.pop("log_probability"), abs=1e-4)
-        assert spread[photo].pop("log_probability") == likely
+        for name in ("log_probability", "confidence"):
+            value = row.pop(name)
+            assert spread[photo].pop(name) == (value and pytest.approx(value, abs=1e-4))
         assert spread[photo] == row
     assert len(list(outputs["ray"].glob("*.parquet"))) >= 5
 

@@ -207,7 +207,7 @@ def test_card_says_what_the_checkpoint_knows(folder: Path, encoder: Encoder) -> 
         confidence=[0.0] * 5,
     )
     for text in (
-        "people and dogs outdoors and on photos of rooms",
+        "people and dogs outdoors, and on photos of rooms",
         "language model",
         "ImageNet's 1,000 classes",
         "Its confidence",

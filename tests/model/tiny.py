@@ -64,12 +64,14 @@ WORDS: Options = {
 }
 
 
-def make_model(*, words: bool = False, **options: Any) -> CaptionModel:
+def make_model(
+    *, words: bool = False, encoder_channels: int = CHANNELS, **options: Any
+) -> CaptionModel:
     torch.manual_seed(0)
     options = {**WORDS, **options} if words else options
     config = ModelConfig(
         vocabulary_size=VOCABULARY,
-        encoder_channels=CHANNELS,
+        encoder_channels=encoder_channels,
         embedding_size=EMBEDDING,
         hidden_size=HIDDEN,
         attention_size=5,

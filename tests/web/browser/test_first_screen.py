@@ -19,6 +19,7 @@ from tests.web.browser.visits import (
     expect_words,
     make_view,
     open_all,
+    pressed,
     steer,
     wait_for_photo,
     word,
@@ -75,13 +76,8 @@ def test_first_screen_shows_caption_and_map_without_a_request(
 
     best = captioner.caption(CAT)
     expect_words(page, best.text)
-    (at,) = [
-        number
-        for number, pressed in enumerate(
-            page.locator(".word").evaluate_all("all => all.map((each) => each.ariaPressed)")
-        )
-        if pressed == "true"
-    ]
+    at = pressed(page)
+    expect_pressed(page, at)
     assert best.words[at].text not in ("a", "an", "the", "of", "in", "on", "is", "are", "its")
     expect(page.locator(".word-title")).to_have_text(f"“{best.words[at].text}”")
     expect(page.locator(".alternatives li")).to_have_count(len(best.words[at].alternatives))

@@ -68,6 +68,7 @@ def test_settings_keep_the_visitors_words_and_undo_is_stepwise(
         states.append(state(visit))
 
     open_settings(visit)
+    visit.locator(".word").nth(1).click()
     remember()
     first = steer(visit, 1)
     remember()

@@ -281,6 +281,7 @@ def test_captions_show_their_ranking_score(visit: Page, captioner: Captioner) ->
         (1.0, "Sure: about 9 in 10 captions like this are right"),
         (0.75, "Sure: about 8 in 10 captions like this are right"),
         (0.74, "Fairly sure: about 7 in 10 captions like this are right"),
+        (0.54, "Unsure: about 5 in 10 captions like this are right"),
         (0.3, "Unsure: about 3 in 10 captions like this are right"),
         (0.0, "A guess: about 1 in 10 captions like this are right"),
     ],

@@ -80,6 +80,12 @@ def words_of(page: Page) -> list[str]:
     return page.locator(".word .text").all_inner_texts()[:-1]
 
 
+def pressed(page: Page) -> int:
+    """The number of the word that is shown, from 0."""
+    words = page.locator(".word").evaluate_all("all => all.map((each) => each.ariaPressed)")
+    return int(words.index("true"))
+
+
 def drawn(page: Page) -> str:
     """The map's pixels."""
     return str(page.locator(".map").evaluate("canvas => canvas.toDataURL()"))
