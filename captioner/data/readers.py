@@ -1,28 +1,19 @@
-"""Tables from anywhere: the Hub, folders and files that ``datasets`` reads, and caption files.
+"""Finds out what a source is, and opens it: the Hub, a folder, a file.
 
-Photos are not decoded. Nothing is fetched or converted until a split is loaded.
+Folders and files are read by ``datasets`` where it can, else as caption files.
 """
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
-import dataclasses
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.dataset
 import pyarrow.parquet
-from datasets.data_files import DataFilesDict
-from datasets.naming import camelcase_to_snakecase, filenames_for_dataset_split
-from datasets.packaged_modules.cache.cache import Cache
-from datasets.packaged_modules.parquet.parquet import Parquet
 
 from captioner.data.caption_files import (
     PhotoFinder,
@@ -33,7 +24,18 @@ from captioner.data.caption_files import (
     split_in_name,
 )
 from captioner.data.columns import Columns, captions_in, shorten
-from captioner.data.hub_id import HubId
+from captioner.data.hub import open_hub
+from captioner.data.tables import (
+    ACCEPTED,
+    Table,
+    Tables,
+    cannot_read,
+    columns_of,
+    configurations,
+    explained,
+    in_memory,
+    open_builder,
+)
 from captioner.data.text_tables import (
     TABLE_SUFFIXES,
     TextTable,
@@ -41,14 +43,8 @@ from captioner.data.text_tables import (
     open_table,
     read_text,
 )
-from captioner.errors import CaptionerError, DataError, causes_of, first_line, hub_reason
+from captioner.errors import DataError, first_line
 from captioner.images import find_photos
-
-log = logging.getLogger(__name__)
-
-Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-Builder: TypeAlias = datasets.DatasetBuilder
-Explain: TypeAlias = Callable[[BaseException], DataError]
 
 CAPTION_FILES = ("captions.csv", "captions.txt")  # read before anything else in their folder
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # beside photos
@@ -63,55 +59,7 @@ _READERS = {
 }
 # Folders of caption files whose photos are in a folder beside, such as coco/annotations.
 _ANNOTATIONS = re.compile("annotation|caption|karpathy|text", re.IGNORECASE)
-# The default is to read 32 MiB ahead, twice.
-_SMALL_REQUESTS = pyarrow.dataset.ParquetFragmentScanOptions(
-    cache_options=pyarrow.CacheOptions(lazy=True, range_size_limit=4 << 20)
-)
 _SAVED_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # by save_to_disk
-_ACCEPTED = (
-    "Parquet, Arrow, JSON Lines, JSON or WebDataset (.tar) files, a folder of save_to_disk, photos "
-    "beside a metadata.csv or .jsonl, COCO's or Karpathy's captions as JSON, or a table such as "
-    "captions.csv (image,caption)"
-)
-LOCAL_DATA_HINT = f"give a local folder with --data: {_ACCEPTED}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """The tables of a source, by the names of the splits that it stores.
-
-    Attributes:
-        load: for each split a function of ``streaming`` that returns its table.
-        root: the folder, or the address on the Hub, at which relative paths of photos start.
-        explain: turns an error in reading the tables into one that names the cause.
-        columns: the columns with photos (None: none) and captions, if a reader chose them.
-        taken: these columns in words, as the source calls them.
-        num_missing: photos that the source names but that are not there.
-        builder: the reader of ``datasets``, if it is one.
-    """
-
-    load: Mapping[str, Callable[[bool], Table]]
-    root: str
-    explain: Explain
-    columns: tuple[str | None, list[str]] | None = None
-    taken: str = ""
-    num_missing: int = 0
-    builder: Builder | None = None
-
-
-@contextlib.contextmanager
-def explained(explain: Explain) -> Iterator[None]:
-    """Turn errors other than our own into those of ``explain``."""
-    try:
-        yield
-    except CaptionerError:
-        raise
-    except Exception as error:
-        raise explain(error) from error
-
-
-def _cannot_read(what: object) -> Explain:
-    return lambda error: DataError(f"cannot read {what}: {first_line(error.__cause__ or error)}")
 
 
 def local_path(source: str) -> Path | None:
@@ -142,7 +90,7 @@ def open_tables(source: str, columns: Columns, *, photos: bool, captions: bool) 
     """
     path = local_path(source)
     if path is None:
-        tables = _open_hub(source)
+        tables = open_hub(source)
     elif path.is_dir():
         tables = _open_folder(path, columns, photos=photos, captions=captions)
     else:
@@ -151,184 +99,6 @@ def open_tables(source: str, columns: Columns, *, photos: bool, captions: bool) 
         with explained(tables.explain):
             return _with_found_photos(path, tables, columns)
     return tables
-
-
-# The Hub
-
-
-def _open_hub(source: str) -> Tables:
-    hub = HubId.parse(source)
-    if hub is None and "://" in source:
-        raise DataError(
-            f"{source} is no address of a data set on the Hugging Face Hub: download it, and give "
-            "the folder"
-        )
-    if hub is None:
-        raise DataError(
-            f"there is no folder or file {source}, and it is not a Hub id (owner/name, "
-            "owner/name:configuration, owner/name@revision)"
-        )
-    files = None if hub.file is None else {"train": hub.file}
-
-    def explain(error: BaseException) -> DataError:
-        if names := _configurations(error):
-            reason = f"choose a configuration, as in {hub.id}:NAME, from {names}"
-        else:
-            reason = hub_reason(error, f"datasets/{hub.id}")
-        return DataError(
-            f"cannot load {source} from the Hugging Face Hub: {reason}. For local data, "
-            f"{LOCAL_DATA_HINT}"
-        )
-
-    revision = "" if hub.revision is None else f"@{hub.revision}"
-    try:
-        tables = _open_builder(
-            f"hf://datasets/{hub.id}{revision}",
-            explain,
-            lambda: datasets.load_dataset_builder(
-                hub.id, hub.configuration, revision=hub.revision, data_files=files
-            ),
-        )
-        if not isinstance(tables.builder, Cache):
-            return tables
-    except DataError as error:
-        cause = error.__cause__
-        is_offline = isinstance(cause, ConnectionError) or "Couldn't find cache" in str(cause)
-        if not is_offline or not (cached := _open_cached(hub)):
-            raise
-        return cached
-    return _open_cached(hub) or tables
-
-
-def _open_cached(hub: HubId) -> Tables | None:
-    """Return the splits that were loaded before, for want of a connection; None if none was.
-
-    ``datasets`` finds whole data sets in its cache, but no single splits.
-    """
-    owner, _, name = hub.id.partition("/")
-    folder = Path(datasets.config.HF_DATASETS_CACHE, f"{owner}___{camelcase_to_snakecase(name)}")
-    folders = sorted(
-        (path.parent for path in folder.glob("*/*/*/dataset_info.json")),
-        key=lambda path: path.stat().st_mtime,
-    )
-    infos = [(folder, datasets.DatasetInfo.from_directory(str(folder))) for folder in folders]
-    configurations = [info.config_name for _, info in infos]
-    wanted = hub.configuration or ("default" if "default" in configurations else None)
-    load = {}
-    for folder, info in infos:  # the newest last
-        # A folder is called after the commit; which one a tag stands for, only the Hub knows.
-        if wanted in (None, info.config_name) and folder.name.startswith(hub.revision or ""):
-            for split in (info.splits or {}).values():
-                files = filenames_for_dataset_split(
-                    str(folder), info.dataset_name, split.name, "arrow", split.shard_lengths
-                )
-                tables = [datasets.Dataset.from_file(file) for file in files]
-                load[split.name] = _loader(datasets.concatenate_datasets(tables))
-    if not load:
-        return None
-    log.warning(
-        "%s: the Hub cannot be reached; using what was loaded before: %s", hub, ", ".join(load)
-    )
-    return Tables(load, f"hf://datasets/{hub.id}", _cannot_read(folder))
-
-
-def _configurations(error: BaseException) -> str:
-    """Return the names that an error of ``datasets`` asks to choose from, or an empty string."""
-    match = re.search(r"[Aa]vailable(?: configs)?: (\[.*\])", "\n".join(map(str, causes_of(error))))
-    return ", ".join(ast.literal_eval(match[1])) if match else ""
-
-
-# What datasets reads
-
-
-def _open_builder(root: str, explain: Explain, open_builder: Callable[[], Builder]) -> Tables:
-    """Return the tables of a reader of ``datasets``; ``explain`` makes its errors readable."""
-
-    def load(split: str, streaming: bool) -> Table:
-        with explained(explain):
-            if streaming and isinstance(builder, Parquet):
-                return stream_parquet(builder, split)
-            if streaming:
-                # Else datasets opens a folder's photos itself, 32 ahead.
-                if getattr(builder.config, "decode_num_threads", None):
-                    builder.config.decode_num_threads = 0
-                return builder.as_streaming_dataset(split=split)
-            of_split = only_split(builder, split)
-            of_split.download_and_prepare(verification_mode="no_checks")
-            return of_split.as_dataset(split=split)
-
-    def loader(split: str) -> Callable[[bool], Table]:
-        return lambda streaming: load(split, streaming)
-
-    with explained(explain):
-        builder = open_builder()
-        # A converted copy in the cache, for want of a connection, has no files.
-        names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
-    return Tables({name: loader(name) for name in names}, root, explain, builder=builder)
-
-
-def only_split(builder: Builder, split: str, **options: Any) -> Builder:
-    """Return a reader of one split, which downloads and converts no other.
-
-    Args:
-        builder: of all splits.
-        split: as stored.
-        options: changed settings of the reader.
-    """
-    files = builder.config.data_files
-    if not files or (len(files) == 1 and not options):
-        return builder
-    return type(builder)(
-        dataset_name=builder.dataset_name,
-        config_name=None if builder.config.name.startswith("default-") else builder.config.name,
-        hash=builder.hash,
-        base_path=builder.base_path,
-        repo_id=builder.repo_id,
-        data_files=DataFilesDict({name: files[name] for name in files if name == split}),
-        **options,
-    )
-
-
-def stream_parquet(
-    builder: Builder, split: str, *, columns: list[str] | None = None, filters: Any = None
-) -> datasets.IterableDataset:
-    """Stream a split of Parquet files, fetching no more than the rows that are read.
-
-    Args:
-        builder: of all splits.
-        split: as stored.
-        columns: to read; None means all. They are assumed to be small.
-        filters: rows to read, as for ``pyarrow.parquet.read_table``; row groups whose statistics
-            exclude them are skipped.
-    """
-    options: dict[str, Any] = {"fragment_scan_options": _SMALL_REQUESTS}
-    if columns is not None:  # without reading ahead into the photos
-        options |= {"columns": columns, "storage_options": {"hf": {"block_size": 1 << 16}}}
-    if filters is not None:
-        options["filters"] = filters
-    return only_split(builder, split, **options).as_streaming_dataset(split=split)
-
-
-def _open_saved(folder: Path) -> Tables:
-    """Open a folder that ``save_to_disk`` wrote."""
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(
-            f"cannot read {folder}, which looks like a folder of save_to_disk: "
-            f"{first_line(error)[:160]}; save it again"
-        ) from error
-    # A lone table is training data, whatever part of another it was.
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    load = {name: _loader(table) for name, table in splits.items()}
-    return Tables(load, str(folder), _cannot_read(folder))
-
-
-def _loader(table: datasets.Dataset) -> Callable[[bool], Table]:
-    return lambda streaming: table.to_iterable_dataset() if streaming else table
-
-
-# Folders and files
 
 
 def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool) -> Tables:
@@ -420,7 +190,7 @@ def _nothing_to_read(folder: Path, reasons: Iterable[str] = ()) -> DataError:
     return DataError(
         f"{folder} holds no captions that can be read, only: {shown or 'nothing'}. "
         + "".join(f"{reason}. " for reason in reasons)
-        + f"It can hold {_ACCEPTED}"
+        + f"It can hold {ACCEPTED}"
     )
 
 
@@ -439,7 +209,7 @@ def _open_file(path: Path, columns: Columns, *, photos: bool) -> Tables:
 
 def _open_with_datasets(folder: Path, reader: str = "", **options: Any) -> Tables:
     """Open a folder with the reader that ``datasets`` chooses, or with the one that is named."""
-    return _open_builder(
+    return open_builder(
         str(folder),
         lambda error: DataError(f"cannot read the files in {folder}: {_reason(folder, error)}"),
         lambda: datasets.load_dataset_builder(reader or str(folder), **options),
@@ -454,7 +224,7 @@ def _open_data_files(folder: Path, files: list[Path]) -> Tables:
         splits.setdefault(split or "train", []).append(str(file))
     reader = _READERS[files[0].suffix.lower()]
     name = str(files[0] if len(files) == 1 else folder)
-    return _open_builder(
+    return open_builder(
         str(folder),
         lambda error: DataError(f"cannot read {name}: {_reason(folder, error)}"),
         lambda: datasets.load_dataset_builder(reader, data_files=splits),
@@ -467,9 +237,24 @@ def _reason(folder: Path, error: BaseException) -> str:
         with contextlib.suppress(Exception):
             if pyarrow.parquet.read_metadata(file).num_rows == 0:
                 return f"{file.relative_to(folder)} is empty: remove it"
-    if names := _configurations(error):
+    if names := configurations(error):
         return f"they have several configurations: keep the files of one of {names}"
     return f"{first_line(error.__cause__ or error)[:300]}; replace or remove the damaged file"
+
+
+def _open_saved(folder: Path) -> Tables:
+    """Open a folder that ``save_to_disk`` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise DataError(
+            f"cannot read {folder}, which looks like a folder of save_to_disk: "
+            f"{first_line(error)[:160]}; save it again"
+        ) from error
+    # A lone table is training data, whatever part of another it was.
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    load = {name: in_memory(table) for name, table in splits.items()}
+    return Tables(load, str(folder), cannot_read(folder))
 
 
 # Caption files
@@ -550,16 +335,16 @@ def _tables_of(
     """Return the tables of photos that rows name."""
     if not photos:
         texts = datasets.Dataset.from_dict({"captions": [row.captions for row in rows]})
-        load = {"train": _loader(texts)}
-        return Tables(load, "", _cannot_read(name), (None, ["captions"]), taken)
+        load = {"train": in_memory(texts)}
+        return Tables(load, "", cannot_read(name), (None, ["captions"]), taken)
     splits, num_missing = join_photos(rows, finder, name)
     load = {}
     for split, found in splits.items():
         paths, names, captions = zip(*found, strict=True)
         table = {"image": paths, "captions": captions, "filename": names}
-        load[split] = _loader(datasets.Dataset.from_dict(table))
+        load[split] = in_memory(datasets.Dataset.from_dict(table))
     columns = ("image", ["captions"])
-    return Tables(load, str(finder.folder), _cannot_read(name), columns, taken, num_missing)
+    return Tables(load, str(finder.folder), cannot_read(name), columns, taken, num_missing)
 
 
 def _with_found_photos(path: Path, tables: Tables, columns: Columns) -> Tables:
@@ -599,8 +384,3 @@ def _path_columns(table: Table, columns: Columns, where: str) -> tuple[str | Non
     if image is None or getattr(features[image], "dtype", "") not in ("string", "large_string"):
         return None, []
     return image, columns.find_captions(list(features), where)
-
-
-def columns_of(table: Table) -> list[str]:
-    """Return the column names; a stream may learn them only from its first row."""
-    return list(table.column_names or next(iter(table), {}))

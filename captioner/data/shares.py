@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.config import split_share
-from captioner.data.hub_id import HubId
+from captioner.data.hub import HubId
 from captioner.data.readers import local_path
 from captioner.errors import ConfigError, DataError
 

@@ -25,14 +25,8 @@ from PIL import Image
 
 from captioner.config import DEFAULT_SOURCE
 from captioner.data.columns import Columns, captions_in, missing_column
-from captioner.data.readers import (
-    Table,
-    Tables,
-    columns_of,
-    explained,
-    open_tables,
-    stream_parquet,
-)
+from captioner.data.readers import open_tables
+from captioner.data.tables import Table, Tables, columns_of, explained, stream_parquet
 from captioner.environment import cache_access
 from captioner.errors import ConfigError, DataError, ImageError, first_line
 from captioner.images import open_photo

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from captioner.data.columns import Columns, captions_in
-from captioner.data.hub_id import HubId
+from captioner.data.hub import HubId
 from captioner.data.sources import load_captions, load_texts, stream_photos
 from captioner.errors import DataError
 
