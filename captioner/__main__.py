@@ -127,8 +127,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
     from captioner.inference.heatmaps import HeatmapFolder
 
     heatmaps = arguments.heatmaps and HeatmapFolder(arguments.heatmaps, arguments.format)
-    captioner = Captioner.load(
-        arguments.checkpoint, arguments.encoder_weights, device=arguments.device
+    captioner = Captioner.from_pretrained(
+        arguments.checkpoint, encoder_weights=arguments.encoder_weights, device=arguments.device
     )
     if heatmaps:
         heatmaps.make()
@@ -200,9 +200,9 @@ def _write_table(arguments: argparse.Namespace, options: DecodingOptions) -> int
     photos, source = _table_source(arguments)
     rows, errors = bulk.caption_all(
         functools.partial(
-            Captioner.load,
+            Captioner.from_pretrained,
             arguments.checkpoint,
-            arguments.encoder_weights,
+            encoder_weights=arguments.encoder_weights,
             device=arguments.device,
         ),
         photos,
@@ -337,6 +337,7 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
         raise ConfigError("give --space DIR, --hub USER/NAME, or both")
     from captioner.inference import hub
     from captioner.inference.captioner import SHIPPED_CHECKPOINT
+    from captioner.model import checkpoint as checkpoints
 
     checkpoint = arguments.checkpoint or SHIPPED_CHECKPOINT
     if arguments.space:
@@ -345,7 +346,8 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
             f"{arguments.space} is ready: hf upload USER/NAME {arguments.space} --repo-type space"
         )
     if arguments.hub:
-        print(hub.push_to_hub(checkpoint, arguments.hub, private=arguments.private))
+        loaded = checkpoints.load(checkpoint)
+        print(hub.push_to_hub(loaded, arguments.hub, private=arguments.private))
     return 0
 
 

@@ -396,7 +396,7 @@ def client(served_page: str, example_photos: list[Path]) -> Iterator[Client]:
         upload = http.post(UPLOAD, files={"files": ("photo.jpg", example_photos[0].read_bytes())})
         (path,) = upload.json()
         photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        event_id = http.post(CALL, json={"data": [photo]}).json()["event_id"]
+        event_id = http.post(CALL, json={"data": [photo, {}]}).json()["event_id"]
         (caption,) = json.loads(http.get(f"{CALL}/{event_id}").text.partition("data: ")[2])
         events = {
             event: dependency["id"]

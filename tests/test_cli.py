@@ -36,12 +36,12 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 @pytest.fixture(autouse=True)
 def _captioner_loaded_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Captioner.load
+    load = Captioner.from_pretrained
 
     def load_once(checkpoint: str | None, *arguments: Any, **options: Any) -> Captioner:
         return load(checkpoint, *arguments, **options) if checkpoint else captioner
 
-    monkeypatch.setattr(Captioner, "load", load_once)
+    monkeypatch.setattr(Captioner, "from_pretrained", load_once)
 
 
 @pytest.fixture

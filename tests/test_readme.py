@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,9 +139,10 @@ def test_python_examples_run(photo_folder: Path, served_page: str) -> None:
     assert photo_folder == Path.cwd()
     examples = [block for language, block in BLOCKS if language == "python"]
     assert examples
+    names: dict[str, Any] = {}  # later examples use those of earlier ones
     for example in examples:
         code = example.replace(ADDRESS, served_page.rstrip("/"))
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_tree_names_every_module() -> None:

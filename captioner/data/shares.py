@@ -33,8 +33,8 @@ class DataSource:
 
     @property
     def portable(self) -> str:
-        """The source with its share, without the path of this machine."""
-        source = self.name if self.is_local else self.source
+        """The source with its share, without the path of this machine or the Hub's web address."""
+        source = self.name if self.is_local else str(HubId.parse(self.source) or self.source)
         return source if self.share is None else f"{source}={self.share}"
 
 

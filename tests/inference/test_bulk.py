@@ -58,12 +58,12 @@ def rounded(output: Path) -> dict[str, Row]:
 
 @pytest.fixture(autouse=True)
 def _load_shipped_checkpoint_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Captioner.load
+    load = Captioner.from_pretrained
 
     def load_once(path: str | None = None, *rest: Any, **options: Any) -> Captioner:
         return load(path, *rest, **options) if path else captioner
 
-    monkeypatch.setattr(Captioner, "load", load_once)
+    monkeypatch.setattr(Captioner, "from_pretrained", load_once)
 
 
 @pytest.fixture

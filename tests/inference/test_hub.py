@@ -238,8 +238,9 @@ def test_upload_without_owner_goes_to_the_created_repository(
     address = "https://huggingface.co/me/captions"
     uploads = []
 
-    def upload_folder(_: HfApi, *, repo_id: str, **__: Any) -> None:
+    def upload_folder(_: HfApi, *, repo_id: str, folder_path: Path, **__: Any) -> None:
         uploads.append(repo_id)
+        assert files_in(folder_path) == set(CHECKPOINT)
         if upload_fails:
             raise OSError("connection lost")
 
