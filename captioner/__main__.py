@@ -332,11 +332,11 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
 
 
 def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
-    """Write a Space's folder, upload a checkpoint, or both."""
-    if not arguments.space and not arguments.hub:
-        raise ConfigError("give --space DIR, --hub USER/NAME, or both")
+    """Write a Space's folder or ONNX models, upload a checkpoint, or several of these."""
+    if not (arguments.space or arguments.hub or arguments.onnx):
+        raise ConfigError("give --space DIR, --hub USER/NAME, --onnx DIR, or several of them")
     from captioner.inference import hub
-    from captioner.inference.captioner import SHIPPED_CHECKPOINT
+    from captioner.inference.captioner import SHIPPED_CHECKPOINT, Captioner
     from captioner.model import checkpoint as checkpoints
 
     checkpoint = arguments.checkpoint or SHIPPED_CHECKPOINT
@@ -348,6 +348,12 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
     if arguments.hub:
         loaded = checkpoints.load(checkpoint)
         print(hub.push_to_hub(loaded, arguments.hub, private=arguments.private))
+    if arguments.onnx:
+        from captioner.inference import onnx_export
+
+        captioner = Captioner.from_pretrained(checkpoint, encoder_weights=arguments.encoder_weights)
+        onnx_export.write_onnx(arguments.onnx, captioner)
+        print(f"{arguments.onnx} is ready: python {arguments.onnx / onnx_export.EXAMPLE} PHOTO")
     return 0
 
 

@@ -164,13 +164,21 @@ def _add_evaluate(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
-        help="make a Hugging Face Space from a checkpoint, or upload it to the Hub",
-        description="Write the folder of a Space, ready to be uploaded, or upload a checkpoint as "
-        "a model, which --checkpoint USER/NAME then takes. Uploading needs `hf auth login`.",
+        help="make a Hugging Face Space or ONNX models from a checkpoint, or upload it to the Hub",
+        description="Write the folder of a Space, ready to be uploaded, upload a checkpoint as a "
+        "model, which --checkpoint USER/NAME then takes, or write it as ONNX, which runs without "
+        "PyTorch. Uploading needs `hf auth login`.",
     )
     export.add_argument("--space", type=user_path, metavar="DIR", help="New folder for a Space.")
     export.add_argument("--hub", metavar="USER/NAME", help="Name of the model on the Hub.")
     export.add_argument("--private", action="store_true", help="Make the uploaded model private.")
+    export.add_argument(
+        "--onnx",
+        type=user_path,
+        metavar="DIR",
+        help="New folder for ONNX models (pip install onnxscript), with a script that captions a "
+        "photo with onnxruntime, numpy and pillow alone.",
+    )
     _add_checkpoint(export)
 
 
@@ -197,11 +205,11 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="PATH|HUB_ID", help="Default: the shipped checkpoint."
     )
+    parser.add_argument("--encoder-weights", metavar="FILE", help="File of the encoder's weights.")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
-    parser.add_argument("--encoder-weights", metavar="FILE", help="File of the encoder's weights.")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
