@@ -758,6 +758,8 @@ def test_sources_have_shares_and_short_names(
     assert [source.name for source in sources] == ["photos:small", "a=0.5"]
     assert [source.share for source in sources] == [0.25, None]
     assert [source.portable for source in sources] == ["owner/photos:small=0.25", "a=0.5"]
+    (source,) = parse_sources(["https://huggingface.co/datasets/owner/photos/tree/v2"])
+    assert source.portable == "owner/photos@v2"
     sources = parse_sources(["data=0.3", str(tmp_path / "more" / "data")])
     assert [source.name for source in sources] == [f"{tmp_path.name}/data", "more/data"]
     assert sources[0].portable == f"{tmp_path.name}/data=0.3"
