@@ -62,9 +62,16 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
             handlers.caption, None, page, api_name="page_caption", trigger_mode="multiple", **model
         )
         caption_event.failure(None, None, None, js=viewer.ON_REQUEST_FAILED, **model)
+        page.explain(
+            handlers.explain, None, page, api_name="page_explain", trigger_mode="multiple", **model
+        )
         export_event = page.export(export, None, file, api_name="page_export", **model)
         export_event.success(None, file, None, js=viewer.ON_EXPORTED, **model)
         export_event.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)
+        steps_event = page.steps(
+            handlers.steps, None, page, api_name="page_steps", trigger_mode="multiple", **model
+        )
+        steps_event.failure(None, None, None, js=viewer.ON_STEPS_FAILED, **model)
     return demo
 
 

@@ -1,4 +1,4 @@
-"""``python -m captioner caption|score|evaluate|export``: runs the commands and prints results."""
+"""``python -m captioner COMMAND``: runs the commands and prints their results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.arguments import build_parser, decoding_options
+from captioner.config import VERDICTS
 from captioner.errors import (
     CaptionerError,
     ConfigError,
@@ -28,7 +29,7 @@ from captioner.errors import (
 if TYPE_CHECKING:
     from captioner.config import DecodingOptions
     from captioner.images import Photo
-    from captioner.inference.caption import Caption
+    from captioner.inference.caption import Caption, Word
     from captioner.inference.captioner import Captioner
     from captioner.inference.heatmaps import HeatmapFolder
     from captioner.training.evaluation import Evaluation
@@ -43,6 +44,11 @@ class _Results:
     def __init__(self, heatmaps: HeatmapFolder | None, *, as_json: bool) -> None:
         self.exit_code = 0
         self._heatmaps, self._as_json = heatmaps, as_json
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether a caption's maps are printed or written."""
+        return self._as_json or self._heatmaps is not None
 
     def add(self, path: str, photo: Photo, name: Path, caption: Caption, text: str) -> None:
         """Print a caption, as ``text`` or JSON, and write its maps."""
@@ -90,7 +96,7 @@ def _caption(arguments: argparse.Namespace, options: DecodingOptions) -> int:
     for start in range(0, len(photos), _BATCH_SIZE):
         batch = photos[start : start + _BATCH_SIZE]
         readable = [photo for _, photo, _ in batch if not isinstance(photo, ImageError)]
-        captions = iter(captioner.caption_each(readable, options))
+        captions = iter(captioner.caption_each(readable, options, with_evidence=results.has_maps))
         for path, photo, name in batch:
             if isinstance(photo, ImageError):
                 results.fail(path, photo)
@@ -119,6 +125,78 @@ def _score(arguments: argparse.Namespace, _: DecodingOptions) -> int:
         lines.append(f"log probability\t{caption.log_probability:.4f}")
         results.add(path, photo, name, caption, "\n".join(lines))
     return results.exit_code
+
+
+def _explain(arguments: argparse.Namespace, options: DecodingOptions) -> int:
+    """Print where each word of a caption comes from, or the maps of one word."""
+    captioner, results = _load(arguments)
+    options = dataclasses.replace(options, max_length=captioner.checkpoint.max_length)
+    for path, photo, name in _from_paths([arguments.photo], folders=False):
+        try:
+            if isinstance(photo, ImageError):
+                raise photo
+            encoded = captioner.encode(photo)
+            if arguments.text is None:
+                caption = captioner.caption(encoded, options)
+            else:
+                caption = captioner.score(encoded, arguments.text)
+            caption = captioner.explain(encoded, caption)
+        except ImageError as error:
+            results.fail(path, error)
+            continue
+        if arguments.word is None:
+            text = "\n".join(
+                [f"{path}\t{caption.text}", *map(_describe_word, _numbered_words(caption))]
+            )
+        else:
+            text = _describe_maps(_chosen_word(caption, arguments.word))
+        results.add(path, photo, name, caption, text)
+    return results.exit_code
+
+
+def _numbered_words(caption: Caption) -> list[tuple[int, Word]]:
+    """Return the words of the best caption, counted from 1, and the end."""
+    return list(enumerate([*caption.words, caption.beams[0].end], start=1))
+
+
+def _chosen_word(caption: Caption, number: int) -> tuple[int, Word]:
+    words = _numbered_words(caption)
+    if not 1 <= number <= len(words):
+        raise ConfigError(
+            f"there is no word {number}: the caption has {len(words) - 1}, and {len(words)} is its "
+            "end"
+        )
+    return words[number - 1]
+
+
+def _describe_word(numbered: tuple[int, Word]) -> str:
+    """Return number, word, probability, verdict and place in a line."""
+    from captioner.inference.caption import percent, region_of
+
+    number, word = numbered
+    place = ""
+    if word.verdict == VERDICTS[0]:
+        place = f" ({region_of(word.maps['evidence'])})"
+    return f"{number}\t{word.text}\t{percent(word.probability)}\t{word.verdict}{place}"
+
+
+def _describe_maps(numbered: tuple[int, Word]) -> str:
+    """Return all maps of a word, a line per row of cells."""
+    _, word = numbered
+    units = {
+        "attended": "share of the attention, %",
+        "evidence": "what the cell added to the word's logit, nats",
+        "mattered": "how far the word's log-probability falls without the cell, nats",
+        "shown": "probability that the cell shows the word, %",
+    }
+    lines = [_describe_word(numbered), f"without the photo it falls by {word.fall:.2f} nats"]
+    for name, unit in units.items():
+        if name not in word.maps:
+            continue
+        scale = 100 if unit.endswith("%") else 1
+        lines.append(f"\n{name}: {unit}")
+        lines += ["".join(f"{scale * cell:8.2f}" for cell in row) for row in word.maps[name]]
+    return "\n".join(lines)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
@@ -357,7 +435,13 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
     return 0
 
 
-_COMMANDS = {"caption": _caption, "score": _score, "evaluate": _evaluate, "export": _export}
+_COMMANDS = {
+    "caption": _caption,
+    "score": _score,
+    "explain": _explain,
+    "evaluate": _evaluate,
+    "export": _export,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

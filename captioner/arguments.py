@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_caption(commands)
     _add_score(commands)
+    _add_explain(commands)
     _add_evaluate(commands)
     _add_export(commands)
     return parser
@@ -111,6 +112,30 @@ def _add_score(commands: Any) -> None:
     score.add_argument("text", metavar="TEXT", help='The caption, as in "two dogs play".')
     _add_results(score)
     _add_model(score)
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="tell where each word of a caption comes from",
+        description="Print each word's verdict: seen there (and where), from the scene, from the "
+        "sentence, or guessed. With --word print that word's maps as numbers; with --json "
+        "everything.",
+    )
+    explain.add_argument("photo", metavar="PHOTO", help="Photo; - reads it from standard input.")
+    explain.add_argument(
+        "--text", metavar="TEXT", help="Explain this caption instead of the model's own."
+    )
+    explain.add_argument(
+        "--word",
+        type=int,
+        metavar="N",
+        help="Print the maps of the N-th word, counted from 1; the number after the last is the "
+        "end.",
+    )
+    _add_results(explain)
+    _add_model(explain)
+    _add_decoding(explain)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -21,6 +21,9 @@ DEFAULT_SOURCE = "AnyModal/flickr30k"
 FEATURES_FOLDER = Path("runs/features")
 # The formats that ``captioner.inference.render`` can export a caption as.
 FORMATS = ("png", "gif", "json", "html")
+# The maps of a word (``model/maps.py``) and where a word comes from (``model/verdicts.py``).
+MAPS = ("attended", "evidence", "mattered", "shown")
+VERDICTS = ("seen there", "from the scene", "from the sentence", "guessed")
 DEFAULT_LANGUAGE = "en"
 # The ids of <pad>, <bos>, <eos> and <unk>, in every vocabulary.
 PAD, BOS, EOS, UNK = range(4)
@@ -269,10 +272,14 @@ class DecodingOptions(_Config):
 
 @_settings
 class Appearance(_Config):
-    """How attention maps are drawn, in the page and in exports."""
+    """How maps are drawn, in the page and in exports."""
 
+    map: Literal["attended", "evidence", "mattered", "shown"] = "evidence"
+    """Which of a word's maps (``MAPS``); words without it show the attention instead."""
+    special: bool = False
+    """Draw what is special to the word: the difference from the mean of the caption's maps."""
     colors: Literal["inferno", "viridis", "cividis", "light"] = "inferno"
-    """Colormap laid over the photo; "light" only darkens the photo where attention is low."""
+    """Colormap laid over the photo; "light" only darkens the photo where the map is low."""
     shape: Literal["smooth", "cells"] = "smooth"
     """"smooth" interpolates between the grid's cells, "cells" shows them as they are."""
     scale: Literal["word", "caption"] = "word"

@@ -25,6 +25,7 @@ import train
 from captioner import Captioner, DecodingOptions, __version__, images
 from captioner.__main__ import _COMMANDS, _to_json, main
 from captioner.arguments import build_parser
+from captioner.config import VERDICTS
 from captioner.inference.heatmaps import HeatmapFolder
 from captioner.model import checkpoint as checkpoints
 from captioner.model.vocabulary import clean
@@ -91,9 +92,55 @@ def test_caption_json_holds_every_number(
     assert record["path"] == str(example_photos[0])
     assert len(record["beams"]) == 2
     word = record["beams"][0]["words"][0]
-    assert len(word["attention"]) == len(word["attention"][0]) == 7
-    assert sum(map(sum, word["attention"])) == pytest.approx(1, abs=1e-3)
+    assert len(word["maps"]["attended"]) == len(word["maps"]["attended"][0]) == 7
+    assert sum(map(sum, word["maps"]["attended"])) == pytest.approx(1, abs=1e-3)
     assert len(word["alternatives"]) == 5
+
+
+def test_explain_prints_the_verdict_of_each_word(
+    captioner: Captioner, example_photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", str(example_photos[0])]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    caption = captioner.caption(example_photos[0])
+    assert first == f"{example_photos[0]}\t{caption.text}"
+    rows = [line.split("\t") for line in lines]
+    assert [row[1] for row in rows] == [*caption.text.split(), "<eos>"]
+    assert [row[0] for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
+    verdicts = {row[1]: row[3] for row in rows}
+    assert verdicts["of"] == "from the sentence"
+    assert verdicts["striped"].startswith("seen there (")
+
+
+def test_explain_prints_the_maps_of_one_word(
+    example_photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = str(example_photos[0])
+    assert main(["explain", photo, "--text", "a cat", "--word", "2"]) == 0
+    first, _, *blocks = capsys.readouterr().out.split("\n")
+    assert first.startswith("2\tcat\t")
+    titles = [line.split(":")[0] for line in blocks if ":" in line]
+    assert titles == ["attended", "evidence", "mattered", "shown"]
+    rows = [line.split() for line in blocks if line and ":" not in line]
+    assert [len(row) for row in rows] == [7] * 28
+    attended = sum(float(cell) for row in rows[:7] for cell in row)
+    assert attended == pytest.approx(100, abs=0.3)
+    assert main(["explain", photo, "--text", "a cat", "--word", "4"]) == 2
+    assert "no word 4: the caption has 2, and 3 is its end" in capsys.readouterr().err
+
+
+def test_explain_as_json_has_everything(
+    example_photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["explain", str(example_photos[0]), "--json", "--format", "html"]
+    assert main([*arguments, "--heatmaps", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    word = record["beams"][0]["words"][-1]
+    assert word["verdict"] in VERDICTS
+    assert "mattered" in word["maps"]
+    assert len(record["seen"]) == 49
+    (page,) = tmp_path.iterdir()
+    assert f'"verdict": "{word["verdict"]}"' in page.read_text()
 
 
 def test_heatmaps_of_photos_with_the_same_name_are_numbered(
@@ -453,8 +500,8 @@ def test_unwritable_heatmap_does_not_end_the_run(
     (maps / "blocked.jpg.json").mkdir(parents=True)
     caption_each = Captioner.caption_each
 
-    def vanish(*arguments: Any) -> Any:
-        captions = caption_each(*arguments)
+    def vanish(*arguments: Any, **options: Any) -> Any:
+        captions = caption_each(*arguments, **options)
         paths[0].unlink()
         return captions
 

@@ -86,7 +86,7 @@ def _caption(
             "log_probability": result.log_probability,
             "confidence": result.confidence,
         }
-        for result in captioner.caption_each(photos, options)
+        for result in captioner.caption_each(photos, options, with_evidence=False)
     ]
     names = zip(rows["photo"], rows["filename"], strict=True)
     return pa.Table.from_pylist(

@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 
-from captioner.config import DEFAULT_LANGUAGE, INNER_SPACE, is_language
+from captioner.config import DEFAULT_LANGUAGE, INNER_SPACE, MAPS, VERDICTS, is_language
 from captioner.errors import DataError, first_line
 
 _ROWS = ("top", "middle", "bottom")
 _COLUMNS = ("left", "center", "right")
 # Limits of JSON, above any caption that the model can write or score.
 _MAX_BEAMS, _MAX_WORDS, _MAX_ALTERNATIVES, _MAX_CHARACTERS = 100, 200, 100, 2000
+# Ranges of the maps: shares and probabilities, or nats.
+_SHARE, _NATS = (0.0, 1.0), (-1e3, 1e3)
+_RANGES = {"attended": _SHARE, "evidence": _NATS, "mattered": _NATS, "shown": _SHARE}
 
 
 def percent(share: float) -> str:
@@ -54,6 +58,46 @@ def _bounded_list(values: Any, max_length: int) -> list[Any]:
     return values
 
 
+def _pairs(values: Any) -> tuple[tuple[str, float], ...]:
+    """Validate words with their probabilities."""
+    return tuple(
+        (_text(each["text"]), _number(each["probability"], *_SHARE))
+        for each in _bounded_list(values, _MAX_ALTERNATIVES)
+    )
+
+
+def _from_pairs(pairs: tuple[tuple[str, float], ...]) -> list[dict[str, Any]]:
+    """Return plain values for JSON."""
+    return [{"text": text, "probability": probability} for text, probability in pairs]
+
+
+def _map(name: str, value: Any) -> np.ndarray:
+    """Validate a map of 7 x 7 cells."""
+    low, high = _RANGES[name]
+    cells = np.asarray(value, dtype=np.float64)
+    if cells.shape != (7, 7) or not ((cells >= low) & (cells <= high)).all():
+        raise ValueError(f"expected {name} as a grid of 7 x 7 numbers from {low:g} to {high:g}")
+    return cells.astype(np.float32)
+
+
+def _strongest(cells: np.ndarray) -> tuple[int, int]:
+    """Return row and column of a map's hottest cell."""
+    row, column = np.unravel_index(int(cells.argmax()), cells.shape)
+    return int(row), int(column)
+
+
+def region_of(cells: np.ndarray) -> str:
+    """Return the region of a map's hottest cell, such as "top left" or "center"."""
+    rows, columns = cells.shape
+    row, column = _strongest(cells)
+    # The middle third is the three cells 2, 3, 4 of seven.
+    vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
+    horizontal = _COLUMNS[int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)]
+    if (vertical, horizontal) == ("middle", "center"):
+        return "center"
+    return f"{vertical} {horizontal}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Word:
     """One word of a caption.
@@ -62,15 +106,30 @@ class Word:
         text: the word; "<eos>" for the end.
         probability: the model's, 0 to 1, before any constraint of the decoding.
         alternatives: the most likely words at this step with their probabilities, best first.
-        attention: float32 (7, 7), sums to 1; row 0 is the top of the photo.
+        maps: float32 (7, 7) each; row 0 is the top of the photo. "attended" is the attention,
+            which sums to 1. Words with a detector or a class's name have "evidence": what each
+            cell added to the word's logit, in nats. Words with a detector have "shown": the
+            probability that the cell shows the word. ``Captioner.explain`` adds "mattered": how
+            far the word's log-probability falls, in nats, without the cell.
         known: whether it is in the model's vocabulary; if not, the probability is ``<unk>``'s.
+        fall: how far the word's log-probability falls, in nats, without the photo; None before
+            ``Captioner.explain``.
+        verdict: where the word comes from, one of ``config.VERDICTS``; None before
+            ``Captioner.explain``.
     """
 
     text: str
     probability: float
     alternatives: tuple[tuple[str, float], ...]
-    attention: np.ndarray
+    maps: Mapping[str, np.ndarray]
     known: bool = True
+    fall: float | None = None
+    verdict: str | None = None
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Float32 (7, 7), sums to 1: the map "attended"."""
+        return self.maps["attended"]
 
     @property
     def entropy(self) -> float:
@@ -86,22 +145,12 @@ class Word:
     @property
     def strongest(self) -> tuple[int, int]:
         """Row and column of the cell with the most attention."""
-        row, column = np.unravel_index(int(self.attention.argmax()), self.attention.shape)
-        return int(row), int(column)
+        return _strongest(self.attention)
 
     @property
     def region(self) -> str:
         """The region of the strongest cell, such as "top left" or "center"."""
-        rows, columns = self.attention.shape
-        row, column = self.strongest
-        # The middle third is the three cells 2, 3, 4 of seven.
-        vertical = _ROWS[int(row > rows * 2 / 7 - 0.5) + int(row > rows * 5 / 7 - 0.5)]
-        horizontal = _COLUMNS[
-            int(column > columns * 2 / 7 - 0.5) + int(column > columns * 5 / 7 - 0.5)
-        ]
-        if (vertical, horizontal) == ("middle", "center"):
-            return "center"
-        return f"{vertical} {horizontal}"
+        return region_of(self.attention)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -109,11 +158,13 @@ class Word:
             "text": self.text,
             "probability": self.probability,
             "known": self.known,
-            "alternatives": [
-                {"text": text, "probability": probability}
-                for text, probability in self.alternatives
-            ],
-            "attention": [[round(float(cell), 6) for cell in row] for row in self.attention],
+            "alternatives": _from_pairs(self.alternatives),
+            "maps": {
+                name: [[round(float(cell), 6) for cell in row] for row in cells]
+                for name, cells in self.maps.items()
+            },
+            "fall": self.fall,
+            "verdict": self.verdict,
             "entropy": self.entropy,
             "cells": self.cells,
             "region": self.region,
@@ -122,18 +173,20 @@ class Word:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the output of ``to_dict``."""
-        attention = np.asarray(values["attention"], dtype=np.float64)
-        if attention.shape != (7, 7) or not ((attention >= 0) & (attention <= 1)).all():
-            raise ValueError("expected an attention grid of 7 x 7 numbers from 0 to 1")
+        maps = {name: values["maps"][name] for name in MAPS if name in values["maps"]}
+        if "attended" not in maps or len(maps) < len(values["maps"]):
+            raise ValueError(f"expected maps of the names {', '.join(MAPS)}, attended among them")
+        fall, verdict = values["fall"], values["verdict"]
+        if verdict is not None and verdict not in VERDICTS:
+            raise ValueError(f"expected a verdict among {', '.join(VERDICTS)}")
         return cls(
             _text(values["text"]),
-            _number(values["probability"], 0, 1),
-            tuple(
-                (_text(other["text"]), _number(other["probability"], 0, 1))
-                for other in _bounded_list(values["alternatives"], _MAX_ALTERNATIVES)
-            ),
-            attention.astype(np.float32),
+            _number(values["probability"], *_SHARE),
+            _pairs(values["alternatives"]),
+            {name: _map(name, value) for name, value in maps.items()},
             bool(values["known"]),
+            None if fall is None else _number(fall, *_NATS),
+            verdict,
         )
 
 
@@ -206,6 +259,8 @@ class Caption:
         sampled: whether the beams were sampled (``DecodingOptions.temperature`` above 0). Samples
             are independent, so two may be equal. They are sorted by score, like the beams of a
             search, and their probabilities and scores are those before the temperature.
+        seen: the words that detectors see in each of the 49 cells, row by row, with their
+            probabilities, best first; None before ``Captioner.explain`` and without detectors.
         confidence: the probability that the best caption is right: that people who described the
             photo used at least two thirds of the words that it names things with. None for
             sampled captions, for those with given words and for scored texts, and if the
@@ -218,6 +273,7 @@ class Caption:
     language: str = DEFAULT_LANGUAGE
     sampled: bool = False
     confidence: float | None = None
+    seen: tuple[tuple[tuple[str, float], ...], ...] | None = None
 
     @property
     def text(self) -> str:
@@ -248,15 +304,13 @@ class Caption:
             "confidence": self.confidence,
             "size": list(self.size),
             "given": list(self.given),
+            "seen": None if self.seen is None else [_from_pairs(cell) for cell in self.seen],
             "beams": [beam.to_dict() for beam in self.beams],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the output of ``to_dict``, so that a caption can be drawn without its model.
-
-        ``language``, ``sampled`` and ``confidence`` may be missing: earlier versions did not write
-        them.
 
         Raises:
             DataError: ``values`` are not the JSON of a caption.
@@ -275,17 +329,21 @@ class Caption:
             )
             if not beams:
                 raise ValueError("expected at least one beam")
-            language = values.get("language", DEFAULT_LANGUAGE)
+            language = values["language"]
             if not is_language(language):
                 raise ValueError("expected a BCP 47 language tag")
-            sampled = values.get("sampled", False)
+            sampled = values["sampled"]
             if not isinstance(sampled, bool):
                 raise ValueError("expected true or false for sampled")
-            confidence = values.get("confidence")
+            confidence, seen = values["confidence"], values["seen"]
             if confidence is not None:
-                confidence = _number(confidence, 0, 1)
+                confidence = _number(confidence, *_SHARE)
+            if seen is not None:
+                seen = tuple(_pairs(cell) for cell in _bounded_list(seen, 49))
+                if len(seen) != 49:
+                    raise ValueError("expected 49 cells")
         except KeyError as error:
             raise DataError(f"this is not the JSON of a caption: it lacks {error}") from error
         except (OverflowError, TypeError, ValueError) as error:
             raise DataError(f"this is not the JSON of a caption: {first_line(error)}") from error
-        return cls(beams, (width, height), given, language, sampled, confidence)
+        return cls(beams, (width, height), given, language, sampled, confidence, seen)

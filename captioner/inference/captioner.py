@@ -11,10 +11,11 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,13 @@ from captioner.inference import hub
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.model import checkpoint as checkpoints
 from captioner.model.confidence import confidence_features, confidence_of
+from captioner.model.decoder import Memory
 from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
+from captioner.model.maps import CaptionMaps, caption_maps, mattered
 from captioner.model.search import Hypothesis, beam_search, decode
+from captioner.model.steps import WordSteps, word_steps
+from captioner.model.verdicts import verdicts
 from captioner.model.vocabulary import SPECIALS, clean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,9 +40,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED_CHECKPOINT = _PACKAGE / "shipped"
 if not SHIPPED_CHECKPOINT.is_dir():
     SHIPPED_CHECKPOINT = _PACKAGE.parent / "assets" / "checkpoint"
-# The beams of each photo, and the confidence in the best one.
-_Found: TypeAlias = Iterable[tuple[list[Hypothesis], float | None]]
+# The beams of each photo, their maps (or None), and the confidence in the best one (or None).
+_Found: TypeAlias = Iterable[tuple[list[Hypothesis], list[CaptionMaps] | None, float | None]]
 _MAX_SCORED_LENGTH = 200  # words, with <bos> and <eos>
+# Words that are seen in a cell: the likeliest, down to a probability.
+_MOST_SEEN, _LEAST_SEEN = 5, 0.02
 
 
 def near_misses(word: str, vocabulary: Sequence[str]) -> list[str]:
@@ -203,9 +210,16 @@ class Captioner:
         return [caption for caption in captions if isinstance(caption, Caption)]
 
     def caption_each(
-        self, photos: Sequence[Photo | EncodedPhoto], options: DecodingOptions | None = None
+        self,
+        photos: Sequence[Photo | EncodedPhoto],
+        options: DecodingOptions | None = None,
+        *,
+        with_evidence: bool = True,
     ) -> list[Caption | ImageError]:
-        """Caption several photos at once; an unreadable photo gets its error instead."""
+        """Caption several photos at once; an unreadable photo gets its error instead.
+
+        Without evidence words have no map but the attention, and captions are written faster.
+        """
         options = options or DecodingOptions()
         prefix = self._prefix_ids(options)
         bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
@@ -222,12 +236,15 @@ class Captioner:
                 prefix=prefix,
                 bad_endings=bad_endings,
             )
+            maps: Iterable[list[CaptionMaps] | None] = itertools.repeat(None)
+            if with_evidence:
+                maps = self._maps(memory, found)
             weights = self.checkpoint.confidence
             if weights is None or given or sampled:
-                return zip(found, itertools.repeat(None), strict=False)
+                return zip(found, maps, itertools.repeat(None), strict=False)
             best = [beams[0] for beams in found]
             inputs = confidence_features(self._decoder, memory, best)
-            return zip(found, confidence_of(inputs, weights).tolist(), strict=True)
+            return zip(found, maps, confidence_of(inputs, weights).tolist(), strict=False)
 
         return [
             result
@@ -258,10 +275,10 @@ class Captioner:
         def search(features: Tensor) -> _Found:
             state, memory = self._decoder.start(features)
             forced = [*ids, EOS]
-            (beams,) = beam_search(
+            found = beam_search(
                 self._decoder.step, state, memory, beam_size=1, max_steps=len(forced), prefix=forced
             )
-            return [(beams, None)]
+            return zip(found, self._maps(memory, found), [None], strict=True)
 
         (caption,) = self._run([photo], search)
         if isinstance(caption, ImageError):
@@ -353,10 +370,10 @@ class Captioner:
             if isinstance(each, ImageError):
                 results.append(each)
                 continue
-            hypotheses, confidence = next(found)
+            hypotheses, maps, confidence = next(found)
             results.append(
                 Caption(
-                    tuple(map(self._beam, hypotheses)),
+                    tuple(map(self._beam, hypotheses, maps or itertools.repeat(None))),
                     each.size,
                     language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
                     confidence=confidence,
@@ -364,7 +381,15 @@ class Captioner:
             )
         return results
 
-    def _beam(self, hypothesis: Hypothesis) -> Beam:
+    def _maps(
+        self, memory: Memory, found: Sequence[Sequence[Hypothesis]]
+    ) -> Iterator[list[CaptionMaps]]:
+        """Yield the maps of each photo's beams."""
+        for row, beams in enumerate(found):
+            own = Memory(*(part[row : row + 1] for part in memory))
+            yield caption_maps(self._decoder, own, [beam.ids for beam in beams])
+
+    def _beam(self, hypothesis: Hypothesis, maps: CaptionMaps | None) -> Beam:
         """Translate one hypothesis, whose last id is ``<eos>``."""
         idx2word = self.checkpoint.vocabulary.idx2word
         *words, end = [
@@ -375,15 +400,120 @@ class Captioner:
                     (idx2word[other], float(probability))
                     for other, probability in zip(others.tolist(), probabilities, strict=True)
                 ),
-                attention.view(GRID, GRID).numpy(),
+                {"attended": _grid(attention)} | ({} if maps is None else _evidence(maps, place)),
             )
-            for index, log_probability, others, probabilities, attention in zip(
-                hypothesis.ids,
-                hypothesis.log_probabilities,
-                hypothesis.alternatives,
-                hypothesis.alternative_log_probabilities.exp(),
-                hypothesis.attention,
-                strict=True,
+            for place, (index, log_probability, others, probabilities, attention) in enumerate(
+                zip(
+                    hypothesis.ids,
+                    hypothesis.log_probabilities,
+                    hypothesis.alternatives,
+                    hypothesis.alternative_log_probabilities.exp(),
+                    hypothesis.attention,
+                    strict=True,
+                )
             )
         ]
         return Beam(tuple(words), end, hypothesis.log_probability, hypothesis.score)
+
+    @torch.inference_mode()
+    def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:
+        """Return a caption of the photo with all that explains the words of one of its beams.
+
+        The words get the map "mattered", ``fall`` and ``verdict``, and the caption gets ``seen``.
+
+        Args:
+            photo: which the caption is of.
+            caption: written or scored by this captioner.
+            beam: whose words to explain.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: there is no such beam.
+        """
+        if not 0 <= beam < len(caption.beams):
+            raise ConfigError(f"there is no beam {beam}; there are {len(caption.beams)}")
+        cells = (photo if isinstance(photo, EncodedPhoto) else self.encode(photo)).cells
+        chosen = caption.beams[beam]
+        words = [*chosen.words, chosen.end]
+        word2idx = self.checkpoint.vocabulary.word2idx
+        ids = [word2idx.get(word.text, UNK) for word in words]
+        memory = self._decoder.remember(cells[None])
+        (maps,) = caption_maps(self._decoder, memory, [ids])
+        occlusion = mattered(self._decoder, cells, ids)
+        *explained, end = [
+            dataclasses.replace(
+                word,
+                maps={
+                    "attended": word.attention,
+                    **_evidence(maps, place),
+                    "mattered": _grid(occlusion.cells[place]),
+                },
+                fall=float(occlusion.photo[place]),
+                verdict=verdict,
+            )
+            for place, (word, verdict) in enumerate(
+                zip(words, verdicts(maps, occlusion), strict=True)
+            )
+        ]
+        beams = list(caption.beams)
+        beams[beam] = dataclasses.replace(chosen, words=tuple(explained), end=end)
+        return dataclasses.replace(caption, beams=tuple(beams), seen=self._seen(memory))
+
+    def steps(
+        self, photo: Photo | EncodedPhoto, words: str | Sequence[str], index: int
+    ) -> WordSteps:
+        """Return how one word of a caption was chosen, step by step.
+
+        Args:
+            photo: as for ``caption``.
+            words: the caption; as a text, it is split as ``score`` splits it.
+            index: of the word; the number of words stands for the caption's end.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: there is no such word, or there are too many.
+        """
+        words = self.words_of(words) if isinstance(words, str) else words
+        if len(words) > _MAX_SCORED_LENGTH - 2:
+            raise ConfigError(
+                f"the caption has {len(words)} words; the limit is {_MAX_SCORED_LENGTH - 2}"
+            )
+        if not 0 <= index <= len(words):
+            raise ConfigError(f"there is no word {index}; there are {len(words)}, and the end")
+        vocabulary = self.checkpoint.vocabulary
+        ids = [*(vocabulary.word2idx.get(word, UNK) for word in words), EOS]
+        encoded = photo if isinstance(photo, EncodedPhoto) else self.encode(photo)
+        return word_steps(
+            self.checkpoint.model, encoded.cells, ids[: index + 1], vocabulary.idx2word
+        )
+
+    def _seen(self, memory: Memory) -> tuple[tuple[tuple[str, float], ...], ...] | None:
+        """Return the words that detectors see in each cell of a photo; None without evidence."""
+        if not self._decoder.has_evidence:
+            return None
+        logits = memory.evidence[0].float() + self._decoder.detectors.mean_logits
+        probabilities, columns = logits.sigmoid().topk(min(_MOST_SEEN, logits.shape[1]))
+        idx2word = self.checkpoint.vocabulary.idx2word
+        return tuple(
+            tuple(
+                (idx2word[UNK + 1 + column], probability)
+                for probability, column in zip(*cell, strict=True)
+                if probability >= _LEAST_SEEN
+            )
+            for cell in zip(probabilities.tolist(), columns.tolist(), strict=True)
+        )
+
+
+def _evidence(maps: CaptionMaps, place: int) -> dict[str, np.ndarray]:
+    """Return the maps "evidence" and "shown" of a word, if it has them."""
+    found = {}
+    if maps.has_evidence[place]:
+        found["evidence"] = _grid(maps.evidence[place])
+    if maps.has_detector[place]:
+        found["shown"] = _grid(maps.shown[place])
+    return found
+
+
+def _grid(cells: Tensor) -> np.ndarray:
+    grid: np.ndarray = cells.view(GRID, GRID).cpu().numpy()
+    return grid

@@ -47,6 +47,7 @@ _SHEET_WIDTHS = (550, 1430)  # least and largest
 _DPI = 110
 _FRAME_MS = 900
 _INK, _ACCENT = "#27272a", "#c2410c"
+_COLD = np.array((96, 165, 250)) / 255  # cells that speak against a word
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _LAST_RESORT_FONT = "Last Resort High-Efficiency"  # comes with it, too: a box per character
 
@@ -54,29 +55,57 @@ _LAST_RESORT_FONT = "Last Resort High-Efficiency"  # comes with it, too: a box p
 # Maps
 
 
+def shown_map(word: Word, appearance: Appearance = _DEFAULT) -> str:
+    """Return the name of the map that is drawn for a word."""
+    return appearance.map if appearance.map in word.maps else "attended"
+
+
+def map_cells(beam: Beam, word: Word, appearance: Appearance = _DEFAULT) -> np.ndarray:
+    """Return the cells (7, 7) that are drawn for a word: of its map, or what is special in it."""
+    name = shown_map(word, appearance)
+    cells = word.maps[name]
+    if appearance.special:
+        cells = cells - np.mean([each.maps[name] for each in _with_map(beam, name)], axis=0)
+    return cells
+
+
 def value_range(beam: Beam, word: Word, appearance: Appearance = _DEFAULT) -> tuple[float, float]:
-    """Return the shares of attention at the two ends of a map's color scale."""
-    words = [word] if appearance.scale == "word" else [*beam.words, beam.end]
-    cells = np.stack([each.attention for each in words])
-    return float(cells.min()), float(cells.max())
+    """Return the values at the two ends of a map's color scale; with negative ones 0 is between."""
+    name = shown_map(word, appearance)
+    words = [word] if appearance.scale == "word" else _with_map(beam, name)
+    cells = np.stack([map_cells(beam, each, appearance) for each in words])
+    low, high = float(cells.min()), float(cells.max())
+    if name in ("attended", "shown") and not appearance.special:
+        return low, high
+    most = max(-low, high)
+    return -most, most
+
+
+def _with_map(beam: Beam, name: str) -> list[Word]:
+    """Return the beam's words and its end, as far as they have the map."""
+    return [each for each in (*beam.words, beam.end) if name in each.maps]
 
 
 def blend(
     photo: Image.Image,
-    word: Word,
+    cells: np.ndarray,
     appearance: Appearance = _DEFAULT,
     limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Draw a word's map over the photo, as ``heat`` in viewer.js does.
+    """Draw a map over the photo, as ``heat`` in viewer.js does.
 
     Args:
         photo: upright RGB; the map covers all of it, because the encoder sees all of it.
-        word: whose map.
+        cells: (7, 7).
         appearance: how it is drawn.
-        limits: ends of the color scale; by default the map's weakest and strongest cell.
+        limits: ends of the color scale; by default the weakest and the strongest cell. If the first
+            is negative, they are -m and m, and cells below zero glow in a cold color.
     """
-    low, high = limits or (float(word.attention.min()), float(word.attention.max()))
-    scaled = ((word.attention - low) / max(high - low, 1e-9)).astype(np.float32)
+    low, high = limits or (float(cells.min()), float(cells.max()))
+    if low < 0 and appearance.colors != "light":
+        scaled = (cells / max(high, 1e-9)).astype(np.float32)
+    else:
+        scaled = ((cells - low) / max(high - low, 1e-9)).astype(np.float32)
     if appearance.shape == "cells":
         grid = Image.fromarray(scaled).resize(photo.size, Image.Resampling.NEAREST)
     else:
@@ -85,16 +114,23 @@ def blend(
         padded = Image.fromarray(np.pad(scaled, 2, mode="edge"))
         box = (2, 2, columns + 2, rows + 2)
         grid = padded.resize(photo.size, Image.Resampling.BICUBIC, box)
-    weights = np.asarray(grid).clip(0, 1)
+    # Overshoot below zero must not glow where no cell is below zero.
+    weights = np.asarray(grid).clip(-1 if low < 0 else 0, 1)
+    heat = np.abs(weights)[..., None]
     amount = 0.7 * appearance.strength
     pixels = np.asarray(photo, dtype=np.float32) / 255
-    pixels = pixels * (1 - amount * (1 - weights[..., None]))  # darker where attention is weak
+    pixels = pixels * (1 - amount * (1 - heat))  # darker where the map is weak
     if appearance.colors != "light":
-        levels = np.rint(weights * 255).astype(np.uint8)
-        colors = mpl.colormaps[appearance.colors](levels)[..., :3]
-        glow = amount * weights[..., None]
-        pixels = pixels * (1 - glow) + colors * glow
+        glow = amount * heat
+        pixels = pixels * (1 - glow) + _map_colors(weights, appearance) * glow
     return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def _map_colors(weights: np.ndarray, appearance: Appearance) -> np.ndarray:
+    """Return the colors (..., 3) of weights from -1 to 1."""
+    levels = np.rint(weights.clip(min=0) * 255).astype(np.uint8)
+    colors = mpl.colormaps[appearance.colors](levels)[..., :3]
+    return np.where(weights[..., None] < 0, _COLD, colors)
 
 
 def _thumbnail(photo: Image.Image, side: int = _THUMBNAIL_SIDE) -> Image.Image:
@@ -288,21 +324,37 @@ def _steps(beam: Beam, word: int | None) -> list[tuple[str, Word]]:
     return [*steps, ("end", beam.end)] if word == len(beam.words) else steps
 
 
-def _explanation(appearance: Appearance) -> str:
+_LOOKED = "where the model looked before it wrote the word"
+_EXPLANATIONS = {
+    "attended": f"Each map: {_LOOKED}",
+    "evidence": "Each map: what the cells gave to the word through its detector or its class's "
+    f"name; words without either show {_LOOKED}",
+    "mattered": "Each map: how far the word's probability falls without the cell",
+    "shown": f"Each map: where the word's detector sees it; words without one show {_LOOKED}",
+}
+
+
+def _explanation(appearance: Appearance, *, is_signed: bool) -> str:
     """Return the note under a sheet."""
     scale = "All maps share one scale"
     if appearance.scale == "word":
         scale = "Each map has its own scale, from its weakest to its strongest cell"
+    special = "; drawn is the difference from the caption's mean map" if appearance.special else ""
+    cold = " Blue cells speak against the word." if is_signed else ""
     return (
-        f"Where the model looked before each word. {scale}. Percentages are the probabilities of "
-        "the words. Attention does not prove causation."
+        f"{_EXPLANATIONS[appearance.map]}{special}. {scale}.{cold} Percentages are the "
+        "probabilities of the words. No map proves what caused a word."
     )
 
 
-def _color_scale(appearance: Appearance, size: tuple[int, int]) -> Image.Image:
+def _color_scale(appearance: Appearance, size: tuple[int, int], *, is_signed: bool) -> Image.Image:
     """Return a bar of the map's colors, the weakest on the left."""
-    name = "gray" if appearance.colors == "light" else appearance.colors
-    colors = mpl.colormaps[name](np.linspace(0, 1, size[0]))[None, :, :3]
+    if appearance.colors == "light":
+        colors = mpl.colormaps["gray"](np.linspace(0, 1, size[0]))[None, :, :3]
+    else:
+        weights = np.linspace(-1 if is_signed else 0, 1, size[0])[None]
+        colors = _map_colors(weights, appearance)
+        colors = np.where(weights[..., None] < 0, colors * -weights[..., None], colors)
     return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(size)
 
 
@@ -365,18 +417,22 @@ def sheet(
     first_row = round(top) + grid.gap
     top = first_row + grid.height + grid.gap
     bar = (grid.width // 2 - 150, round(top))
+    # The scale is that of the first word with the chosen map, as most others are.
+    first = next((each for _, each in steps if appearance.map in each.maps), chosen.end)
+    limits = value_range(chosen, first, appearance)
     if steps:
-        notes, top = _legend(chosen, steps[0][1], appearance, grid.width, bar)
+        notes, top = _legend(limits, shown_map(first, appearance), appearance, grid.width, bar)
         texts += notes
     picture = Image.new("RGB", (grid.width, math.ceil(top) + grid.gap), "white")
     if steps:
-        picture.paste(_color_scale(appearance, (300, 14)), bar)
+        scale = _color_scale(appearance, (300, 14), is_signed=limits[0] < 0)
+        picture.paste(scale, bar)
     for index, (label, step) in enumerate([("photo", None), *steps]):
         left, panel_top = grid.corner(index)
         corner = (left, first_row + panel_top)
         panel, color = grid.photo, _INK
         if step is not None:
-            panel = blend(grid.photo, step, appearance, value_range(chosen, step, appearance))
+            panel = _blend_word(grid.photo, chosen, step, appearance)
             label = _panel_label(labels, label, step, grid.side - grid.gap)
         picture.paste(panel, corner)
         if step is not None and index - 1 == word:
@@ -399,21 +455,44 @@ def _paragraph(
     return lines, top
 
 
+def _blend_word(photo: Image.Image, beam: Beam, word: Word, appearance: Appearance) -> Image.Image:
+    limits = value_range(beam, word, appearance)
+    return blend(photo, map_cells(beam, word, appearance), appearance, limits)
+
+
 def _legend(
-    beam: Beam, first: Word, appearance: Appearance, width: int, bar: tuple[int, int]
+    limits: tuple[float, float],
+    name: str,
+    appearance: Appearance,
+    width: int,
+    bar: tuple[int, int],
 ) -> tuple[list[_Line], float]:
-    """Return the texts under the color scale at ``bar``, and the pixel below the last one."""
+    """Return the texts under the color scale at ``bar``, and the pixel below the last one.
+
+    Args:
+        limits: the values at the ends of the scale.
+        name: of the map.
+        appearance: of the maps.
+        width: of the picture.
+        bar: the left and top pixel of the color scale.
+    """
     notes = _Typesetter("", None, 8)
+    is_signed = limits[0] < 0
     ends = []
-    for x, name, share in zip(
-        (0, 300), ("weakest", "strongest"), value_range(beam, first, appearance), strict=True
+    for x, text, value in zip(
+        (0, 300),
+        ("against the word", "for the word") if is_signed else ("weakest cell", "strongest cell"),
+        limits,
+        strict=True,
     ):
-        text = f"{name} cell"
         if appearance.scale == "caption":
-            text += f": {percent(share)}"
+            is_share = name in ("attended", "shown")
+            sign = "\u2212" if value < 0 else ""
+            text += f": {sign}{percent(abs(value))}" if is_share else f": {value:+.2f} nats"
         ends.append(_Line(notes, text, bar[0] + x, bar[1] + 20))
     top = bar[1] + 20 + notes.height + _Grid.gap
-    lines, top = _paragraph(notes, _explanation(appearance).split(), width, top)
+    explanation = _explanation(appearance, is_signed=is_signed)
+    lines, top = _paragraph(notes, explanation.split(), width, top)
     return ends + lines, top
 
 
@@ -491,8 +570,8 @@ def gif(
         strip, marked, boxes = _strip([label for label, _ in steps], width, caption.language)
         for (_, step), box in zip(steps, boxes, strict=True):
             picture = Image.new("RGB", (width, small.height + strip.height), "white")
-            limits = value_range(chosen, step, appearance)
-            picture.paste(blend(small, step, appearance, limits), ((width - small.width) // 2, 0))
+            blended = _blend_word(small, chosen, step, appearance)
+            picture.paste(blended, ((width - small.width) // 2, 0))
             picture.paste(strip, (0, small.height))
             picture.paste(marked.crop(box), (box[0], small.height + box[1]))
             pictures.append(picture)

@@ -1,12 +1,13 @@
 // The attention viewer: draws one caption with its maps and lets the visitor explore it.
 // Knows nothing of Gradio or of a server. Text from the value is set as text, never as HTML.
 //
-// mountViewer(root, { rewrite, changed }) returns { show(value), state(), text() }.
+// mountViewer(root, { rewrite, explain, changed }) returns { show(value), explained(caption), state(), text() }.
 //   value: { photo: { url }, caption: Caption.to_dict(), beam, word, appearance }
 //   rewrite({ text, given, whole }): requests a caption that begins with `text`; without it the
 //     alternatives cannot be clicked.
+//   explain(beam): requests the words' verdicts and further maps; the answer goes to explained().
 //   changed(): called when the visitor chose another caption, word or appearance.
-function mountViewer(root, { rewrite, changed = () => {} } = {}) {
+function mountViewer(root, { rewrite, explain, changed = () => {} } = {}) {
   const find = (selector) => root.querySelector(selector);
   const make = (name, className, ...children) => {
     const node = Object.assign(document.createElement(name), { className });
@@ -22,6 +23,8 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const press = (selector, chosen) => [...find(selector).children].forEach((node, at) => (node.ariaPressed = String(at === chosen)));
   const clamp = (number, low, high) => Math.min(Math.max(number, low), high);
   const percent = (share) => (share >= 0.0995 ? `${Math.round(share * 100)}%` : `${(share * 100).toFixed(1)}%`);
+  const signed = (number) => number.toFixed(2).replace("-", "−");
+  const nats = (number) => (number > 0 ? "+" : "") + (Math.abs(number) < 0.1 ? String(Number(number.toPrecision(1))).replace("-", "−") : signed(number));
 
   // ---- Colors: 17 points of each of matplotlib's maps, interpolated linearly by the browser.
   const COLORS = {
@@ -61,30 +64,62 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const transpose = (a) => a[0].map((_, column) => a.map((row) => row[column]));
   const smooth = (cells) => multiply(multiply(resampling(cells.length), cells), transpose(resampling(cells[0].length)));
 
-  const DEFAULTS = { strength: 0.75, shape: "smooth", colors: "inferno", scale: "word" };
+  // ---- The maps of a word.
+  const MAPS = {
+    evidence: ["Evidence", "what each cell gave to the word through its detector or its class’s name, in nats"],
+    attended: ["Attended", "where the model looked before it wrote the word: shares of its attention"],
+    mattered: ["Mattered", "how far the word’s log-probability falls without the cell, in nats"],
+    shown: ["Shown", "where the word’s detector sees it, whatever the model did: probability per cell"],
+  };
+  const VERDICTS = {
+    "seen there": ["●", "Seen there", "its evidence and what mattered lie in the same place."],
+    "from the scene": ["◐", "From the scene", "the photo made it likelier, but no place in particular."],
+    "from the sentence": ["○", "From the sentence", "covering the whole photo hardly changes it."],
+    guessed: ["?", "Guessed", "the photo doesn’t show it, as far as the model can see."],
+  };
+  const DEFAULTS = { map: "evidence", special: false, strength: 0.75, shape: "smooth", colors: "inferno", scale: "word" };
   const appearance = { ...DEFAULTS };
 
+  const mapName = (word) => (appearance.map in word.maps ? appearance.map : "attended");
+  const withMap = (name) => items().filter((word) => name in word.maps);
+  const isSigned = (name) => appearance.special || name === "evidence" || name === "mattered";
+  // The cells that are drawn for a word: its map, or the difference from the mean of the caption's maps.
+  const cellsOf = (word) => {
+    const name = mapName(word);
+    if (!appearance.special) return word.maps[name];
+    const all = withMap(name).map((each) => each.maps[name]);
+    return word.maps[name].map((row, y) => row.map((cell, x) => cell - all.reduce((sum, map) => sum + map[y][x], 0) / all.length));
+  };
   const rangeOf = (word) => {
-    const cells = (appearance.scale === "word" ? [word] : items()).flatMap((each) => each.attention.flat());
-    return [Math.min(...cells), Math.max(...cells)];
+    const name = mapName(word);
+    const cells = (appearance.scale === "word" ? [word] : withMap(name)).flatMap((each) => cellsOf(each).flat());
+    const [low, high] = [Math.min(...cells), Math.max(...cells)];
+    const most = Math.max(-low, high);
+    return isSigned(name) ? [-most, most] : [low, high];
   };
 
-  // Attended cells glow and the rest of the photo is darkened, as in captioner/inference/render.py.
+  // Hot cells glow and the rest of the photo is darkened, as in captioner/inference/render.py.
+  const COLD = [96, 165, 250]; // cells that speak against the word
   const heat = (word) => {
     const [low, high] = rangeOf(word);
-    let weights = word.attention.map((row) => row.map((cell) => (cell - low) / Math.max(high - low, 1e-9)));
+    const bright = appearance.colors === "light";
+    const hasCold = low < 0 && !bright;
+    let weights = cellsOf(word).map((row) => row.map((cell) => (hasCold ? cell / Math.max(high, 1e-9) : (cell - low) / Math.max(high - low, 1e-9))));
     if (appearance.shape === "smooth") weights = smooth(weights);
     const canvas = Object.assign(document.createElement("canvas"), { width: weights[0].length, height: weights.length });
     const context = canvas.getContext("2d");
     const image = context.createImageData(canvas.width, canvas.height);
     const amount = 0.7 * appearance.strength;
     weights.flat().forEach((value, at) => {
-      const weight = clamp(value, 0, 1);
-      const dark = 1 - amount * (1 - weight);
-      const glow = appearance.colors === "light" ? 0 : amount * weight;
+      const weight = clamp(value, hasCold ? -1 : 0, 1);
+      const dark = 1 - amount * (1 - Math.abs(weight));
+      const glow = bright ? 0 : amount * Math.abs(weight);
       const alpha = 1 - dark * (1 - glow);
-      const color = 4 * Math.round(weight * 255);
-      for (let k = 0; k < 3; k++) image.data[4 * at + k] = alpha ? (tables[appearance.colors][color + k] * glow) / alpha : 0;
+      const color = 4 * Math.round(clamp(weight, 0, 1) * 255);
+      for (let k = 0; k < 3; k++) {
+        const part = weight < 0 ? COLD[k] : tables[appearance.colors][color + k];
+        image.data[4 * at + k] = alpha ? (part * glow) / alpha : 0;
+      }
       image.data[4 * at + 3] = 255 * alpha;
     });
     context.putImageData(image, 0, 0);
@@ -113,7 +148,9 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   const current = () => value.caption.beams[beam];
   const items = () => [...current().words, current().end];
   const isEnd = (word) => word === current().end;
-  const columns = () => items()[0].attention[0].length;
+  const attended = (word) => word.maps.attended.flat();
+  const columns = () => items()[0].maps.attended[0].length;
+  const rows = () => items()[0].maps.attended.length;
   // The index after the last word stands for the end: if it is given, the model only scored.
   const isGiven = (at) => value.caption.given.includes(at);
   const isScored = ({ caption }) => caption.given.includes(caption.beams[0].words.length);
@@ -136,12 +173,29 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   }
 
   function drawLegend() {
-    const [low, high] = rangeOf(items()[previewed]);
-    find(".legend").style.background = `linear-gradient(to right, ${pointsOf(appearance.colors)})`;
-    find(".low").textContent = percent(low);
-    find(".high").textContent = percent(high);
-    find(".scale-text").textContent =
-      `share of attention per cell (scaled ${appearance.scale === "word" ? "per word" : "the same for all words"})`;
+    const word = items()[previewed];
+    const name = mapName(word);
+    const [low, high] = rangeOf(word);
+    const write = isSigned(name) && !["attended", "shown"].includes(name)
+      ? nats
+      : (value) => (value < 0 ? "−" : "") + percent(Math.abs(value));
+    const [first, ...others] = pointsOf(appearance.colors);
+    const hasCold = low < 0 && appearance.colors !== "light";
+    find(".legend").style.background = `linear-gradient(to right, ${hasCold ? [`rgb(${COLD})`, `${first} 50%`, ...others] : [first, ...others]})`;
+    find(".low").textContent = write(low);
+    find(".high").textContent = write(high);
+    const [, meaning] = MAPS[name];
+    const parts = [`${MAPS[name][0]}: ${meaning}`];
+    if (name !== appearance.map) parts.unshift(`This word has no map “${MAPS[appearance.map][0].toLowerCase()}”`);
+    if (hasCold) parts.push(appearance.special ? "blue: less than in the mean map" : "blue cells speak against the word");
+    if (appearance.special) parts.push("drawn is the difference from the caption’s mean map");
+    if (appearance.scale === "caption") parts.push("all words share the scale");
+    find(".scale-text").textContent = `${parts.join("; ")}.`;
+    const { maps } = items()[previewed];
+    for (const node of find(".maps").children) {
+      node.ariaPressed = String(node.value === appearance.map);
+      node.classList.toggle("lacking", !(node.value in maps));
+    }
   }
 
   // Shows a word at once: its map is painted in the next frame, without a request.
@@ -167,8 +221,11 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   }
 
   function drawPanel(word, at) {
-    const cells = word.attention.flat();
+    const cells = attended(word);
     mark(find(".word-title"), !isEnd(word)).textContent = isEnd(word) ? "The end of the caption" : `“${display(word.text)}”`;
+    const [shape, title, reason] = VERDICTS[word.verdict] ?? ["", "", ""];
+    const fall = word.verdict && ` Without the photo its probability would be ${percent(clamp(word.probability * Math.exp(-word.fall), 0, 1))}.`;
+    find(".verdict").replaceChildren(...(word.verdict ? [make("b", "", `${shape} ${title}`), `: ${reason}${fall}`] : []));
     find(".detail").textContent =
       `Probability ${percent(word.probability)}${word.known ? "" : " (that of any word outside the vocabulary)"}. ` +
       `Attention is spread over about ${Math.round(word.cells)} of ${cells.length} cells, strongest at ${word.region} (${percent(Math.max(...cells))}).`;
@@ -203,15 +260,14 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
 
   // ---- Which words looked here?
   function buildCells() {
-    const { attention } = items()[0];
     grid.style.setProperty("--columns", columns());
-    grid.style.setProperty("--rows", attention.length);
+    grid.style.setProperty("--rows", rows());
     const cell = (row, column) => Object.assign(make("div", "cell"), { role: "gridcell", id: `${id}-${row * columns() + column}` });
-    grid.replaceChildren(...attention.map((cells, row) => Object.assign(make("div", "", ...cells.map((_, column) => cell(row, column))), { role: "row" })));
+    grid.replaceChildren(...items()[0].maps.attended.map((cells, row) => Object.assign(make("div", "", ...cells.map((_, column) => cell(row, column))), { role: "row" })));
   }
 
   function drawCells() {
-    const shares = items()[previewed].attention.flat();
+    const shares = attended(items()[previewed]);
     grid.querySelectorAll(".cell").forEach((cell, at) => {
       cell.ariaSelected = String(selection.has(at));
       cell.ariaLabel = `row ${Math.floor(at / columns()) + 1}, column ${(at % columns()) + 1}: ${percent(shares[at])}`;
@@ -223,28 +279,47 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   // While cells are selected each word shows how much of its attention lies in them.
   function drawShares() {
     const words = items();
-    const shares = words.map(({ attention }) => [...selection].reduce((sum, cell) => sum + attention.flat()[cell], 0));
+    const shares = words.map((word) => [...selection].reduce((sum, cell) => sum + attended(word)[cell], 0));
     const largest = Math.max(...shares, 1e-9);
     [...find(".words").children].forEach((node, at) => {
-      const { known, probability } = words[at];
+      const { known, probability, verdict } = words[at];
       const prefix = !known ? "unknown · " : isGiven(at) ? "yours · " : "";
       node.classList.toggle("sharing", selection.size > 0);
       node.style.setProperty("--share", selection.size ? shares[at] / largest : probability);
       node.querySelector(".number").textContent = selection.size ? percent(shares[at]) : prefix + percent(probability);
+      const [shape, title] = VERDICTS[verdict] ?? ["", ""];
+      Object.assign(node.querySelector(".shape"), { textContent: shape, title, ariaLabel: title });
     });
     const ranked = words.map((word, at) => [shares[at], label(word)]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     find(".clear").hidden = !selection.size;
     find(".cells-note").textContent = selection.size
       ? `Words that attended most to ${selected()}: ${ranked.map(([share, text]) => `${text} ${percent(share)}`).join(", ")}.`
       : "";
+    drawSeen();
     drawBadge();
     drawCells();
+  }
+
+  // The words that the detectors see in the selected cells: in any of them, as if cells were independent.
+  function drawSeen() {
+    const { seen } = value.caption;
+    const absent = new Map();
+    for (const cell of seen ? selection : []) {
+      for (const { text, probability } of seen[cell]) absent.set(text, (absent.get(text) ?? 1) * (1 - probability));
+    }
+    const used = new Set(current().words.map((word) => word.text));
+    const ranked = [...absent].sort((a, b) => a[1] - b[1]).slice(0, 8);
+    find(".seen-note").hidden = !ranked.length;
+    find(".seen-words").replaceChildren(...ranked.map(([text, no]) => {
+      const number = make("span", "number", `${percent(1 - no)}${used.has(text) ? " · in the caption" : ""}`);
+      return make("li", "", mark(make("span", "", text)), " ", number);
+    }));
   }
 
   const cellAt = (event) => {
     const box = grid.getBoundingClientRect();
     const index = (part, cells) => clamp(Math.floor(part * cells), 0, cells - 1);
-    const row = index((event.clientY - box.top) / box.height, items()[0].attention.length);
+    const row = index((event.clientY - box.top) / box.height, rows());
     return row * columns() + index((event.clientX - box.left) / box.width, columns());
   };
   let touch = null; // a finger that may yet scroll the page
@@ -289,7 +364,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     if (step) {
       const next = cursor + step;
       const wraps = Math.abs(step) === 1 && Math.floor(next / width) !== Math.floor(cursor / width);
-      if (!wraps && next in items()[0].attention.flat()) cursor = next;
+      if (!wraps && next in attended(items()[0])) cursor = next;
     } else if (event.key === " " || event.key === "Enter") {
       if (!selection.delete(cursor)) selection.add(cursor);
     } else if (event.key === "Escape") {
@@ -318,7 +393,8 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
 
   function wordButton(word, at) {
     const number = Object.assign(make("span", "number"), { dir: "ltr" });
-    const node = button("word", () => pin(at), mark(make("span", "text", label(word)), !isEnd(word)), number);
+    const shape = Object.assign(make("span", "shape"), { role: "img" });
+    const node = button("word", () => pin(at), mark(make("span", "text", label(word)), !isEnd(word)), make("span", "numbers", shape, number));
     for (const [name, is] of Object.entries({ end: isEnd(word), given: isGiven(at), unknown: !word.known })) node.classList.toggle(name, is);
     node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && preview(at));
     return node;
@@ -335,8 +411,6 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   });
 
   // ---- Alternative captions, overview, playing.
-  const signed = (number) => number.toFixed(2).replace("-", "−");
-
   function buildBeams() {
     const { beams, sampled } = value.caption;
     const scored = isScored(value);
@@ -397,7 +471,10 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     find(".confidence").textContent = confidence == null || beam > 0 ? "" : `${level}: about ${share} in 10 captions like this are right`;
   }
 
-  // Shows one of the captions, starting with `word` or the content word with the most focused map.
+  // How clearly one cell speaks for a word.
+  const clearest = (word) => Math.max(0, ...(word.maps.evidence ?? []).flat());
+
+  // Shows one of the captions, starting with `word` or the content word that a cell speaks for most clearly.
   function choose(at, word) {
     stop();
     beam = at;
@@ -410,9 +487,18 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     mark(find(".photo")).alt = captionText(current());
     // Each word has a direction of its own; their row takes the caption's.
     find(".words").dir = getComputedStyle(find(".beam .text")).direction;
-    const content = current().words.filter((each) => !FUNCTION_WORDS.has(each.text)).sort((a, b) => a.cells - b.cells);
+    const content = current().words.filter((each) => !FUNCTION_WORDS.has(each.text)).sort((a, b) => clearest(b) - clearest(a) || a.cells - b.cells);
     pinned = word < items().length ? word : Math.max(current().words.indexOf(content[0]), 0);
     preview(pinned);
+    drawShares();
+    drawTiles();
+    if (!current().end.verdict) explain?.(beam);
+  }
+
+  // Adds what explains the words; the chosen word, the selection and the focus stay.
+  function explained(caption) {
+    value.caption = caption;
+    preview(previewed);
     drawShares();
     drawTiles();
   }
@@ -421,7 +507,10 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
 
   function setAppearance({ strength = appearance.strength, ...change } = {}) {
     appearance.strength = strength;
+    appearance.map = change.map in MAPS ? change.map : appearance.map;
+    appearance.special = change.special ?? appearance.special;
     find(".strength").value = 100 * strength;
+    find(".special").checked = appearance.special;
     for (const [name, selector] of Object.entries(SELECTS)) {
       const select = find(selector);
       select.value = change[name] ?? appearance[name];
@@ -454,6 +543,14 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
     drawTiles();
     changed();
   };
+  find(".maps").append(...Object.entries(MAPS).map(([name, [title, meaning]]) =>
+    Object.assign(button("", () => set({ map: name }), title), { value: name, title: `${meaning} (M: next map)` })));
+  stage.addEventListener("keydown", (event) => {
+    if (event.key.toLowerCase() !== "m" || event.ctrlKey || event.metaKey || event.altKey || !value) return;
+    const names = Object.keys(MAPS);
+    set({ map: names[(names.indexOf(appearance.map) + 1) % names.length] });
+  });
+  find(".special").addEventListener("change", (event) => set({ special: event.target.checked }));
   find(".colors").append(...Object.keys(COLORS).map((name) => new Option(NAMES[name] ?? name, name)));
   find(".strength").addEventListener("input", (event) => set({ strength: event.target.value / 100 }));
   for (const [name, selector] of Object.entries(SELECTS)) find(selector).addEventListener("change", (event) => set({ [name]: event.target.value }));
@@ -462,6 +559,7 @@ function mountViewer(root, { rewrite, changed = () => {} } = {}) {
   new ResizeObserver(draw).observe(frame);
   return {
     show,
+    explained,
     state: () => ({ value, beam, word: pinned, appearance: { ...appearance }, defaults: DEFAULTS }),
     text: () => captionText(current()),
   };

@@ -23,7 +23,7 @@ from captioner.model.confidence import num_features
 from captioner.model.decoder import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _FIELDS: dict[str, type] = {
     "format": int,

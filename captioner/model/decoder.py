@@ -67,22 +67,28 @@ class Attention(nn.Module):
 
     def attend(self, memory: Memory, projected_query: Tensor) -> tuple[Tensor, Tensor]:
         """Attend with ``projected_query = Wh(query)``, (B, W, A)."""
-        summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
-        scores = self.v(torch.tanh(summed)).squeeze(-1)  # (B, W, P)
-        attention = scores.float().softmax(dim=-1)
+        attention = self.score(memory, projected_query).float().softmax(dim=-1)
         return attention.to(memory.features.dtype) @ memory.features, attention
+
+    def score(self, memory: Memory, projected_query: Tensor) -> Tensor:
+        """Return the score (B, W, P) of each cell, before the softmax."""
+        summed = memory.keys[:, None] + projected_query[:, :, None]  # (B, W, P, A)
+        return self.v(torch.tanh(summed)).squeeze(-1)
 
 
 class CaptionModel(nn.Module):
     """Attention, LSTMCell and output layer; see ``ModelConfig`` for the options."""
 
     kinds: Tensor
+    mean_cell: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         """Create the layers with random weights."""
         super().__init__()
         self.config = config
         C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size
+        # Of the training photos: a cell that shows nothing in particular.
+        self.register_buffer("mean_cell", torch.zeros(C))
         if config.feature_size:
             self.projection = nn.Linear(C, config.feature_size)
             C = config.feature_size

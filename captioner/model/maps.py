@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.nn.utils.rnn import pad_sequence
 
 from captioner.config import BOS, UNK
 from captioner.model.decoder import CaptionModel, Memory
@@ -33,6 +34,8 @@ class CaptionMaps(NamedTuple):
             words without one.
         has_evidence: (T,), whether the word has a detector or is a name valid at its place.
         has_detector: (T,), whether the word has a detector.
+        recognized: (T,), the probability that the photo shows the word: by its detector, that any
+            cell does; by the backbone's classes, that of the clearest cell; the larger of both.
     """
 
     log_probabilities: Tensor
@@ -41,11 +44,28 @@ class CaptionMaps(NamedTuple):
     shown: Tensor
     has_evidence: Tensor
     has_detector: Tensor
+    recognized: Tensor
+
+
+class Occlusion(NamedTuple):
+    """How far the log-probability of each of T words falls, in nats, without what the photo shows.
+
+    Negative where that spoke against the word.
+
+    Attributes:
+        cells: (T, P), without each cell.
+        photo: (T,), without all of them.
+    """
+
+    cells: Tensor
+    photo: Tensor
 
 
 @torch.inference_mode()
-def caption_maps(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> CaptionMaps:
-    """Read a caption and return the maps that need no second reading.
+def caption_maps(
+    model: CaptionModel, memory: Memory, captions: Sequence[Sequence[int]]
+) -> list[CaptionMaps]:
+    """Read captions of one photo, and return the maps that need no second reading.
 
     The cells of ``evidence`` add up to exactly what ``CaptionModel.add_recognized`` added to the
     word's logit, given the attention (up to rounding; for a name that no caption held, to what it
@@ -58,38 +78,75 @@ def caption_maps(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> Capt
 
     Args:
         model: in ``eval()``.
-        cells: (P, C), from the encoder.
-        ids: T words, at least one, without ``<bos>``.
+        memory: of the photo.
+        captions: each at least one id, without ``<bos>``.
     """
-    memory = model.remember(cells[None])
-    state = model.first_state(memory.features)
+    device = memory.keys.device
+    ids = pad_sequence([torch.tensor(caption, device=device) for caption in captions])
+    previous = torch.cat([torch.full_like(ids[:1], BOS), ids[:-1]])  # (T, W)
+    state = model.first_state(memory.features, len(captions))
     steps = []
-    for previous in [BOS, *ids][:-1]:
-        token_ids = torch.tensor([[previous]], device=cells.device)
-        logits, attention, state = model.step_unaided(token_ids, state, memory)
-        steps.append((logits[0, 0], attention[0, 0], state.hidden[0, 0]))
+    for token_ids in previous:
+        logits, attention, state = model.step_unaided(token_ids[None], state, memory)
+        steps.append((logits[0], attention[0], state.hidden[0]))
     unaided, attended, hidden = (torch.stack(each) for each in zip(*steps, strict=True))
-    words = torch.tensor(ids, device=cells.device)
-    previous_ids = torch.tensor([BOS, *ids][:-1], device=cells.device)
+    return [
+        _maps(model, memory, *(each[: len(caption), column] for each in columns))
+        for column, caption in enumerate(captions)
+        for columns in [(unaided, attended, hidden, previous, ids)]
+    ]
+
+
+def _maps(
+    model: CaptionModel,
+    memory: Memory,
+    unaided: Tensor,
+    attended: Tensor,
+    hidden: Tensor,
+    previous: Tensor,
+    words: Tensor,
+) -> CaptionMaps:
+    """Return the maps of a caption that was read.
+
+    Args:
+        model: which read it.
+        memory: of its photo.
+        unaided: (T, V), the logits of the output layer alone.
+        attended: (T, P).
+        hidden: (T, H).
+        previous: (T,), the word before each word.
+        words: (T,).
+    """
+    names, seen = memory.names[0], memory.evidence[0]
     logits = model.add_recognized(
-        unaided, hidden, attended @ memory.evidence[0], attended @ memory.names[0], previous_ids
+        unaided, hidden, attended @ seen, attended @ names, previous
     ).float()
-    column, has_detector = _detector_of(words, model.config.num_detectors)
     evidence, shown = torch.zeros_like(attended), torch.zeros_like(attended)
-    has_evidence = torch.zeros_like(has_detector)
-    if model.config.num_detectors:
-        seen = model.detectors(cells)[:, column].T.float()  # (T, P)
-        shown = seen.sigmoid() * has_detector[:, None]
+    has_evidence = has_detector = torch.zeros_like(words, dtype=torch.bool)
+    recognized = attended.new_zeros(len(words))
     if model.has_evidence:
+        column = words - UNK - 1  # words with a detector follow the specials
+        has_detector = (column >= 0) & (column < model.config.num_detectors)
+        column = torch.where(has_detector, column, 0)
+        own = seen[:, column].T.float()
         gain = softplus(model.evidence_gain(hidden).float())  # (T, 1)
-        evidence = gain * attended * memory.evidence[0][:, column].T * has_detector[:, None]
+        evidence = gain * attended * own * has_detector[:, None]
+        mean_logits = model.detectors.mean_logits[column]
+        shown = (own + mean_logits[:, None]).sigmoid() * has_detector[:, None]
         has_evidence = has_detector
+        recognized = 1 - (1 - shown).prod(dim=1)
     if model.config.class_names:
-        written = _of_words(unaided.float(), words) + evidence.sum(dim=1)
-        pointed, is_named = _pointed(
-            model, memory, attended, written, _of_words(logits, words), words, previous_ids
-        )
-        evidence, has_evidence = evidence + pointed, has_evidence | is_named
+        pointer = model.pointer
+        is_own = pointer.words[pointer.places] == words[:, None]  # (T, E)
+        named = (is_own & pointer.is_valid(previous)).float() @ names.T.float()  # (T, P)
+        parts = attended * named
+        total = parts.sum(dim=1, keepdim=True)
+        is_unwritten = words >= model.first_unwritten
+        before = torch.where(is_unwritten, UNWRITTEN, _of_words(unaided.float(), words))
+        added = _of_words(logits, words) - before - evidence.sum(dim=1)
+        evidence = evidence + parts / total.clamp(min=1e-20) * added[:, None] * (total > 0)
+        has_evidence = has_evidence | (total > 0).squeeze(1)
+        recognized = recognized.maximum(named.amax(dim=1))
     return CaptionMaps(
         _of_words(logits.log_softmax(dim=-1), words),
         attended,
@@ -97,83 +154,46 @@ def caption_maps(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> Capt
         shown,
         has_evidence,
         has_detector,
+        recognized,
     )
 
 
 @torch.inference_mode()
-def mattered(model: CaptionModel, cells: Tensor, ids: Sequence[int], replacement: Tensor) -> Tensor:
-    """Return (T, P), how far each word's log-probability falls, in nats, without each cell.
+def mattered(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> Occlusion:
+    """Return how far each word's log-probability falls without each cell, and without the photo.
 
-    Occlusion (Zeiler and Fergus 2014) on the grid: the whole caption is read again with the cell
-    replaced, so this counts every way from the cell to the word, the LSTM's memory of the earlier
-    words' readings included. Negative where the cell spoke against the word. The backbone has seen
-    the whole photo: neighbors still hold part of what the cell showed.
+    Occlusion (Zeiler and Fergus 2014) on the grid: the whole caption is read again with
+    ``model.mean_cell`` in place of the cell, which neither detectors nor pointer recognize
+    anything in. So this counts every way from the cell to the word, the LSTM's memory of the
+    earlier words' readings included. The backbone has seen the whole photo: neighbors still hold
+    part of what the cell showed.
 
     Args:
         model: in ``eval()``.
         cells: (P, C), from the encoder.
         ids: T words, without ``<bos>``; each is read after the same words as in the caption.
-        replacement: (C,), a cell that shows nothing in particular, such as the mean of many photos.
     """
     num_cells = len(cells)
     # Cells are remembered one by one, so replacing them afterwards gives the same as before.
-    whole = model.remember(torch.cat([cells, replacement[None].to(cells)])[None])
-    rows = torch.arange(num_cells, device=cells.device).repeat(num_cells + 1, 1)
-    rows[:-1].fill_diagonal_(num_cells)  # the last photo is left whole
+    whole = model.remember(torch.cat([cells, model.mean_cell[None].to(cells)])[None])
+    # To the detectors a mean of cells is no mean: normalized, it speaks against all words.
+    whole.evidence[:, num_cells] = 0
+    whole.names[:, num_cells] = 0
+    rows = torch.arange(num_cells, device=cells.device).repeat(num_cells + 2, 1)
+    rows[:num_cells].fill_diagonal_(num_cells)
+    rows[num_cells] = num_cells  # without the photo; the last row is left whole
     memory = Memory(*(part[0, rows] for part in whole))
     state = model.first_state(memory.features)
     log_probabilities = []
     for previous, word in pairwise([BOS, *ids]):
-        token_ids = torch.full((num_cells + 1, 1), previous, device=cells.device)
+        token_ids = torch.full((num_cells + 2, 1), previous, device=cells.device)
         logits, _, state = model.step(token_ids, state, memory)
         log_probabilities.append(logits[:, 0].float().log_softmax(dim=-1)[:, word])
-    readings = torch.stack(log_probabilities)  # (T, P + 1)
-    return readings[:, -1:] - readings[:, :-1]
+    readings = torch.stack(log_probabilities)  # (T, P + 2)
+    falls = readings[:, -1:] - readings[:, :-1]
+    return Occlusion(falls[:, :-1], falls[:, -1])
 
 
 def _of_words(values: Tensor, words: Tensor) -> Tensor:
     """Return the entry of each word (T,) in values (T, V)."""
     return values.gather(1, words[:, None]).squeeze(1)
-
-
-def _detector_of(words: Tensor, num_detectors: int) -> tuple[Tensor, Tensor]:
-    """Return each word's detector, and whether it has one; words without get any."""
-    column = words - UNK - 1  # words with a detector follow the specials
-    has_detector = (column >= 0) & (column < num_detectors)
-    return torch.where(has_detector, column, 0), has_detector
-
-
-def _pointed(
-    model: CaptionModel,
-    memory: Memory,
-    attended: Tensor,
-    written: Tensor,
-    logits: Tensor,
-    words: Tensor,
-    previous_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return each cell's part (T, P) of what the pointer added, and which words are names (T,).
-
-    Args:
-        model: with a pointer.
-        memory: of one photo.
-        attended: (T, P).
-        written: (T,), the words' logits before the pointer.
-        logits: (T,), the same after it.
-        words: (T,).
-        previous_ids: (T,).
-    """
-    pointer = model.pointer
-    is_word = words[:, None] == pointer.words  # (T, M)
-    place = is_word.int().argmax(dim=1)
-    names = torch.stack(
-        [
-            pointer.by_word(memory.names[0], previous.expand(attended.shape[1]))[:, index]
-            for previous, index in zip(previous_ids, place, strict=True)
-        ]
-    )  # (T, P)
-    parts = attended * names * is_word.any(dim=1, keepdim=True)
-    total = parts.sum(dim=1)
-    written = torch.where(pointer.is_unwritten[place], UNWRITTEN, written)
-    added = torch.where(total > 0, logits - written, 0)
-    return parts * (added / total.clamp(min=1e-20))[:, None], total > 0

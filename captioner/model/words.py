@@ -127,6 +127,10 @@ class Pointer(nn.Module):
         nothing = probabilities.new_zeros(*probabilities.shape[:-1], len(self.firsts))
         return nothing.index_add(-1, self.entries, probabilities)
 
+    def is_valid(self, token_ids: Tensor) -> Tensor:
+        """Return which entries (..., E) may follow the previous words (...)."""
+        return (token_ids[..., None] == self.firsts) == self.is_second
+
     def by_word(self, names: Tensor, token_ids: Tensor) -> Tensor:
         """Return the probabilities (..., M) of the words, each the sum of its valid entries.
 
@@ -134,8 +138,7 @@ class Pointer(nn.Module):
             names: (..., E).
             token_ids: (...), the previous words, which decide what is valid.
         """
-        is_valid = (token_ids[..., None] == self.firsts) == self.is_second
-        names = names.float() * is_valid
+        names = names.float() * self.is_valid(token_ids)
         nothing = names.new_zeros(*names.shape[:-1], len(self.words))
         return nothing.scatter_add(-1, self.places.expand_as(names), names)
 

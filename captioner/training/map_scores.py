@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from matplotlib.figure import Figure
 
+from captioner.config import MAPS, VERDICTS
 from captioner.training.word_kinds import KINDS, WordKind
 
-MAPS = ("attended", "evidence", "mattered", "shown")
 _RESAMPLES = 2000
 _PERCENTILES = (2.5, 97.5)
 Pattern: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -48,7 +48,7 @@ class MapScore:
     Attributes:
         test: its name, see ``TESTS``.
         captions: who wrote them: "people" or "model".
-        map: one of ``MAPS``.
+        map: one of ``MAPS``, or one of ``VERDICTS``.
         kind: of the words, or "all".
         words: how many.
         photos: how many photos, or mosaics.
@@ -89,6 +89,9 @@ TESTS = {
     "pointing": "share of words whose hottest cell is in a box of what they name, %",
     "focus": "share of the map in the quarter of its photo of a mosaic of four, %",
     "hottest": "share of words whose hottest cell is in that quarter, %",
+    "seen there": "share of words with this verdict whose evidence is hottest where a box of what "
+    "they name is, %",
+    "verdicts": "share of the words with each verdict, %",
     "likeness": "cosine between the maps of one caption, x 100",
     "cells": "effective number of cells (perplexity), 1 to 49",
     "deletion": "probability of the word while the hottest cells are blurred first, %; low is good",
@@ -248,11 +251,11 @@ def table(scores: Sequence[MapScore]) -> str:
         lines += [
             "",
             f"{test}, {captions}'s captions: {TESTS[test]}",
-            f"{'map':10}{'words':10}{'n':>6}{'photos':>8}{'mean':>8}{'95 %':>14}"
+            f"{'map':18}{'words':10}{'n':>6}{'photos':>8}{'mean':>8}{'95 %':>14}"
             f"{'centre':>8}{'chance':>8}{'shuffled':>10}",
         ]
         lines += [
-            f"{score.map:10}{score.kind:10}{score.words:6}{score.photos:8}{score.value:8.1f}"
+            f"{score.map:18}{score.kind:10}{score.words:6}{score.photos:8}{score.value:8.1f}"
             f"{'{:.1f} - {:.1f}'.format(*score.interval):>14}"
             f"{_figure(score.centre):>8}{_figure(score.chance):>8}{_figure(score.shuffled):>10}"
             for score in scores
@@ -273,7 +276,8 @@ def plot(scores: Sequence[MapScore]) -> bytes:
     for axes, panel in zip(all_axes, panels, strict=True):
         rows = [score for score in scores if (score.test, score.captions) == panel]
         kinds = [kind for kind in ("all", *KINDS) if any(row.kind == kind for row in rows)]
-        for offset, name in enumerate(MAPS):
+        names = MAPS if rows[0].map in MAPS else VERDICTS
+        for offset, name in enumerate(names):
             own = [row for row in rows if row.map == name]
             if not own:
                 continue
@@ -284,13 +288,12 @@ def plot(scores: Sequence[MapScore]) -> bytes:
             for baseline, mark in (("centre", "+"), ("chance", "_"), ("shuffled", "x")):
                 values = [getattr(row, baseline) for row in own]
                 if None not in values:
-                    label = None if offset else baseline  # once in the legend
+                    label = baseline if own[0] is rows[0] else None  # once in the legend
                     axes.plot(places, values, mark, color="gray", label=label)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_title(f"{panel[0]} ({panel[1]}): {TESTS[panel[0]]}", fontsize=8, loc="left")
         axes.grid(alpha=0.3)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=7, fontsize=8, frameon=False)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=120)
     return image.getvalue()

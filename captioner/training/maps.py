@@ -1,7 +1,9 @@
 """Tests of a checkpoint's maps on photos: do they point at what the words name?
 
 Three tests, each of the four maps of ``model/maps.py``: pointing at boxes, focus on mosaics of four
-photos, and blurring the photo where a map is hottest. Figures are ``map_scores``'s.
+photos, and blurring the photo where a map is hottest. And a test of the verdicts: are words that
+are "seen there" in the boxes, and do they stay if the photos are swapped? Figures are
+``map_scores``'s.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,15 +20,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from captioner.config import BOS, EOS, UNK
+from captioner.config import BOS, EOS, MAPS, UNK, VERDICTS
 from captioner.data.features import Features
 from captioner.data.sources import Box, CaptionedPhotos
 from captioner.model.checkpoint import Checkpoint
 from captioner.model.encoder import GRID, Encoder
-from captioner.model.maps import caption_maps, mattered
+from captioner.model.maps import CaptionMaps, Occlusion, caption_maps, mattered
+from captioner.model.verdicts import hottest_places, verdicts
 from captioner.training.confidence import with_plurals
 from captioner.training.map_scores import (
-    MAPS,
     MapScore,
     Pattern,
     WordMaps,
@@ -47,44 +50,62 @@ _STEPS = (0, 3, 6, 12, 24, 49)
 _BLUR = 0.1
 
 
+class _Reading(NamedTuple):
+    """A caption of a photo that was read: T tokens, ``<eos>`` the last.
+
+    Attributes:
+        row: of the photo.
+        words: without ``<eos>``, perhaps more than were read.
+        ids: (T,).
+        maps: of the tokens.
+        occlusion: of the tokens.
+    """
+
+    row: int
+    words: list[str]
+    ids: list[int]
+    maps: CaptionMaps
+    occlusion: Occlusion
+
+    def known_words(self) -> Iterator[tuple[int, str]]:
+        """Yield place and text of each known word."""
+        for place, (word, index) in enumerate(zip(self.words, self.ids[:-1], strict=False)):
+            if index != UNK:
+                yield place, word
+
+    def maps_of(self, place: int) -> dict[str, np.ndarray]:
+        """Return the maps (P,) that a word has, by name."""
+        maps = self.maps
+        found = {"attended": maps.attended}
+        if maps.has_evidence[place]:
+            found["evidence"] = maps.evidence
+        found["mattered"] = self.occlusion.cells
+        if maps.has_detector[place]:
+            found["shown"] = maps.shown
+        return {name: values[place].cpu().numpy() for name, values in found.items()}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reader:
     """Reads captions, and returns the maps of their words.
 
     Attributes:
         checkpoint: on the device to compute on, in ``eval()``.
-        mean_cell: (C,), which replaces a cell to see whether it mattered.
     """
 
     checkpoint: Checkpoint
-    mean_cell: Tensor
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a cleaned caption, cut to the model's length, with ``<eos>``."""
         ids = self.checkpoint.vocabulary.encode(text)
         return [*ids[: self.checkpoint.max_length - 2], EOS]
 
-    def words(self, cells: Tensor, text: str) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-        """Yield place, word and maps of each known word of a caption, given cells (P, C)."""
+    @torch.inference_mode()
+    def read(self, row: int, cells: Tensor, text: str) -> _Reading:
+        """Read a caption of a photo with cells (P, C)."""
         model, ids = self.checkpoint.model, self.ids(text)
-        read = caption_maps(model, cells, ids)
-        values = {
-            "attended": read.attended,
-            "evidence": read.evidence,
-            "mattered": mattered(model, cells, ids, self.mean_cell),
-            "shown": read.shown,
-        }
-        arrays = {name: value.cpu().numpy() for name, value in values.items()}
-        for place, (word, index) in enumerate(zip(text.split(), ids[:-1], strict=False)):
-            if index == UNK:
-                continue
-            lacking = {
-                name
-                for name, has in (("evidence", read.has_evidence), ("shown", read.has_detector))
-                if not has[place]
-            }
-            maps = {name: arrays[name][place] for name in MAPS if name not in lacking}
-            yield place, word, maps
+        (maps,) = caption_maps(model, model.remember(cells[None]), [ids])
+        return _Reading(row, text.split(), ids, maps, mattered(model, cells, ids))
 
     @torch.inference_mode()
     def probabilities(self, cells: Tensor, text: str, place: int) -> np.ndarray:
@@ -110,8 +131,6 @@ def score_maps(
 ) -> list[MapScore]:
     """Test the maps of a checkpoint; on many photos, on a sample of them.
 
-    The mean cell, which replaces a cell to see whether it mattered, is that of all ``photos``.
-
     Args:
         checkpoint: on the encoder's device.
         encoder: which the checkpoint was trained on.
@@ -121,8 +140,7 @@ def score_maps(
         seed: of the sample, the mosaics, and the resampling.
     """
     checkpoint.model.eval()
-    mean = features.array[features.readable].mean(axis=(0, 1), dtype=np.float32)
-    reader = _Reader(checkpoint, torch.from_numpy(mean).to(encoder.device))
+    reader = _Reader(checkpoint)
     order = np.random.default_rng(seed).permutation(features.readable).tolist()
     written = dict(zip(features.readable, captions, strict=True))
     own = {row: [written[row]] for row in order[:_MAX_READ]}
@@ -132,10 +150,15 @@ def score_maps(
         people = {
             row: _naming(photos.captions[row], _targets(boxes[row])) for row in order[:_MAX_READ]
         }
-        words = _read(reader, features, people, boxes, "people's captions")
-        scores += _point(words, "pointing", "people", hottest, seed)
-    words = _read(reader, features, own, boxes, "the model's captions")
+        readings = _read(reader, features, people, "people's captions")
+        scores += _point(_words(readings, boxes), "pointing", "people", hottest, seed)
+        scores += _seen_there(readings, boxes, "people", seed)
+    readings = _read(reader, features, own, "the model's captions")
+    words = _words(readings, boxes)
     scores += _point(words, "pointing", "model", hottest, seed)
+    if boxes is not None:
+        scores += _seen_there(readings, boxes, "model", seed)
+    scores += _verdicts(readings, seed)
     mosaics = _read_mosaics(reader, encoder, photos, order)
     scores += _point(mosaics, "focus", "people", shares, seed)
     scores += _point(mosaics, "hottest", "people", hottest, seed)
@@ -150,24 +173,31 @@ def _naming(captions: Sequence[str], targets: dict[str, np.ndarray]) -> list[str
 
 
 def _read(
-    reader: _Reader,
-    features: Features,
-    captions: dict[int, list[str]],
-    boxes: list[list[Box]] | None,
-    name: str,
-) -> list[WordMaps]:
-    """Return the maps of all words of the captions of each row, their targets being its boxes."""
+    reader: _Reader, features: Features, captions: dict[int, list[str]], name: str
+) -> list[_Reading]:
+    """Read the captions of each row."""
+    return [
+        reader.read(row, _cells(reader, features, row), text)
+        for row, texts in tqdm(captions.items(), desc=f"maps of {name}", unit="photo", leave=False)
+        for text in texts
+    ]
+
+
+def _words(readings: Sequence[_Reading], boxes: list[list[Box]] | None) -> list[WordMaps]:
+    """Return the maps of all known words, their targets being the boxes of their photos."""
     words = []
-    numbers = itertools.count()
-    for row, texts in tqdm(captions.items(), desc=f"maps of {name}", unit="photo", leave=False):
-        cells = _cells(reader, features, row)
-        targets = {} if boxes is None else _targets(boxes[row])
-        for text in texts:
-            number = next(numbers)
-            words += [
-                WordMaps(row, number, _kind(word, targets), maps, targets.get(word))
-                for _, word, maps in reader.words(cells, text)
-            ]
+    for number, reading in enumerate(readings):
+        targets = {} if boxes is None else _targets(boxes[reading.row])
+        words += [
+            WordMaps(
+                reading.row,
+                number,
+                _kind(word, targets),
+                reading.maps_of(place),
+                targets.get(word),
+            )
+            for place, word in reading.known_words()
+        ]
     return words
 
 
@@ -180,20 +210,95 @@ def _kind(word: str, targets: Container[str]) -> WordKind:
 def _cells(reader: _Reader, features: Features, row: int) -> Tensor:
     """Return the cells (P, C) of a photo."""
     array = torch.from_numpy(np.array(features.array[row], dtype=np.float32))
-    return array.to(reader.mean_cell.device)
+    return array.to(reader.checkpoint.model.mean_cell.device)
 
 
-def _targets(boxes: Sequence[Box]) -> dict[str, np.ndarray]:
-    """Return for each word that names a box's category the cells (P,) with their middle in one."""
+def _targets(boxes: Sequence[Box], margin: float = 0.0) -> dict[str, np.ndarray]:
+    """Return for each word that names a box's category the cells (P,) with their middle in one.
+
+    ``margin`` widens the boxes, in cells; with half of one, every cell that a box touches counts.
+    """
     middles = (np.arange(GRID) + 0.5) / GRID
     targets: dict[str, np.ndarray] = {}
     for box in boxes:
-        rows = (box.top <= middles) & (middles <= box.bottom)
-        columns = (box.left <= middles) & (middles <= box.right)
+        rows = np.abs(middles - (box.top + box.bottom) / 2) * 2 <= (
+            box.bottom - box.top + 2 * margin / GRID
+        )
+        columns = np.abs(middles - (box.left + box.right) / 2) * 2 <= (
+            box.right - box.left + 2 * margin / GRID
+        )
         inside = np.outer(rows, columns).ravel().astype(float)
         for word in category_words(box.category):
             targets[word] = np.maximum(targets.get(word, inside), inside)
     return targets
+
+
+def _seen_there(
+    readings: Sequence[_Reading], boxes: list[list[Box]], captions: str, seed: int
+) -> Iterator[MapScore]:
+    """Yield how often words that the verdict says are seen there are: in a box of what they name.
+
+    Words that name a category of any photo's boxes count; where their own photo has no such box,
+    they are wrong.
+    """
+    everywhere = {word for of_photo in boxes for word in _targets(of_photo)}
+    nowhere = np.zeros(GRID * GRID)
+    photos, kinds, values, targets = [], [], [], []
+    for reading in readings:
+        judged = verdicts(reading.maps, reading.occlusion)
+        places = hottest_places(reading.maps.evidence).tolist()
+        touched = _targets(boxes[reading.row], margin=0.5)
+        for at, word in reading.known_words():
+            if word in everywhere and judged[at] == VERDICTS[0]:
+                target = touched.get(word, nowhere)
+                row, column = places[at]
+                photos.append(reading.row)
+                kinds.append(_kind(word, everywhere))
+                values.append(100 * target[row * GRID + column])
+                targets.append(100 * target)
+    if values:
+        stacked = np.stack(targets)
+        found = WordValues(
+            np.array(photos),
+            kinds,
+            np.array(values),
+            centre=stacked[:, GRID * GRID // 2],
+            chance=stacked.mean(axis=1),
+        )
+        yield from summarize("seen there", captions, "evidence", found, seed=seed)
+
+
+def _verdicts(readings: Sequence[_Reading], seed: int) -> Iterator[MapScore]:
+    """Yield the share of each verdict; "shuffled" judges by what mattered for other photos' words.
+
+    Each word gets the occlusion of one in the next photo, the last those of the first.
+    """
+    known = [[place for place, _ in reading.known_words()] for reading in readings]
+    parts = list(zip(readings, known, strict=True))
+    kinds = [kind_of(reading.words[at]) for reading, places in parts for at in places]
+    photos = np.array([reading.row for reading, places in parts for _ in places])
+    if len(np.unique(photos)) < 2:
+        return
+    maps = CaptionMaps(
+        *(
+            torch.cat(each)
+            for each in zip(
+                *([part[places] for part in reading.maps] for reading, places in parts), strict=True
+            )
+        )
+    )
+    occlusion = Occlusion(
+        torch.cat([reading.occlusion.cells[places] for reading, places in parts]),
+        torch.cat([reading.occlusion.photo[places] for reading, places in parts]),
+    )
+    longest = max(map(len, known))  # rolled this far, no word meets one of its own photo
+    swapped = Occlusion(*(part.roll(longest, dims=0) for part in occlusion))
+    judged, shuffled = (np.array(verdicts(maps, each)) for each in (occlusion, swapped))
+    for verdict in VERDICTS:
+        values = WordValues(
+            photos, kinds, 100.0 * (judged == verdict), shuffled=100.0 * (shuffled == verdict)
+        )
+        yield from summarize("verdicts", "model", verdict, values, seed=seed)
 
 
 def _read_mosaics(
@@ -217,9 +322,10 @@ def _read_mosaics(
             others = set().union(*(each for at, each in enumerate(used) if at != place))
             shared = with_plurals(others)
             caption = next(numbers)
+            reading = reader.read(row, cells, photos.captions[row][0])
             words += [
-                WordMaps(number, caption, kind, maps, quarter(place))
-                for _, word, maps in reader.words(cells, photos.captions[row][0])
+                WordMaps(number, caption, kind, reading.maps_of(at), quarter(place))
+                for at, word in reading.known_words()
                 if (kind := kind_of(word)) == "function" or shared.isdisjoint(with_plurals([word]))
             ]
     return words
@@ -348,9 +454,10 @@ def _choose_word(
     reader: _Reader, cells: Tensor, row: int, text: str, rng: np.random.Generator
 ) -> _Choice | None:
     """Return a word of a caption: a kind at random, then one of its words at random."""
+    reading = reader.read(row, cells, text)
     choices = [
-        _Choice(row, text, place, maps, kind_of(word))
-        for place, word, maps in reader.words(cells, text)
+        _Choice(row, text, place, reading.maps_of(place), kind_of(word))
+        for place, word in reading.known_words()
     ]
     if not choices:
         return None

@@ -66,6 +66,7 @@ class TrainingData:
         vocabulary: of the training captions.
         train: the training photos, view after view; in a view source after source.
         sources: what differs between the sources.
+        mean_cell: (C,), of about a thousand training photos.
         text: captions with the mean cell in place of their photo, or None.
         train_references: the captions of each item of ``train``.
         embedding: initial values of the embedding (V, E), or None.
@@ -78,6 +79,7 @@ class TrainingData:
     vocabulary: Vocabulary
     train: Dataset[tuple[Tensor, Tensor]]
     sources: list[Source]
+    mean_cell: Tensor
     text: CaptionDataset | None
     train_references: list[list[str]]
     embedding: Tensor | None
@@ -160,10 +162,12 @@ def prepare(
     ]
     most = max(map(len, captions))
     pair = functools.partial(CaptionDataset, vocabulary=vocabulary, max_length=config.max_length)
+    mean_cell = _mean_cell(parts)
     text = None
     if texts and config.text_epochs:
         all_texts = texts + captions
-        text = pair(_mean_cell(parts), [0] * len(all_texts), all_texts)
+        # One cell is enough: attention over P equal ones gives the same, at P times the work.
+        text = pair(mean_cell, [0] * len(all_texts), all_texts)
     counts = photos_per_epoch(sources, [len(part.rows) for part in parts])
     return TrainingData(
         vocabulary=vocabulary,
@@ -182,6 +186,7 @@ def prepare(
             )
             for source, part, count in zip(sources, parts, counts, strict=True)
         ],
+        mean_cell=torch.from_numpy(mean_cell).float()[0, 0],
         text=text,
         train_references=[texts for _, _, captions in train for texts in captions],
         embedding=_embedding(config, captions + texts, vocabulary),
@@ -335,10 +340,7 @@ def _captions_of_view(
 
 
 def _mean_cell(parts: Sequence[_Photos]) -> np.ndarray:
-    """Return features (1, 1, C) without content: the mean cell of about a thousand photos.
-
-    One cell is enough: attention over P equal ones gives the same, at P times the work.
-    """
+    """Return features (1, 1, C) without content: the mean cell of about a thousand photos."""
     step = max(1, sum(len(part.rows) for part in parts) // 1000)
     sample = np.concatenate([part.views[0].array[part.rows[::step]] for part in parts])
     return sample.mean(axis=(0, 1), keepdims=True, dtype=np.float32).astype(np.float16)

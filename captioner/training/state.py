@@ -83,6 +83,7 @@ class TrainingState:
         torch.manual_seed(config.seed)
         self.model = CaptionModel(config.model_config(**data.model))
         with torch.no_grad():
+            self.model.mean_cell.copy_(data.mean_cell)
             if data.embedding is not None:
                 self.model.embedding.weight.copy_(data.embedding)
             self.model.attn.Wh.weight *= config.attention_gain

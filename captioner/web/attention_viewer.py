@@ -1,8 +1,9 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
-Hovering, clicking and playing need no request. Two events go to the server: ``caption`` (write or
-score a caption) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the
-standalone page of ``inference/render.py``. ``page.js`` holds the state of the page.
+Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
+score a caption), ``explain`` (its words' verdicts and further maps), ``steps`` (how a word was
+chosen) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the standalone page
+of ``inference/render.py``; ``steps.js`` draws the steps. ``page.js`` holds the state of the page.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ _THUMBNAIL_SIDE = 128
 _ON_LOAD = """
 const page = mountPage(element, {
   caption: (request) => trigger("caption", request),
+  explain: (request) => trigger("explain", request),
   save: (request) => trigger("export", request),
+  explainSteps: (request) => trigger("steps", request),
   upload,
 });
 element.addEventListener("request-failed", () => page.fail());
 element.addEventListener("export-ended", ({ detail }) => page.saved(detail));
+element.addEventListener("steps-failed", () => page.failSteps());
 let started = false;
 const load = () => {
   if (!props.value) return;
@@ -54,6 +58,7 @@ load();
 _PAGE = "document.querySelector('.page').parentElement"
 # Run in the browser after an event: a request failed, an export failed or succeeded.
 ON_REQUEST_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('request-failed')); }}"
+ON_STEPS_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('steps-failed')); }}"
 ON_EXPORT_FAILED = f"""() => {{
     {_PAGE}.dispatchEvent(new CustomEvent("export-ended", {{ detail: "" }}));
 }}"""
@@ -93,12 +98,27 @@ class View:
         photo: upright RGB, or None where the browser draws its own copy.
         request: the number of the answered request.
         examples: only in the page's first value.
+        explained: whether this adds what explains a caption that the browser has.
     """
 
     caption: Caption
     photo: Image.Image | None = None
     request: int = 0
     examples: Sequence[Example] = ()
+    explained: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepsView:
+    """An answer to the browser: how a word was chosen.
+
+    Attributes:
+        steps: ``WordSteps.to_dict()``.
+        request: the number of the answered request.
+    """
+
+    steps: dict[str, Any]
+    request: int = 0
 
 
 class ExampleData(GradioModel):
@@ -113,11 +133,13 @@ class ExampleData(GradioModel):
 
 
 class ViewData(GradioModel):
-    """A ``View`` as JSON, with its photos as JPEG files."""
+    """A ``View`` as JSON, with its photos as JPEG files; or a ``StepsView``."""
 
-    caption: dict[str, Any]
+    caption: dict[str, Any] = Field(default_factory=dict)
+    steps: dict[str, Any] | None = None
     photo: FileData | None = None
     request: int = 0
+    explained: bool = False
     examples: list[ExampleData] = Field(default_factory=list)
     defaults: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
@@ -172,6 +194,27 @@ class CaptionRequest(_ClientEvent):
             raise ConfigError("the request marks words that do not exist: reload the page")
 
 
+class ExplainRequest(_ClientEvent):
+    """The data of the event ``explain``.
+
+    Attributes:
+        request: the number of the request that the caption answered.
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+        caption: the caption on the screen.
+        beam: index of the beam to explain; not checked yet.
+    """
+
+    @show_errors
+    def __init__(self, target: Any, data: Any) -> None:
+        """Check the fields; the page itself sends only valid ones."""
+        super().__init__(target, data)
+        self.request = self._field("request", int)
+        self._read_photo()
+        self.caption = Caption.from_dict(self._field("caption", dict))
+        self.beam = self._field("beam", int)
+
+
 class ExportRequest(_ClientEvent):
     """The data of the event ``export``.
 
@@ -197,8 +240,31 @@ class ExportRequest(_ClientEvent):
         self.appearance = self._field("appearance", dict)
 
 
+class StepsRequest(_ClientEvent):
+    """The data of the event ``steps``.
+
+    Attributes:
+        request: its number, returned with the answer.
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+        words: the caption's.
+        word: index of the word in question; not checked yet.
+    """
+
+    @show_errors
+    def __init__(self, target: Any, data: Any) -> None:
+        """Check the fields; the page itself sends only valid ones."""
+        super().__init__(target, data)
+        self.request = self._field("request", int)
+        self._read_photo()
+        self.words: list[str] = self._field("words", list)
+        self.word = self._field("word", int)
+        if not all(isinstance(word, str) for word in self.words):
+            raise ConfigError("the request has words that are no texts: reload the page")
+
+
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires the events ``caption`` and ``export``."""
+    """Shows a ``View``; fires the events ``caption``, ``explain``, ``steps`` and ``export``."""
 
     data_model = ViewData
 
@@ -214,8 +280,8 @@ class AttentionViewer(gr.HTML):
         super().__init__(
             value,
             html_template=parts["page.html"].replace("<!-- viewer -->", parts["viewer.html"]),
-            css_template=parts["viewer.css"] + parts["page.css"],
-            js_on_load=parts["viewer.js"] + parts["page.js"] + _ON_LOAD,
+            css_template=parts["viewer.css"] + parts["page.css"] + parts["steps.css"],
+            js_on_load=parts["viewer.js"] + parts["steps.js"] + parts["page.js"] + _ON_LOAD,
             apply_default_css=False,
             **kwargs,
         )
@@ -224,11 +290,17 @@ class AttentionViewer(gr.HTML):
         """Save a file in the folder that Gradio serves to its page."""
         return FileData(path=save_bytes_to_cache(data, name, self.GRADIO_CACHE), orig_name=name)
 
-    def postprocess(self, value: View | None) -> ViewData | None:  # type: ignore[override]
+    def postprocess(  # type: ignore[override]
+        self, value: View | StepsView | None
+    ) -> ViewData | None:
         """Return the view as the browser receives it."""
         if value is None:
             return None
-        data = ViewData(caption=value.caption.to_dict(), request=value.request)
+        if isinstance(value, StepsView):
+            return ViewData(steps=value.steps, request=value.request)
+        data = ViewData(
+            caption=value.caption.to_dict(), request=value.request, explained=value.explained
+        )
         if value.photo is not None:
             data.photo = self.save(display_jpeg(value.photo), "photo.jpg")
         if value.examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,28 @@ from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
 from captioner.inference.render import Appearance, render
-from captioner.web.attention_viewer import CaptionRequest, Example, ExportRequest, View
+from captioner.web.attention_viewer import (
+    CaptionRequest,
+    Example,
+    ExplainRequest,
+    ExportRequest,
+    StepsRequest,
+    StepsView,
+    View,
+)
 from captioner.web.controls import api_options, check_text, decoding_options, setting_values
 from captioner.web.errors import show_errors
 from captioner.web.photo_input import ExamplePhoto, example_photos
 
 _MAX_ENCODED = 64  # photos, 0.3 MB each
 _MAX_DISPLAYED = 4  # photos that a browser cannot draw, 3 MB each
+
+
+class Steps(Protocol):
+    """The part of ``captioner.model.steps.WordSteps`` that the page uses."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
 
 
 class Model(Protocol):
@@ -39,8 +55,14 @@ class Model(Protocol):
     def score(self, photo: Photo | EncodedPhoto, text: str) -> Caption:
         """Score a caption."""
 
+    def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:
+        """Explain the words of a beam."""
+
     def words_of(self, text: str) -> list[str]:
         """Split a text into words as the model reads them."""
+
+    def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Steps:
+        """Explain how one word of a caption was chosen."""
 
 
 class Handlers:
@@ -75,7 +97,9 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(self, request: CaptionRequest | ExportRequest) -> Path:
+    def _path(
+        self, request: CaptionRequest | ExplainRequest | ExportRequest | StepsRequest
+    ) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -127,6 +151,13 @@ class Handlers:
         return indices
 
     @show_errors
+    def explain(self, request: ExplainRequest) -> View:
+        """Return a caption with its words' verdicts and further maps."""
+        encoded = self._encode(self._path(request))
+        caption = self._model.explain(encoded, request.caption, request.beam)
+        return View(caption, request=request.request, explained=True)
+
+    @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:
         """Return the caption on the screen as a file: its data and its name."""
         photo = open_photo(self._path(request).read_bytes())  # errors must not name the path
@@ -135,6 +166,13 @@ class Handlers:
             photo, request.caption, request.format, request.beam, request.word, appearance
         )
         return data, f"caption.{request.format}"
+
+    @show_errors
+    def steps(self, request: StepsRequest) -> StepsView:
+        """Explain how one word of the caption on the screen was chosen."""
+        encoded = self._encode(self._path(request))
+        steps = self._model.steps(encoded, request.words, request.word)
+        return StepsView(steps.to_dict(), request.request)
 
     @show_errors
     def api(self, photo: bytes | None, options: Any) -> dict[str, Any]:

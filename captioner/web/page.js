@@ -1,8 +1,9 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, save, upload }) returns { start(value), answer(value), fail(), saved(text) }.
-function mountPage(root, { caption, save, upload }) {
+// mountPage(root, { caption, explain, explainSteps, save, upload }) returns
+// { start(value), answer(value), fail(), saved(text), failSteps() }.
+function mountPage(root, { caption, explain, explainSteps, save, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -20,8 +21,13 @@ function mountPage(root, { caption, save, upload }) {
 
   const viewer = mountViewer(find(".viewer"), {
     rewrite: (words) => request({ ...state, ...words }),
-    changed: () => writeAddress(),
+    explain: (beam) => requestIdle(() => requestExplanation(beam)),
+    changed: () => {
+      writeAddress();
+      chooseSteps();
+    },
   });
+  const steps = mountSteps(find(".steps"), { explain: explainSteps, move: (at) => find(".words").children[at].click() });
 
   const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
   const samePhoto = (a, b) => a && b && a.example === b.example && a.path === b.path;
@@ -39,6 +45,18 @@ function mountPage(root, { caption, save, upload }) {
     caption({ request: number, example, file, text, given, whole, settings, drawn });
   }
 
+  // Asks for verdicts and further maps of one of the captions on the screen, once nothing else is to be done.
+  const requestIdle = window.requestIdleCallback ?? ((action) => setTimeout(action, 50));
+  function requestExplanation(beam) {
+    if (!value || pending) return;
+    const { example = null, path: file = null } = state;
+    explain({ request: number, example, file, caption: value.caption, beam });
+  }
+  function takeExplanation(next) {
+    // A request since then has replaced the caption, or is about to.
+    if (next.request === number && !pending) viewer.explained(next.caption);
+  }
+
   // Ignores the answer to a pending request; returns the number of the action that replaces it.
   function supersede() {
     pending = null;
@@ -46,7 +64,17 @@ function mountPage(root, { caption, save, upload }) {
     return ++number;
   }
 
+  // While a caption is on its way, its answer must not be overtaken in the component's value.
+  function chooseSteps() {
+    if (pending || !state) return;
+    const { value, beam, word } = viewer.state();
+    const words = value.caption.beams[beam].words.map(({ text }) => text);
+    steps.choose({ example: state.example ?? null, file: state.path ?? null, words, word });
+  }
+
   function answer(next) {
+    if (next.explained) return takeExplanation(next);
+    if (next.steps) return steps.show(next.request, next.steps);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -71,6 +99,7 @@ function mountPage(root, { caption, save, upload }) {
     if (!value) return openExample(examples[0].name);
     fillForms();
     describePhoto();
+    chooseSteps();
   }
 
   // Makes an answered state the current one; Undo brings back the one before.
@@ -85,6 +114,7 @@ function mountPage(root, { caption, save, upload }) {
     [state, value] = [next, shown];
     viewer.show({ appearance: viewer.state().appearance, ...shown });
     fillForms();
+    chooseSteps();
     describeChange();
     if (isNewPhoto) {
       describePhoto();
@@ -301,7 +331,9 @@ function mountPage(root, { caption, save, upload }) {
     const { beam, word, appearance, defaults: usual } = viewer.state();
     const words = wordsOf(state.text);
     const numbers = (settings) => Object.fromEntries(Object.entries(settings).map(([name, setting]) => [name, Number(setting)]));
-    const parameters = (look) => ({ colors: look.colors, map: look.shape, scale: look.scale, opacity: Math.round(100 * look.strength) });
+    const parameters = (look) => ({
+      map: look.map, special: Number(look.special), colors: look.colors, shape: look.shape, scale: look.scale, opacity: Math.round(100 * look.strength),
+    });
     const omitted = { prefix: "", whole: 0, yours: String([...words.keys()]), beam: 1, ...parameters(usual), ...numbers(defaults) };
     const current = {
       example: state.example, prefix: state.text, whole: Number(state.whole),
@@ -343,7 +375,7 @@ function mountPage(root, { caption, save, upload }) {
         beam: index(given.beam),
         word: index(given.word),
         appearance: {
-          colors: given.colors, shape: given.map, scale: given.scale,
+          map: given.map, special: given.special === "1", colors: given.colors, shape: given.shape, scale: given.scale,
           ...(opacity >= 0 && opacity <= 1 && { strength: opacity }),
         },
       },
@@ -369,7 +401,8 @@ function mountPage(root, { caption, save, upload }) {
 
   // ---- The tour, on the current caption.
   const STEPS = [
-    [".words", "One map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows where the model looked before it wrote that word."],
+    [".words", "A map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows what spoke for the word. The sign before its percentage tells where it comes from: ● seen there, ◐ from the scene, ○ from the sentence, ? guessed."],
+    [".switch", "Four kinds of maps", "What each cell gave to the word, where the model looked, what the word would lose without the cell, and where its detector sees it. The key M switches, too."],
     [".panel", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
     [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several. Each word then shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],
@@ -425,5 +458,5 @@ function mountPage(root, { caption, save, upload }) {
     if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
-  return { start, answer, fail, saved: exported };
+  return { start, answer, fail, saved: exported, failSteps: steps.fail };
 }

@@ -111,9 +111,9 @@ def test_resumed_job_skips_captioned_photos(
     attempted: list[Any] = []
     original = Captioner.caption_each
 
-    def record(self: Captioner, photos: list[Any], *rest: Any) -> Any:
+    def record(self: Captioner, photos: list[Any], *rest: Any, **options: Any) -> Any:
         attempted.extend(photos)
-        return original(self, photos, *rest)
+        return original(self, photos, *rest, **options)
 
     monkeypatch.setattr(Captioner, "caption_each", record)
     main(["caption", str(album), "--output", str(output)])
@@ -135,9 +135,9 @@ def test_text_output_equals_parquet_and_resumes_after_a_torn_row(
     attempted: list[Any] = []
     original = Captioner.caption_each
 
-    def record(self: Captioner, photos: list[Any], *rest: Any) -> Any:
+    def record(self: Captioner, photos: list[Any], *rest: Any, **options: Any) -> Any:
         attempted.extend(photos)
-        return original(self, photos, *rest)
+        return original(self, photos, *rest, **options)
 
     monkeypatch.setattr(Captioner, "caption_each", record)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from captioner.config import VERDICTS
 from captioner.errors import DataError
 from captioner.inference.caption import Beam, Caption, Word, percent
 from tests.mutation import mutated_values
@@ -27,7 +28,7 @@ def look_at(row: int, column: int, weight: float = 1.0) -> np.ndarray:
 
 def make_word(text: str, attention: np.ndarray | None = None, probability: float = 0.5) -> Word:
     attention = look_at(3, 3) if attention is None else attention
-    return Word(text, probability, ((text, probability), ("other", 0.25)), attention)
+    return Word(text, probability, ((text, probability), ("other", 0.25)), {"attended": attention})
 
 
 def make_beam(text: str, log_probability: float = -4.0) -> Beam:
@@ -163,8 +164,8 @@ def test_to_dict_holds_every_number() -> None:
         {"text": "dog", "probability": 0.5},
         {"text": "other", "probability": 0.25},
     ]
-    assert np.array(word["attention"]).shape == (7, 7)
-    assert word["attention"][1][0] == 1
+    assert np.array(word["maps"]["attended"]).shape == (7, 7)
+    assert word["maps"]["attended"][1][0] == 1
     assert (word["entropy"], word["cells"], word["region"]) == (0, 1, "top left")
 
 
@@ -173,7 +174,7 @@ def test_to_dict_rounds_attention_to_six_places() -> None:
 
     values = make_word("dog", attention).to_dict()
 
-    np.testing.assert_allclose(values["attention"], attention, atol=1e-6)
+    np.testing.assert_allclose(values["maps"]["attended"], attention, atol=1e-6)
 
 
 SHARES = st.floats(0, 1)
@@ -181,13 +182,19 @@ SHARES = st.floats(0, 1)
 ATTENTIONS = arrays(np.int64, (7, 7), elements=st.integers(0, 1000)).map(
     lambda counts: ((counts + 1) / (counts + 1).sum()).astype(np.float32)
 )
+NATS = arrays(np.float32, (7, 7), elements=st.integers(-50, 50).map(float))
+PAIRS = st.lists(st.tuples(st.text(), SHARES), max_size=5).map(tuple)
 WORDS = st.builds(
     Word,
     st.text(),
     SHARES,
-    st.lists(st.tuples(st.text(), SHARES), max_size=5).map(tuple),
-    ATTENTIONS,
+    PAIRS,
+    st.fixed_dictionaries(
+        {"attended": ATTENTIONS}, optional={"evidence": NATS, "mattered": NATS, "shown": ATTENTIONS}
+    ),
     st.booleans(),
+    st.none() | st.floats(-1e3, 1e3),
+    st.none() | st.sampled_from(VERDICTS),
 )
 SCORES = st.floats(-1e6, 0)
 BEAMS = st.builds(Beam, st.lists(WORDS, max_size=3).map(tuple), WORDS, SCORES, SCORES)
@@ -199,6 +206,7 @@ CAPTIONS = st.builds(
     st.sampled_from(["en", "de-AT", "zh-Hant"]),
     st.booleans(),
     st.none() | SHARES,
+    st.none() | st.lists(PAIRS, min_size=49, max_size=49).map(tuple),
 )
 
 
@@ -217,13 +225,16 @@ def test_caption_round_trips_through_json(caption: Caption) -> None:
     back = Caption.from_dict(values)
 
     assert without_entropy(back.to_dict()) == without_entropy(values)
-    for name in ("text", "size", "given", "language", "sampled", "confidence"):
+    for name in ("text", "size", "given", "language", "sampled", "confidence", "seen"):
         assert getattr(back, name) == getattr(caption, name)
     assert isinstance(back.given, tuple)
     assert isinstance(back.beams, tuple)
     for old, new in zip(caption.words, back.words, strict=True):
         assert new.attention.dtype == np.float32
         np.testing.assert_allclose(new.attention, old.attention, atol=1e-6)
+        assert new.maps.keys() == old.maps.keys()
+        for name, cells in old.maps.items():
+            np.testing.assert_allclose(new.maps[name], cells, atol=1e-6)
         assert new.entropy == pytest.approx(old.entropy, abs=1e-3)
 
 
@@ -233,15 +244,6 @@ def test_given_defaults_to_empty() -> None:
     assert caption.given == ()
     assert caption.to_dict()["given"] == []
     assert Caption.from_dict(caption.to_dict()).given == ()
-
-
-def test_from_dict_defaults_language_sampled_and_confidence() -> None:
-    caption = Caption(CAPTION.beams, CAPTION.size, language="ar", sampled=True, confidence=0.5)
-    values = caption.to_dict()
-    left_out = [values.pop(name) for name in ("language", "sampled", "confidence")]
-    assert left_out == ["ar", True, 0.5]
-    caption = Caption.from_dict(values)
-    assert (caption.language, caption.sampled, caption.confidence) == ("en", False, None)
 
 
 def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], object]:
@@ -278,11 +280,14 @@ WORD = ("beams", 0, "words", 0)
 @pytest.mark.parametrize(
     "change",
     [
-        *(leave_out(key) for key in ("size", "given", "beams")),
+        *(
+            leave_out(key)
+            for key in ("size", "given", "beams", "language", "sampled", "confidence", "seen")
+        ),
         *(leave_out("beams", 0, key) for key in ("words", "end", "score", "log_probability")),
         *(
             leave_out(*WORD, key)
-            for key in ("text", "probability", "alternatives", "attention", "known")
+            for key in ("text", "probability", "alternatives", "maps", "known", "fall", "verdict")
         ),
         leave_out(*WORD, "alternatives", 0, "text"),
         leave_out("size", 1),
@@ -329,20 +334,30 @@ WORD = ("beams", 0, "words", 0)
         put(*WORD, "alternatives", value=[{"text": "a", "probability": 0.5}] * 101),
         put(*WORD, "alternatives", value=[{"text": "a", "probability": math.inf}]),
         put(*WORD, "alternatives", value=[["dog", 0.5]]),
-        put(*WORD, "attention", value=[]),
-        put(*WORD, "attention", value=[[]]),
-        put(*WORD, "attention", value=[0.5, 0.5]),
-        put(*WORD, "attention", value=0.5),
-        put(*WORD, "attention", value=[[[0.5]]]),
-        put(*WORD, "attention", value=[[0.5, 0.5], [0.5]]),
-        put(*WORD, "attention", value=[[math.nan] * 7] * 7),
-        put(*WORD, "attention", value=[[math.inf] * 7] * 7),
-        put(*WORD, "attention", value=[[-0.1] * 7] * 7),
-        put(*WORD, "attention", value=[[0.5] * 8] * 7),
-        put(*WORD, "attention", value=[[0.5] * 1000] * 1000),
-        put(*WORD, "attention", value=[["much"]]),
-        put(*WORD, "attention", value=None),
-        put("beams", 1, "end", "attention", value=[[-math.inf] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[]),
+        put(*WORD, "maps", "attended", value=[[]]),
+        put(*WORD, "maps", "attended", value=[0.5, 0.5]),
+        put(*WORD, "maps", "attended", value=0.5),
+        put(*WORD, "maps", "attended", value=[[[0.5]]]),
+        put(*WORD, "maps", "attended", value=[[0.5, 0.5], [0.5]]),
+        put(*WORD, "maps", "attended", value=[[math.nan] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[math.inf] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[-0.1] * 7] * 7),
+        put(*WORD, "maps", "attended", value=[[0.5] * 8] * 7),
+        put(*WORD, "maps", "attended", value=[[0.5] * 1000] * 1000),
+        put(*WORD, "maps", "attended", value=[["much"]]),
+        put(*WORD, "maps", "attended", value=None),
+        put("beams", 1, "end", "maps", "attended", value=[[-math.inf] * 7] * 7),
+        put(*WORD, "maps", value={}),
+        put(*WORD, "maps", value=None),
+        put(*WORD, "maps", "heat", value=[[0.5] * 7] * 7),
+        put(*WORD, "maps", "evidence", value=[[1e9] * 7] * 7),
+        put(*WORD, "maps", "shown", value=[[-0.1] * 7] * 7),
+        put(*WORD, "verdict", value="true"),
+        put(*WORD, "verdict", value=["guessed"]),
+        put(*WORD, "fall", value=math.nan),
+        put("seen", value=[[]] * 48),
+        put("seen", value=[[{"text": "cup", "probability": 2}]] * 49),
         lambda _: [],
         lambda values: [values],
         lambda _: {},

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from captioner import Caption, Captioner, DecodingOptions
+from captioner.config import VERDICTS
 from captioner.errors import CheckpointError, ConfigError, ImageError
 from captioner.inference.captioner import SHIPPED_CHECKPOINT, near_misses
 from captioner.model import checkpoint
@@ -263,7 +264,8 @@ def test_captions_do_not_depend_on_torch_defaults(
 
     def captions(of: Captioner) -> list[Caption]:
         drawn = of.caption(photos[0], sampled)
-        return [drawn, of.score(photos[0], "a dog runs"), *of.caption_batch(photos[:2])]
+        scored = of.score(photos[0], "a dog runs")
+        return [drawn, of.explain(photos[0], scored), *of.caption_batch(photos[:2])]
 
     expected = captions(captioner)
     with state():
@@ -276,6 +278,90 @@ def test_captions_do_not_depend_on_torch_defaults(
         assert one.text == other.text
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
         assert np.allclose(one.attention, other.attention, atol=1e-4)
+
+
+def test_words_of_things_have_evidence_and_function_words_have_none(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    maps = {word.text: word.maps for word in caption.words}
+    assert caption.text.startswith("a close up of a striped cat")
+    assert maps["a"].keys() == {"attended"}
+    assert maps["cat"].keys() == {"attended", "evidence", "shown"}
+    for word in caption.words:
+        assert word.verdict is None
+        assert word.fall is None
+        for cells in word.maps.values():
+            assert cells.shape == (7, 7)
+            assert cells.dtype == np.float32
+    assert maps["cat"]["shown"].max() > 0.5
+    assert maps["cat"]["evidence"].sum() > 1
+
+
+def test_captions_without_evidence_are_the_same(captioner: Captioner, photos: list[Path]) -> None:
+    (plain,) = captioner.caption_each(photos[:1], with_evidence=False)
+    assert isinstance(plain, Caption)
+    full = captioner.caption(photos[0])
+    assert plain.text == full.text
+    assert plain.log_probability == pytest.approx(full.log_probability, abs=1e-4)
+    assert all(word.maps.keys() == {"attended"} for word in plain.words)
+
+
+def test_explanation_adds_maps_and_verdicts_of_one_beam(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    explained = captioner.explain(photos[0], caption, 1)
+    assert [beam.text for beam in explained.beams] == [beam.text for beam in caption.beams]
+    assert all(word.verdict is None for word in explained.words)
+    for old, new in zip(caption.beams[1].words, explained.beams[1].words, strict=True):
+        assert new.verdict in VERDICTS
+        assert new.fall is not None
+        assert new.maps.keys() == {*old.maps, "mattered"}
+        for name, cells in old.maps.items():
+            np.testing.assert_allclose(new.maps[name], cells, atol=1e-4)
+    assert explained.beams[1].end.verdict in VERDICTS
+    assert explained.seen is not None
+    assert len(explained.seen) == 49
+    assert any(text == "cat" for cell in explained.seen for text, _ in cell)
+    probabilities = [[probability for _, probability in cell] for cell in explained.seen]
+    assert probabilities == [sorted(cell, reverse=True) for cell in probabilities]
+    with pytest.raises(ConfigError, match="no beam 3; there are 3"):
+        captioner.explain(photos[0], caption, 3)
+
+
+def test_photo_speaks_for_what_it_shows_and_against_what_it_does_not(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    encoded = captioner.encode(photos[0])
+    cat, truck = (
+        captioner.explain(encoded, captioner.score(encoded, text)).words[1]
+        for text in ("a cat", "a truck")
+    )
+    assert cat.fall is not None
+    assert truck.fall is not None
+    assert cat.fall > 2 > 0 > truck.fall
+    assert truck.verdict == "guessed"
+    assert cat.verdict != "guessed"
+    assert cat.maps["mattered"].max() > 0.01
+
+
+def test_verdicts_fall_if_the_caption_is_of_another_photo(
+    captioner: Captioner, example_photos: list[Path]
+) -> None:
+    def seen(photo: Path, caption: Caption) -> float:
+        words = captioner.explain(photo, caption).words
+        return sum(word.verdict == "seen there" for word in words)
+
+    photos = example_photos[:6]
+    captions = captioner.caption_batch(photos)
+    own = [seen(*pair) for pair in zip(photos, captions, strict=True)]
+    swapped = [
+        seen(photo, caption)
+        for photo, caption in zip(photos, [*captions[1:], captions[0]], strict=True)
+    ]
+    assert min(own) >= 1
+    assert sum(swapped) < sum(own) / 2
 
 
 def test_only_captions_found_by_search_have_a_confidence(
@@ -360,3 +446,56 @@ def test_card_is_the_model_card_without_front_matter(captioner: Captioner) -> No
     assert captioner.card
     assert shipped.endswith(f"---\n\n{captioner.card}\n")
     assert captioner.card.startswith("# ")
+
+
+# How a word was chosen
+
+
+@torch.no_grad()
+def test_steps_have_the_numbers_of_the_caption_and_of_the_decoder(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    caption = captioner.caption(photos[0])
+    model, vocabulary = captioner.checkpoint.model, captioner.checkpoint.vocabulary
+    encoded = captioner.encode(photos[0])
+    state, memory = model.start(encoded.cells[None])
+    previous = "<bos>"
+    (beam, *_) = caption.beams
+    for index, word in enumerate((*beam.words, beam.end)):
+        found = captioner.steps(encoded, [each.text for each in beam.words], index)
+        assert (found.previous, found.word) == (previous, word.text)
+        token_ids = torch.tensor([[vocabulary.word2idx[previous]]])
+        logits, attention, state = model.step(token_ids, state, memory)
+        assert found.attention == pytest.approx(attention.flatten().tolist(), abs=1e-6)
+        assert np.allclose(found.attention, word.attention.flatten(), atol=1e-4)
+        for each in found.candidates:
+            expected = float(logits[0, 0, vocabulary.word2idx[each.text]])
+            assert each.logit == pytest.approx(expected, abs=1e-4)
+            assert each.output + each.evidence + each.pointer == pytest.approx(expected, abs=1e-4)
+        assert found.hidden == pytest.approx(float(state.hidden.norm()), rel=1e-5)
+        (chosen,) = [each for each in found.candidates if each.text == word.text]
+        assert chosen.probability == pytest.approx(word.probability, abs=1e-4)
+        previous = word.text
+
+
+def test_steps_read_texts_and_unknown_words_as_scores_do(
+    captioner: Captioner, photos: list[Path]
+) -> None:
+    encoded = captioner.encode(photos[0])
+    texts = captioner.steps(encoded, "A zyzzyva!", 1)
+    assert (texts.previous, texts.word) == ("a", "<unk>")
+    assert texts == captioner.steps(photos[0], ["a", "zyzzyva"], 1)
+    score = captioner.score(encoded, "A zyzzyva!").words[1]
+    (chosen,) = [each for each in texts.candidates if each.text == "<unk>"]
+    assert chosen.probability == pytest.approx(score.probability, abs=1e-4)
+    assert captioner.steps(encoded, "", 0).word == "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("words", "index"), [("a dog", 3), ("a dog", -1), ("", 1), ("a " * 199, 0)]
+)
+def test_steps_of_words_that_do_not_exist_are_refused(
+    captioner: Captioner, photos: list[Path], words: str, index: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"there is no word|the limit is 198"):
+        captioner.steps(photos[0], words, index)

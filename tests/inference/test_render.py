@@ -41,7 +41,7 @@ def one_hot(row: int, column: int) -> np.ndarray:
 
 
 def word(text: str, attention: np.ndarray) -> Word:
-    return Word(text, 0.5, (("a", 0.5),), attention)
+    return Word(text, 0.5, (("a", 0.5),), {"attended": attention})
 
 
 def beam_of(*texts: str) -> Beam:
@@ -90,7 +90,7 @@ def test_brightest_pixel_lies_in_the_strongest_cell(
     size: tuple[int, int], cell: tuple[int, int]
 ) -> None:
     photo = Image.new("RGB", size, (40, 40, 40))
-    pixels = np.asarray(blend(photo, word("dog", one_hot(*cell))).convert("L")).astype(int)
+    pixels = np.asarray(blend(photo, one_hot(*cell)).convert("L")).astype(int)
     row, column = divmod(int(pixels.argmax()), size[0])
     assert (row * 7 // size[1], column * 7 // size[0]) == cell
 
@@ -103,7 +103,7 @@ def test_cell_colors_match_the_page(colors: str, strength: float) -> None:
     attention = np.zeros((7, 7), dtype=np.float32)
     attention[0, 0], attention[3, 4] = 0.4, 0.6
     appearance = Appearance(colors=colors, shape="cells", strength=strength)  # type: ignore[arg-type]
-    pixels = np.asarray(blend(grey((70, 140)), word("dog", attention), appearance)).astype(float)
+    pixels = np.asarray(blend(grey((70, 140)), attention, appearance)).astype(float)
     cells = pixels.reshape(7, 20, 7, 10, 3)
     assert (cells == cells[:, :1, :, :1]).all()
     # As viewer/viewer.js: the photo is darker where the map is weak, and glows where it is strong.
@@ -119,19 +119,19 @@ def test_cell_colors_match_the_page(colors: str, strength: float) -> None:
 def test_smooth_map_interpolates_cell_centers() -> None:
     appearance = Appearance(colors="light", strength=1)
     attention = np.repeat(np.linspace(0, 1, 7, dtype=np.float32)[:, None], 7, axis=1)
-    pixels = np.asarray(blend(grey((210, 210)), word("dog", attention), appearance))[..., 0]
+    pixels = np.asarray(blend(grey((210, 210)), attention, appearance))[..., 0]
     assert (np.ptp(pixels, axis=1) == 0).all()
     assert (np.diff(pixels[:, 0].astype(int)) >= 0).all()
     middles = pixels[15::30, 0]
     np.testing.assert_allclose(middles, 90 * (0.3 + 0.7 * np.linspace(0, 1, 7)), atol=1.5)
     even = np.full((7, 7), 1 / 49, dtype=np.float32)
-    pixels = np.asarray(blend(grey((70, 70)), word("dog", even), appearance, (0, 1 / 49)))
+    pixels = np.asarray(blend(grey((70, 70)), even, appearance, (0, 1 / 49)))
     assert (pixels == 90).all()
 
 
 def test_uniform_map_does_not_divide_by_zero() -> None:
     even = np.full((7, 7), 1 / 49, dtype=np.float32)
-    assert blend(Image.new("RGB", (70, 70), "white"), word("dog", even)).size == (70, 70)
+    assert blend(Image.new("RGB", (70, 70), "white"), even).size == (70, 70)
 
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
@@ -183,7 +183,9 @@ def test_sheet_frames_the_chosen_word(size: tuple[int, int]) -> None:
         panel = np.asarray(picture.crop(box))
         height, width, _ = panel.shape
         assert width / height == pytest.approx(size[0] / size[1], rel=0.03)
-        assert np.array_equal(panel, np.asarray(blend(grey((width, height)), step, appearance)))
+        assert np.array_equal(
+            panel, np.asarray(blend(grey((width, height)), step.attention, appearance))
+        )
         boxes.append((box[1], box[0]))
     boxes.pop()  # the end, which moves the others
     assert boxes == sorted(boxes)  # in rows, from left to right
@@ -497,6 +499,8 @@ def test_page_opens_at_the_chosen_word_and_appearance() -> None:
     value = Elements(render(grey((9, 6)), caption, "html", 0, 1, appearance)).value()
     assert value["word"] == 1
     assert value["appearance"] == {
+        "map": "evidence",
+        "special": False,
         "colors": "light",
         "shape": "cells",
         "scale": "caption",

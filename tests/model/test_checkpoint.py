@@ -428,14 +428,14 @@ def test_foreign_config_is_rejected(folder: Path, config: dict[str, Any]) -> Non
 
 
 def test_newer_format_asks_for_an_update(folder: Path) -> None:
-    _edit(folder, lambda config: config.update(format=2))
-    with pytest.raises(CheckpointError, match=r"format 2, newer than the 1 .*update captioner"):
+    _edit(folder, lambda config: config.update(format=3))
+    with pytest.raises(CheckpointError, match=r"format 3, newer than the 2 .*update captioner"):
         load(folder)
 
 
 def test_unknown_format_is_rejected(folder: Path) -> None:
     _edit(folder, lambda config: config.update(format=0))
-    with pytest.raises(CheckpointError, match="has format 0, not the 1"):
+    with pytest.raises(CheckpointError, match="has format 0, not the 2"):
         load(folder)
 
 

@@ -33,9 +33,31 @@ def photo() -> Tensor:
     return make_cells(1)[0]
 
 
+def maps_of(model: CaptionModel, cells: Tensor, ids: list[int]) -> CaptionMaps:
+    """Return the maps of a caption that is read between two others."""
+    with torch.no_grad():
+        memory = model.remember(cells[None])
+    return caption_maps(model, memory, [[7, EOS], ids, [*ids, 9, 5]])[1]
+
+
 def plain_log_probabilities(model: CaptionModel, cells: Tensor, ids: list[int]) -> Tensor:
     logits, _ = model(cells[None], torch.tensor([[[BOS, *ids]]]))
     return logits.log_softmax(dim=-1)[range(len(ids)), ids]
+
+
+def without(model: CaptionModel, covered: list[int], ids: list[int]) -> Tensor:
+    """Return the log-probability of each word where the photo shows nothing in some cells."""
+    cells = photo()
+    cells[covered] = model.mean_cell
+    memory = model.remember(cells[None])
+    memory.evidence[:, covered] = 0
+    memory.names[:, covered] = 0
+    state = model.first_state(memory.features)
+    results = []
+    for previous, word in zip([BOS, *ids], ids, strict=False):
+        logits, _, state = model.step(torch.tensor([[previous]]), state, memory)
+        results.append(logits[0, 0].log_softmax(dim=-1)[word])
+    return torch.stack(results)
 
 
 def pointing_model(**options: object) -> CaptionModel:
@@ -68,7 +90,7 @@ def added_by_recognition(model: CaptionModel, cells: Tensor, ids: list[int]) -> 
 @torch.no_grad()
 def test_reading_has_the_attention_and_probabilities_of_the_model(options: Options) -> None:
     model = make_model(**options)
-    maps = caption_maps(model, photo(), IDS)
+    maps = maps_of(model, photo(), IDS)
     _, attention = model(photo()[None], torch.tensor([[[BOS, *IDS]]]))
     torch.testing.assert_close(maps.attended, attention[0, 0])
     expected = plain_log_probabilities(model, photo(), IDS)
@@ -76,7 +98,7 @@ def test_reading_has_the_attention_and_probabilities_of_the_model(options: Optio
 
 
 def test_model_without_detectors_has_neither_evidence_nor_shown() -> None:
-    maps = caption_maps(make_model(), photo(), IDS)
+    maps = maps_of(make_model(), photo(), IDS)
     assert not maps.evidence.any()
     assert not maps.shown.any()
     assert not maps.has_evidence.any()
@@ -89,14 +111,14 @@ def test_model_without_detectors_has_neither_evidence_nor_shown() -> None:
 @torch.no_grad()
 def test_cells_of_the_evidence_add_up_to_what_recognition_added() -> None:
     model = pointing_model()
-    maps = caption_maps(model, photo(), IDS)
+    maps = maps_of(model, photo(), IDS)
     expected = torch.tensor(added_by_recognition(model, photo(), IDS))
     torch.testing.assert_close(maps.evidence.sum(dim=1), expected, atol=1e-5, rtol=1e-5)
     assert expected[[0, 2, 3, 4, 5, 8]].abs().min() > 0.01  # recognition did matter
 
 
 def test_words_have_evidence_if_a_detector_or_a_name_fits() -> None:
-    maps = caption_maps(pointing_model(), photo(), IDS)
+    maps = maps_of(pointing_model(), photo(), IDS)
     # The second 13 follows no 12, so it is no name there.
     expected = [True, False, True, True, True, True, False, False, True, False]
     assert maps.has_evidence.tolist() == expected
@@ -109,7 +131,7 @@ def test_words_have_evidence_if_a_detector_or_a_name_fits() -> None:
 def test_detector_gives_each_cell_gain_times_attention_times_its_own_evidence() -> None:
     model = make_model(**DETECTORS_ONLY)
     torch.nn.init.normal_(model.detectors.linear.weight)
-    maps = caption_maps(model, photo(), [9, 5, 8])
+    maps = maps_of(model, photo(), [9, 5, 8])
     state, memory = model.start(photo()[None])
     for t, (previous, word) in enumerate(((BOS, 9), (9, 5), (5, 8))):
         _, attention, state = model.step(torch.tensor([[previous]]), state, memory)
@@ -126,7 +148,7 @@ def test_detector_gives_each_cell_gain_times_attention_times_its_own_evidence() 
 @torch.no_grad()
 def test_pointer_gives_each_cell_in_proportion_to_attention_times_the_names_probability() -> None:
     model = pointing_model(**NAMES_ONLY)
-    maps = caption_maps(model, photo(), IDS)
+    maps = maps_of(model, photo(), IDS)
     classes = model.pointer.classifier(photo()[:, :4]).softmax(dim=-1)
     # The classes whose name's first word is 12, and that of the name "12 13".
     for t, its_classes in ((2, [1, 2, 3]), (3, [2]), (4, [4])):
@@ -138,7 +160,7 @@ def test_pointer_gives_each_cell_in_proportion_to_attention_times_the_names_prob
 
 def test_shown_is_the_probability_by_the_words_detector() -> None:
     model = make_model(words=True)
-    maps = caption_maps(model, photo(), IDS)
+    maps = maps_of(model, photo(), IDS)
     probabilities = model.detectors(photo()).sigmoid()
     torch.testing.assert_close(maps.shown[0], probabilities[:, 1])
     torch.testing.assert_close(maps.shown[5], probabilities[:, 4])
@@ -153,20 +175,21 @@ def test_shown_is_the_probability_by_the_words_detector() -> None:
 @torch.no_grad()
 def test_mattered_is_the_fall_of_the_log_probability_without_the_cell(options: Options) -> None:
     model = make_model(**options)
-    replacement = torch.linspace(-1, 1, CHANNELS)
-    maps = mattered(model, photo(), IDS, replacement)
+    model.mean_cell.copy_(torch.linspace(-1, 1, CHANNELS))
+    maps, without_photo = mattered(model, photo(), IDS)
     whole = plain_log_probabilities(model, photo(), IDS)
     for p in range(CELLS):
-        cells = photo()
-        cells[p] = replacement
-        expected = whole - plain_log_probabilities(model, cells, IDS)
+        expected = whole - without(model, [p], IDS)
         torch.testing.assert_close(maps[:, p], expected, atol=1e-5, rtol=1e-4)
     assert maps.min() < 0 < maps.max()
+    expected = whole - without(model, list(range(CELLS)), IDS)
+    torch.testing.assert_close(without_photo, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_cell_that_equals_its_replacement_does_not_matter() -> None:
-    model = make_model(**ALL_ON)
-    maps = mattered(model, photo(), IDS, photo()[3])
+def test_cell_that_equals_the_mean_cell_does_not_matter() -> None:
+    model = make_model(**{**ALL_ON, "words": False})
+    model.mean_cell.copy_(photo()[3])
+    maps = mattered(model, photo(), IDS).cells
     assert maps[:, 3].abs().max() < 1e-5
     assert maps.abs().max() > 0.01
 
@@ -174,9 +197,9 @@ def test_cell_that_equals_its_replacement_does_not_matter() -> None:
 def test_maps_leave_the_model_and_the_cells_alone() -> None:
     model, cells = make_model(words=True), photo()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = caption_maps(model, cells, IDS)
-    mattered(model, cells, IDS, torch.zeros(CHANNELS))
-    second: CaptionMaps = caption_maps(model, cells, IDS)
+    first = maps_of(model, cells, IDS)
+    mattered(model, cells, IDS)
+    second: CaptionMaps = maps_of(model, cells, IDS)
     assert all(torch.equal(*both) for both in zip(first, second, strict=True))
     assert torch.equal(cells, photo())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

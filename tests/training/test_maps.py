@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.config import DEFAULT_SOURCE
+from captioner.config import DEFAULT_SOURCE, VERDICTS
 from captioner.data.features import Features, cache_features
 from captioner.data.sources import Box, CaptionedPhotos, load_captions
 from captioner.errors import DataError
@@ -140,7 +140,9 @@ def test_table_and_plot_show_every_score() -> None:
     score = MapScore("pointing", "people", "shown", "all", 12, 3, 61.25, (50.0, 70.0), 40.0, 30.0)
     other = dataclasses.replace(score, test="cells", map="attended", centre=None, chance=None)
     text = table([score, other])
-    assert "shown     all           12       3    61.2   50.0 - 70.0    40.0    30.0" in text
+    assert (
+        "shown             all           12       3    61.2   50.0 - 70.0    40.0    30.0" in text
+    )
     assert "people's captions: effective number of cells" in text
     with Image.open(io.BytesIO(plot([score, other]))) as image:
         assert image.size == (1080, 624)
@@ -228,6 +230,35 @@ def test_detector_points_at_its_photos_boxes(
     assert {name for _, name in found} == {"attended", "evidence", "mattered", "shown"}
 
 
+@torch.no_grad()
+def test_seen_there_is_right_where_a_box_of_the_word_touches_the_cell(
+    tiny_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = tiny_encoder()
+    model = make_model(words=True, encoder_channels=encoder.channels)
+    model.detectors.linear.weight.zero_()
+    model.detectors.linear.weight[0] = 5 * torch.eye(encoder.channels)[2]
+    model.detectors.mean_logits.copy_(model.detectors.linear.bias)
+    model.attn.v.weight.zero_()  # it attends to all cells alike
+    model.evidence_gain.bias.fill_(9.0)
+    cells = np.ones((3, 49, encoder.channels), np.float16)  # they show nothing
+    cells[:, 0, 2] = 40  # but for a dog at the top left of all photos
+    small = Box("dog", 0.01, 0.01, 0.02, 0.02)  # in a corner of that cell, far from its middle
+    photos = boxed_photos([[small], [Box("dog", 0.5, 0.5, 1, 1)], [Box("cat", 0, 0, 1, 1)]])
+    checkpoint, features = make_checkpoint(encoder, model), Features(cells, [0, 1, 2], tmp_path)
+    scores = score_maps(checkpoint, encoder, photos, features, ["a dog"] * 3)
+    (found,) = (
+        score
+        for score in scores
+        if (score.test, score.captions, score.kind) == ("seen there", "model", "all")
+    )
+    assert found.words == found.photos == 3
+    assert found.value == pytest.approx(100 / 3)  # the third photo has no dog at all
+    verdict = {(score.map, score.kind): score for score in scores if score.test == "verdicts"}
+    assert verdict["seen there", "object"].value == 100
+    assert sum(verdict[name, "all"].value for name in VERDICTS) == pytest.approx(100)
+
+
 def test_word_that_names_a_box_is_an_object(
     tiny_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
@@ -252,12 +283,15 @@ def test_any_data_has_mosaics_likeness_cells_and_blurring(
     captions = ["a red square on the left"] * len(photos)
     scores = score_maps(checkpoint, encoder, photos, features, captions)
     assert {score.test for score in scores} == {
-        *("focus", "hottest", "likeness", "cells", "deletion", "insertion"),
+        *("focus", "hottest", "likeness", "cells", "deletion", "insertion", "verdicts"),
     }
     blurred = [score for score in scores if score.test == "deletion" and score.kind == "all"]
     assert [score.photos for score in blurred] == [len(photos)] * 2
     # Without detectors there are only two maps.
-    assert {score.map for score in scores} == {"attended", "mattered"}
+    maps = {score.map for score in scores if score.test != "verdicts"}
+    assert maps == {"attended", "mattered"}
+    judged = {score.map: score.value for score in scores if score.test == "verdicts"}
+    assert judged["seen there"] == judged["guessed"] == 0
     focus = [score for score in scores if score.test == "focus"]
     assert {score.photos for score in focus if score.kind in ("all", "function")} == {2}
     assert all((score.centre, score.chance) == (25, 25) for score in focus)

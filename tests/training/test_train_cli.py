@@ -29,6 +29,7 @@ from captioner.model.encoder import load_encoder
 from captioner.model.fast import FusedForward
 from captioner.training import loop
 from captioner.training.setup import photos_per_epoch, prepare
+from captioner.training.state import TrainingState
 from tests.training.runs import assert_same_run, figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,8 +325,11 @@ def test_rewards_and_mean_cell_come_from_all_sources(
     ]
     assert data.train_references[24][0].endswith("in the dark")
     cells = torch.stack([data.train[index][0].float().mean(dim=0) for index in range(36)])
+    torch.testing.assert_close(data.mean_cell, cells.mean(dim=0), atol=1e-3, rtol=1e-3)
     assert data.text is not None
-    assert torch.allclose(data.text[0][0].float(), cells.mean(dim=0), atol=1e-3)
+    torch.testing.assert_close(data.text[0][0].float()[0], data.mean_cell)
+    model = TrainingState(train.config_of(options), data, tmp_path / "run").model
+    assert torch.equal(model.mean_cell, data.mean_cell)
 
 
 @pytest.mark.parametrize(

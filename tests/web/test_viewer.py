@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,9 +32,12 @@ from captioner.web import (
     CaptionRequest,
     Example,
     ExamplePhoto,
+    ExplainRequest,
     ExportRequest,
     Handlers,
     PhotoInput,
+    StepsRequest,
+    StepsView,
     View,
     show_errors,
 )
@@ -46,7 +49,17 @@ Fields: TypeAlias = dict[str, Any]
 
 
 def word(text: str) -> Word:
-    return Word(text, 0.5, ((text, 0.5),), np.full((7, 7), 1 / 49, dtype=np.float32))
+    return Word(text, 0.5, ((text, 0.5),), {"attended": np.full((7, 7), 1 / 49, np.float32)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """Stands in for the steps of a word."""
+
+    word: str
+
+    def to_dict(self) -> Fields:
+        return {"word": self.word}
 
 
 class Parrot:
@@ -71,8 +84,15 @@ class Parrot:
         words = tuple(map(word, text.split()))
         return Caption((Beam(words, word("<eos>"), -1.0, -1.0),), size)
 
+    def explain(self, photo: Photo | EncodedPhoto, caption: Caption, beam: int = 0) -> Caption:  # noqa: ARG002
+        return dataclasses.replace(caption, seen=((),) * 49)
+
     def words_of(self, text: str) -> list[str]:
         return text.split()
+
+    def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Explained:
+        assert isinstance(photo, EncodedPhoto)
+        return Explained(words[index])
 
 
 CAPTION = Parrot().score(Image.new("RGB", (40, 20)), "a dog")
@@ -90,6 +110,19 @@ def export_request(**fields: Any) -> ExportRequest:
     sent: Fields = {"example": None if "file" in fields else "one", "file": None, "format": "png"}
     sent |= {"caption": CAPTION.to_dict(), "beam": 0, "word": 0, "appearance": {}}
     return ExportRequest(None, sent | fields)
+
+
+def explain_request(**fields: Any) -> ExplainRequest:
+    """Return the event that asks for verdicts."""
+    sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
+    sent |= {"caption": CAPTION.to_dict(), "beam": 0}
+    return ExplainRequest(None, sent | fields)
+
+
+def steps_request(**fields: Any) -> StepsRequest:
+    """Return the event that explains a word."""
+    sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
+    return StepsRequest(None, sent | {"words": ["a", "dog"], "word": 1} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +388,10 @@ PROBLEMS: dict[str, Ask] = {
     ),
     "API with a long caption": lambda handlers, _: handlers.api(b"", {"max_length": 33}),
     "API with a long prefix": lambda handlers, _: handlers.api(b"", {"prefix": "a " * 1001}),
+    "unknown word, explained": lambda handlers, _: handlers.steps(steps_request(word=3)),
+    "negative word, explained": lambda handlers, _: handlers.steps(steps_request(word=-1)),
+    "many words, explained": lambda handlers, _: handlers.steps(steps_request(words=["a"] * 10**5)),
+    "unknown example, explained": lambda handlers, _: handlers.steps(steps_request(example="x")),
 }
 
 
@@ -393,11 +430,33 @@ def test_only_uploaded_files_are_opened(
     calls: list[Callable[[], object]] = [
         lambda: handlers.caption(request(file=path)),
         lambda: handlers.export(export_request(file=path)),
+        lambda: handlers.steps(steps_request(file=path)),
     ]
     for call in calls:
         with pytest.raises(gr.Error, match="no longer stored here") as refused:
             call()
         assert str(photo) not in refused.value.message
+
+
+def test_steps_are_those_of_the_word_on_the_screen(
+    handlers: Handlers, captioner: Captioner, photo: Path
+) -> None:
+    words = ["a", "zyzzyva", "dog"]
+    for index in range(4):
+        answer = handlers.steps(steps_request(words=words, word=index))
+        assert answer.steps == captioner.steps(photo, words, index).to_dict()
+        assert answer.request == 7
+        assert json.loads(json.dumps(answer.steps, allow_nan=False))["word"] == answer.steps["word"]
+
+
+def test_explained_photo_is_not_encoded_again(uploads: Path) -> None:
+    model = Parrot()
+    handlers = Handlers(model, {})
+    path = uploads / "photo.png"
+    Image.new("RGB", (40, 20)).save(path)
+    handlers.caption(request(file=str(path)))
+    assert handlers.steps(steps_request(file=str(path))).steps == {"word": "dog"}
+    assert model.encoded == 1
 
 
 def test_api_returns_plain_json(handlers: Handlers, captioner: Captioner, photo: Path) -> None:
@@ -440,30 +499,62 @@ BAD_EXPORT_REQUESTS: dict[str, list[object]] = {
     "word": NO_WHOLE_NUMBERS,
     "appearance": NO_DICTS,
 }
+BAD_STEPS_REQUESTS: dict[str, list[object]] = {
+    "request": NO_WHOLE_NUMBERS,
+    "example": [5, ["one"], {}],
+    "file": NO_TEXTS,
+    "words": [None, "a dog", 5, {}, [5], ["a", None], [["a"]]],
+    "word": NO_WHOLE_NUMBERS,
+}
+BAD_REQUESTS: dict[Callable[..., object], dict[str, list[object]]] = {
+    request: BAD_CAPTION_REQUESTS,
+    export_request: BAD_EXPORT_REQUESTS,
+    steps_request: BAD_STEPS_REQUESTS,
+}
 
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [
-        *((request, name) for name in BAD_CAPTION_REQUESTS),
-        *((export_request, name) for name in BAD_EXPORT_REQUESTS),
-    ],
+    [(build, name) for build, values in BAD_REQUESTS.items() for name in values],
 )
 def test_invalid_event_data_is_refused(build: Callable[..., object], name: str) -> None:
     # Two words, of which index 2 is out of range; without an example the file counts.
     fields = {"text": "ab cd"} if build is request else {}
-    values = (BAD_CAPTION_REQUESTS if build is request else BAD_EXPORT_REQUESTS)[name]
-    for value in values:
+    for value in BAD_REQUESTS[build][name]:
         with pytest.raises(gr.Error, match=r"reload the page|not the JSON of a caption") as refused:
             build(**fields | {name: value})
         assert not refused.value.print_exception
 
 
-@pytest.mark.parametrize("event", [CaptionRequest, ExportRequest])
+@pytest.mark.parametrize("event", [CaptionRequest, ExplainRequest, ExportRequest, StepsRequest])
 def test_event_without_data_is_refused(event: Callable[[None, object], object]) -> None:
     for data in NO_DATA:
         with pytest.raises(gr.Error, match="reload the page"):
             event(None, data)
+
+
+# Verdicts
+
+
+def test_explanation_has_verdicts_and_the_number_of_its_request(
+    handlers: Handlers, captioner: Captioner, photo: Path
+) -> None:
+    caption = captioner.caption(photo)
+    view = handlers.explain(explain_request(caption=caption.to_dict(), request=12, beam=1))
+    assert (view.explained, view.request, view.photo) == (True, 12, None)
+    expected = captioner.explain(photo, caption, 1)
+    assert [word.verdict for word in view.caption.beams[1].words] == [
+        word.verdict for word in expected.beams[1].words
+    ]
+    assert view.caption.seen == expected.seen
+
+
+@pytest.mark.parametrize(
+    "fields", [{"beam": 9}, {"beam": -1}, {"example": "nothing"}, {"file": "/etc/passwd"}]
+)
+def test_explanation_of_what_is_not_there_is_refused(handlers: Handlers, fields: Fields) -> None:
+    with pytest.raises(gr.Error):
+        handlers.explain(explain_request(**fields))
 
 
 # The component
@@ -507,6 +598,12 @@ def test_answer_holds_only_the_caption() -> None:
     assert data is not None
     assert (data.photo, data.examples, data.defaults, data.request) == (None, [], {}, 2)
     assert component.postprocess(None) is None
+
+
+def test_explanation_is_sent_without_a_caption() -> None:
+    data = AttentionViewer().postprocess(StepsView({"word": "dog"}, request=3))
+    assert data is not None
+    assert (data.steps, data.caption, data.photo, data.request) == ({"word": "dog"}, {}, None, 3)
 
 
 def test_example_photos_are_installed_and_described() -> None:

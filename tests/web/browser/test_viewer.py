@@ -328,9 +328,9 @@ def test_unknown_word_is_named_and_never_looks_chosen(
     at = cells({(3, 3): 1.0})
     words = [
         word("a", at),
-        Word(UNK, 0.4, ((UNK, 0.4), ("dog", 0.3)), at),
+        Word(UNK, 0.4, ((UNK, 0.4), ("dog", 0.3)), {"attended": at}),
         word("constructor", at, known=False),
-        Word("dog", 0.3, ((UNK, 0.4), ("dog", 0.3)), at),
+        Word("dog", 0.3, ((UNK, 0.4), ("dog", 0.3)), {"attended": at}),
     ]
     page = show(make_view(words))
     assert page.locator(".word .text").all_inner_texts() == [
