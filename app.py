@@ -65,6 +65,10 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         page.explain(
             handlers.explain, None, page, api_name="page_explain", trigger_mode="multiple", **model
         )
+        cover_event = page.cover(
+            handlers.cover, None, page, api_name="page_cover", trigger_mode="multiple", **model
+        )
+        cover_event.failure(None, None, None, js=viewer.ON_COVER_FAILED, **model)
         export_event = page.export(export, None, file, api_name="page_export", **model)
         export_event.success(None, file, None, js=viewer.ON_EXPORTED, **model)
         export_event.failure(None, None, None, js=viewer.ON_EXPORT_FAILED, **model)

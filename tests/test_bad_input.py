@@ -402,7 +402,7 @@ def client(served_page: str, example_photos: list[Path]) -> Iterator[Client]:
             event: dependency["id"]
             for dependency in http.get("/config").json()["dependencies"]
             for _, event in dependency["targets"]
-            if event in ("caption", "export")
+            if event in ("caption", "cover", "export")
         }
         yield Client(http, events, path, caption)
 
@@ -475,6 +475,28 @@ def test_forged_caption_requests_are_refused(
         *_changed(good, "settings", None, [], "x", *BAD_SETTINGS),
     ]
     _assert_all_refused(client, "caption", requests, capfd)
+
+
+def test_forged_cover_requests_are_refused(
+    client: Client, example_photos: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = {"request": 1, "example": "cat", "file": None, "text": "a dog", "word": 1}
+    good |= {"cells": [3, 24], "settings": SETTINGS}
+    elsewhere = (str(example_photos[0]), f"{client.path}/..")
+    needed = {name: value for name, value in good.items() if name not in ("file", "example")}
+    requests: list[object] = [
+        *NON_EVENTS,
+        *_without(needed),
+        *_changed(good, "request", None, "1", 0.5),
+        *_changed(good, "example", "nothing", "../cat", 5, []),
+        *_changed(good | {"example": None}, "file", *BAD_PATHS, *elsewhere),
+        *_changed(good, "text", None, 5, ["a"], "a " * 10**6, "a " * 400),
+        *_changed(good, "word", None, "1", 0.5, -1, 3, 10**9, True),
+        *_changed(good, "cells", None, "3", {}, [], [49], [-1], [1, 1], [0.5], [True], [[]]),
+        *_changed(good, "cells", list(range(49)), [0] * 10**6, [10**400], [math.nan]),
+        *_changed(good, "settings", None, [], "x", *BAD_SETTINGS),
+    ]
+    _assert_all_refused(client, "cover", requests, capfd)
 
 
 def test_forged_export_requests_are_refused(

@@ -24,8 +24,10 @@ from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
 from captioner.inference import hub
 from captioner.inference.caption import Beam, Caption, Word
+from captioner.inference.cover import CoverTest, check_cells, encode_covered
 from captioner.model import checkpoint as checkpoints
 from captioner.model.confidence import confidence_features, confidence_of
+from captioner.model.cover import word_probabilities
 from captioner.model.decoder import Memory
 from captioner.model.encoder import GRID, Encoder, choose_device, load_encoder
 from captioner.model.fast import pack
@@ -486,6 +488,40 @@ class Captioner:
         return word_steps(
             self.checkpoint.model, encoded.cells, ids[: index + 1], vocabulary.idx2word
         )
+
+    def cover(
+        self,
+        photo: Photo,
+        text: str,
+        word: int,
+        cells: Sequence[int],
+        *,
+        seed: int = 0,
+        options: DecodingOptions | None = None,
+    ) -> CoverTest:
+        """Cover cells of a photo, caption it anew, and see what becomes of a word of ``text``.
+
+        Args:
+            photo: not encoded yet.
+            text: a caption, as in ``score``.
+            word: index of one of its words; their number stands for the end.
+            cells: row * 7 + column, at least one and not all.
+            seed: of the random covers.
+            options: of the new caption.
+
+        Raises:
+            ImageError: the photo cannot be opened.
+            ConfigError: the text is too long, or there is no such word or cell.
+        """
+        ids = [*self._ids(text, _MAX_SCORED_LENGTH, "the caption"), EOS]
+        if not 0 <= word < len(ids):
+            raise ConfigError(f"there is no word {word}; there are {len(ids) - 1}, and the end")
+        cells = check_cells(cells)
+        image = open_photo(photo)
+        encoded = encode_covered(self.encoder, image, cells, seed)
+        before, after, *random = word_probabilities(self._decoder, encoded, ids, word).tolist()
+        caption = self.caption(EncodedPhoto(encoded[1], full_size(image)), options)
+        return CoverTest(cells, caption, before, after, tuple(random))
 
     def _seen(self, memory: Memory) -> tuple[tuple[tuple[str, float], ...], ...] | None:
         """Return the words that detectors see in each cell of a photo; None without evidence."""

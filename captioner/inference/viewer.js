@@ -1,13 +1,16 @@
 // The attention viewer: draws one caption with its maps and lets the visitor explore it.
 // Knows nothing of Gradio or of a server. Text from the value is set as text, never as HTML.
 //
-// mountViewer(root, { rewrite, explain, changed }) returns { show(value), explained(caption), state(), text() }.
+// mountViewer(root, { rewrite, explain, changed, selected }) returns
+// { show(value), explained(caption), state(), text(), chosen(), percent }.
 //   value: { photo: { url }, caption: Caption.to_dict(), beam, word, appearance }
 //   rewrite({ text, given, whole }): requests a caption that begins with `text`; without it the
 //     alternatives cannot be clicked.
 //   explain(beam): requests the words' verdicts and further maps; the answer goes to explained().
 //   changed(): called when the visitor chose another caption, word or appearance.
-function mountViewer(root, { rewrite, explain, changed = () => {} } = {}) {
+//   selected(): called when other cells, or none, are selected.
+//   chosen(): the chosen word, its place, its map as it is shown, and the selected cells.
+function mountViewer(root, { rewrite, explain, changed = () => {}, selected: selectionChanged = () => {} } = {}) {
   const find = (selector) => root.querySelector(selector);
   const make = (name, className, ...children) => {
     const node = Object.assign(document.createElement(name), { className });
@@ -298,6 +301,7 @@ function mountViewer(root, { rewrite, explain, changed = () => {} } = {}) {
     drawSeen();
     drawBadge();
     drawCells();
+    selectionChanged();
   }
 
   // The words that the detectors see in the selected cells: in any of them, as if cells were independent.
@@ -562,5 +566,10 @@ function mountViewer(root, { rewrite, explain, changed = () => {} } = {}) {
     explained,
     state: () => ({ value, beam, word: pinned, appearance: { ...appearance }, defaults: DEFAULTS }),
     text: () => captionText(current()),
+    percent,
+    chosen: () => ({
+      word: items()[pinned], at: pinned, label: label(items()[pinned]), isEnd: isEnd(items()[pinned]),
+      words: current().words.map((word) => word.text), map: cellsOf(items()[pinned]), selection: [...selection],
+    }),
   };
 }

@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from captioner.config import BOS, EOS, MAPS, UNK, VERDICTS
+from captioner.config import EOS, MAPS, UNK, VERDICTS
 from captioner.data.features import Features
 from captioner.data.sources import Box, CaptionedPhotos
 from captioner.model.checkpoint import Checkpoint
+from captioner.model.cover import cover, sharp_and_blurred, word_probabilities
 from captioner.model.encoder import GRID, Encoder
 from captioner.model.maps import CaptionMaps, Occlusion, caption_maps, mattered
 from captioner.model.verdicts import hottest_places, verdicts
@@ -46,8 +46,6 @@ from captioner.training.word_kinds import WordKind, category_words, kind_of
 _MAX_READ, _MAX_MOSAICS, _MAX_BLURRED = 200, 100, 100
 # How many of the 49 cells are blurred, hottest first.
 _STEPS = (0, 3, 6, 12, 24, 49)
-# The blur's standard deviation, as a share of the photo's side: two thirds of a cell's width.
-_BLUR = 0.1
 
 
 class _Reading(NamedTuple):
@@ -107,16 +105,10 @@ class _Reader:
         (maps,) = caption_maps(model, model.remember(cells[None]), [ids])
         return _Reading(row, text.split(), ids, maps, mattered(model, cells, ids))
 
-    @torch.inference_mode()
     def probabilities(self, cells: Tensor, text: str, place: int) -> np.ndarray:
         """Return the probability (N,) of one word of a caption, given cells (N, P, C)."""
-        model, ids = self.checkpoint.model, self.ids(text)
-        state, memory = model.start(cells)
-        logits = cells.new_zeros(())
-        for previous in [BOS, *ids[:place]]:
-            token_ids = torch.full((len(cells), 1), previous, device=cells.device)
-            logits, _, state = model.step(token_ids, state, memory)
-        values: np.ndarray = logits[:, 0].float().softmax(dim=-1)[:, ids[place]].cpu().numpy()
+        found = word_probabilities(self.checkpoint.model, cells, self.ids(text), place)
+        values: np.ndarray = found.cpu().numpy()
         return values
 
 
@@ -412,7 +404,7 @@ def _blur(
             "chance": rng.random(GRID * GRID),
             "shuffled": other[str(rng.choice(list(other)))],
         }
-        sharp, blurred = _sharp_and_blurred(photos.photo(choice.row), encoder)
+        sharp, blurred = sharp_and_blurred(photos.photo(choice.row), encoder.transform)
         orders = [np.argsort(-values, kind="stable") for values in maps.values()]
         images = [sharp[None], blurred[None], *(blurrings(sharp, blurred, o) for o in orders)]
         cells = torch.cat(
@@ -466,14 +458,6 @@ def _choose_word(
     return of_kind[rng.integers(len(of_kind))]
 
 
-def _sharp_and_blurred(image: Image.Image, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Return the encoder's input of a photo, (3, S, S), and that of the photo blurred."""
-    size = encoder.transform.size
-    blur = ImageFilter.GaussianBlur(_BLUR * size)
-    blurred = image.resize((size, size), reducing_gap=3.0).filter(blur)
-    return torch.from_numpy(encoder.transform(image)), torch.from_numpy(encoder.transform(blurred))
-
-
 def blurrings(sharp: Tensor, blurred: Tensor, order: np.ndarray) -> Tensor:
     """Return a photo with its first cells blurred, then with all others blurred, step by step.
 
@@ -488,8 +472,7 @@ def blurrings(sharp: Tensor, blurred: Tensor, order: np.ndarray) -> Tensor:
     is_first = torch.zeros(len(_STEPS) - 2, GRID * GRID)
     for step, count in enumerate(_STEPS[1:-1]):
         is_first[step, order[:count].copy()] = 1
-    mask = interpolate(is_first.view(-1, 1, GRID, GRID), size=sharp.shape[1:]) > 0
-    return torch.cat([torch.where(mask, blurred, sharp), torch.where(mask, sharp, blurred)])
+    return torch.cat([cover(sharp, blurred, is_first), cover(sharp, blurred, 1 - is_first)])
 
 
 def mean_between(probabilities: np.ndarray) -> float:

@@ -4,12 +4,14 @@ from captioner.web import gradio_setup  # noqa: F401 -- first: see there
 
 # isort: split
 from captioner.web.attention_viewer import (
+    ON_COVER_FAILED,
     ON_EXPORT_FAILED,
     ON_EXPORTED,
     ON_REQUEST_FAILED,
     ON_STEPS_FAILED,
     AttentionViewer,
     CaptionRequest,
+    CoverRequest,
     Example,
     ExplainRequest,
     ExportRequest,
@@ -23,12 +25,14 @@ from captioner.web.handlers import Handlers, preview_picture
 from captioner.web.photo_input import ExamplePhoto, PhotoInput, example_photos
 
 __all__ = [
+    "ON_COVER_FAILED",
     "ON_EXPORTED",
     "ON_EXPORT_FAILED",
     "ON_REQUEST_FAILED",
     "ON_STEPS_FAILED",
     "AttentionViewer",
     "CaptionRequest",
+    "CoverRequest",
     "Example",
     "ExamplePhoto",
     "ExplainRequest",

@@ -2,8 +2,10 @@
 
 Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
 score a caption), ``explain`` (its words' verdicts and further maps), ``steps`` (how a word was
-chosen) and ``export`` (make a file). ``inference/viewer.js`` draws, here and in the standalone page
-of ``inference/render.py``; ``steps.js`` draws the steps. ``page.js`` holds the state of the page.
+chosen), ``cover`` (test a map by covering cells) and ``export`` (make a file).
+``inference/viewer.js`` draws, here and in the standalone page of ``inference/render.py``;
+``steps.js`` draws the steps, and ``cover.js`` tests the maps. ``page.js`` holds the state of the
+page.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from captioner.config import DecodingOptions
 from captioner.errors import ConfigError
 from captioner.images import display_jpeg
 from captioner.inference.caption import Caption
+from captioner.inference.cover import CoverTest, check_cells
 from captioner.web.controls import decoding_options, setting_values
 from captioner.web.errors import show_errors
 
@@ -37,11 +40,13 @@ _ON_LOAD = """
 const page = mountPage(element, {
   caption: (request) => trigger("caption", request),
   explain: (request) => trigger("explain", request),
+  cover: (request) => trigger("cover", request),
   save: (request) => trigger("export", request),
   explainSteps: (request) => trigger("steps", request),
   upload,
 });
 element.addEventListener("request-failed", () => page.fail());
+element.addEventListener("cover-failed", () => page.uncover());
 element.addEventListener("export-ended", ({ detail }) => page.saved(detail));
 element.addEventListener("steps-failed", () => page.failSteps());
 let started = false;
@@ -56,9 +61,10 @@ load();
 """
 
 _PAGE = "document.querySelector('.page').parentElement"
-# Run in the browser after an event: a request failed, an export failed or succeeded.
+# Run in the browser after an event: a request or a cover failed, an export failed or succeeded.
 ON_REQUEST_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('request-failed')); }}"
 ON_STEPS_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('steps-failed')); }}"
+ON_COVER_FAILED = f"() => {{ {_PAGE}.dispatchEvent(new Event('cover-failed')); }}"
 ON_EXPORT_FAILED = f"""() => {{
     {_PAGE}.dispatchEvent(new CustomEvent("export-ended", {{ detail: "" }}));
 }}"""
@@ -94,11 +100,12 @@ class View:
     """An answer to the browser.
 
     Attributes:
-        caption: with all of its beams.
+        caption: with all of its beams; that of the covered photo if there is a ``cover``.
         photo: upright RGB, or None where the browser draws its own copy.
         request: the number of the answered request.
         examples: only in the page's first value.
         explained: whether this adds what explains a caption that the browser has.
+        cover: only in the answer to the event ``cover``.
     """
 
     caption: Caption
@@ -106,6 +113,7 @@ class View:
     request: int = 0
     examples: Sequence[Example] = ()
     explained: bool = False
+    cover: CoverTest | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +141,10 @@ class ExampleData(GradioModel):
 
 
 class ViewData(GradioModel):
-    """A ``View`` as JSON, with its photos as JPEG files; or a ``StepsView``."""
+    """A ``View`` as JSON, with its photos as JPEG files; or a ``StepsView``.
+
+    ``cover`` has no caption of its own.
+    """
 
     caption: dict[str, Any] = Field(default_factory=dict)
     steps: dict[str, Any] | None = None
@@ -143,9 +154,10 @@ class ViewData(GradioModel):
     examples: list[ExampleData] = Field(default_factory=list)
     defaults: dict[str, Any] = Field(default_factory=dict)
     plain: dict[str, Any] = Field(default_factory=dict)
+    cover: dict[str, Any] | None = None
 
 
-class _ClientEvent(gr.EventData):
+class ClientEvent(gr.EventData):
     """An event's data from the browser; a program may send anything."""
 
     def _field(self, name: str, kind: type[_Kind]) -> _Kind:
@@ -164,7 +176,7 @@ class _ClientEvent(gr.EventData):
         self.path = None if self.example is not None else self._field("file", str)
 
 
-class CaptionRequest(_ClientEvent):
+class CaptionRequest(ClientEvent):
     """The data of the event ``caption``.
 
     Attributes:
@@ -194,7 +206,7 @@ class CaptionRequest(_ClientEvent):
             raise ConfigError("the request marks words that do not exist: reload the page")
 
 
-class ExplainRequest(_ClientEvent):
+class ExplainRequest(ClientEvent):
     """The data of the event ``explain``.
 
     Attributes:
@@ -215,7 +227,35 @@ class ExplainRequest(_ClientEvent):
         self.beam = self._field("beam", int)
 
 
-class ExportRequest(_ClientEvent):
+class CoverRequest(ClientEvent):
+    """The data of the event ``cover``.
+
+    Attributes:
+        request: its number, returned with the answer.
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+        text: the caption on the screen.
+        word: index of the chosen word; not checked yet.
+        cells: to cover, row * 7 + column.
+        options: of the search for the new caption.
+    """
+
+    @show_errors
+    def __init__(self, target: Any, data: Any) -> None:
+        """Check the fields; the page itself sends only valid ones."""
+        super().__init__(target, data)
+        self.request = self._field("request", int)
+        self._read_photo()
+        self.text = self._field("text", str)
+        self.word = self._field("word", int)
+        cells = self._field("cells", list)
+        if not all(type(cell) is int for cell in cells):
+            raise ConfigError("the request has no valid cells: reload the page")
+        self.cells = check_cells(cells)
+        self.options: DecodingOptions = decoding_options(self._field("settings", dict))
+
+
+class ExportRequest(ClientEvent):
     """The data of the event ``export``.
 
     Attributes:
@@ -240,7 +280,7 @@ class ExportRequest(_ClientEvent):
         self.appearance = self._field("appearance", dict)
 
 
-class StepsRequest(_ClientEvent):
+class StepsRequest(ClientEvent):
     """The data of the event ``steps``.
 
     Attributes:
@@ -264,7 +304,7 @@ class StepsRequest(_ClientEvent):
 
 
 class AttentionViewer(gr.HTML):
-    """Shows a ``View``; fires the events ``caption``, ``explain``, ``steps`` and ``export``."""
+    """Shows a ``View``; its events are in the module's docstring."""
 
     data_model = ViewData
 
@@ -280,8 +320,13 @@ class AttentionViewer(gr.HTML):
         super().__init__(
             value,
             html_template=parts["page.html"].replace("<!-- viewer -->", parts["viewer.html"]),
-            css_template=parts["viewer.css"] + parts["page.css"] + parts["steps.css"],
-            js_on_load=parts["viewer.js"] + parts["steps.js"] + parts["page.js"] + _ON_LOAD,
+            css_template="".join(
+                parts[name] for name in ("viewer.css", "page.css", "steps.css", "cover.css")
+            ),
+            js_on_load="".join(
+                parts[name] for name in ("viewer.js", "steps.js", "cover.js", "page.js")
+            )
+            + _ON_LOAD,
             apply_default_css=False,
             **kwargs,
         )
@@ -303,6 +348,9 @@ class AttentionViewer(gr.HTML):
         )
         if value.photo is not None:
             data.photo = self.save(display_jpeg(value.photo), "photo.jpg")
+        if value.cover is not None:
+            data.cover = value.cover.to_dict()
+            del data.cover["caption"]
         if value.examples:
             data.defaults = setting_values(DecodingOptions())
             data.plain = setting_values(DecodingOptions.plain_greedy())

@@ -16,9 +16,12 @@ from captioner.errors import ImageError
 from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
+from captioner.inference.cover import CoverTest
 from captioner.inference.render import Appearance, render
 from captioner.web.attention_viewer import (
     CaptionRequest,
+    ClientEvent,
+    CoverRequest,
     Example,
     ExplainRequest,
     ExportRequest,
@@ -64,6 +67,17 @@ class Model(Protocol):
     def steps(self, photo: Photo | EncodedPhoto, words: Sequence[str], index: int) -> Steps:
         """Explain how one word of a caption was chosen."""
 
+    def cover(
+        self,
+        photo: Photo,
+        text: str,
+        word: int,
+        cells: Sequence[int],
+        *,
+        options: DecodingOptions | None = None,
+    ) -> CoverTest:
+        """Cover cells of a photo and caption it anew."""
+
 
 class Handlers:
     """The page's events."""
@@ -97,9 +111,7 @@ class Handlers:
         photo = open_photo(path.read_bytes())  # bytes: errors must not name the path
         return self._model.encode(photo), _display_copy(photo)
 
-    def _path(
-        self, request: CaptionRequest | ExplainRequest | ExportRequest | StepsRequest
-    ) -> Path:
+    def _path(self, request: ClientEvent) -> Path:
         """Return the requested photo's file."""
         if request.example is not None:
             if request.example not in self._paths:
@@ -156,6 +168,16 @@ class Handlers:
         encoded = self._encode(self._path(request))
         caption = self._model.explain(encoded, request.caption, request.beam)
         return View(caption, request=request.request, explained=True)
+
+    @show_errors
+    def cover(self, request: CoverRequest) -> View:
+        """Cover cells of the photo, and caption it without the visitor's words."""
+        check_text(request.text)
+        photo = self._path(request).read_bytes()  # bytes: errors must not name the path
+        test = self._model.cover(
+            photo, request.text, request.word, request.cells, options=request.options
+        )
+        return View(test.caption, request=request.request, cover=test)
 
     @show_errors
     def export(self, request: ExportRequest) -> tuple[bytes, str]:

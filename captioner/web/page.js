@@ -1,9 +1,9 @@
 // The page around the viewer: photos, steering, settings, undo, links, export, the tour.
 // It holds all of the page's state: the event "caption" sends the server all that it needs.
 //
-// mountPage(root, { caption, explain, explainSteps, save, upload }) returns
-// { start(value), answer(value), fail(), saved(text), failSteps() }.
-function mountPage(root, { caption, explain, explainSteps, save, upload }) {
+// mountPage(root, { caption, explain, explainSteps, cover, save, upload }) returns
+// { start(value), answer(value), fail(), saved(text), failSteps(), uncover() }.
+function mountPage(root, { caption, explain, explainSteps, cover, save, upload }) {
   const find = (selector) => root.querySelector(selector);
   const onClick = (selector, action) => find(selector).addEventListener("click", action);
   const MAX_BYTES = 1_000_000; // larger files are scaled down before the upload
@@ -25,7 +25,13 @@ function mountPage(root, { caption, explain, explainSteps, save, upload }) {
     changed: () => {
       writeAddress();
       chooseSteps();
+      mapTest.update();
     },
+    selected: () => mapTest.update(),
+  });
+  const mapTest = mountCover(root, viewer, (test) => {
+    const { example = null, path: file = null, settings } = state;
+    cover({ ...test, example, file, settings });
   });
   const steps = mountSteps(find(".steps"), { explain: explainSteps, move: (at) => find(".words").children[at].click() });
 
@@ -54,7 +60,9 @@ function mountPage(root, { caption, explain, explainSteps, save, upload }) {
   }
   function takeExplanation(next) {
     // A request since then has replaced the caption, or is about to.
-    if (next.request === number && !pending) viewer.explained(next.caption);
+    if (next.request !== number || pending) return;
+    value.caption = next.caption;
+    viewer.explained(next.caption);
   }
 
   // Ignores the answer to a pending request; returns the number of the action that replaces it.
@@ -75,6 +83,7 @@ function mountPage(root, { caption, explain, explainSteps, save, upload }) {
   function answer(next) {
     if (next.explained) return takeExplanation(next);
     if (next.steps) return steps.show(next.request, next.steps);
+    if (next.cover) return mapTest.answer(next);
     unanswered--;
     if (!pending || next.request !== number) return;
     const { next: answered, view } = pending;
@@ -403,7 +412,8 @@ function mountPage(root, { caption, explain, explainSteps, save, upload }) {
   const STEPS = [
     [".words", "A map for each word", "Point at a word, tap it, or use the arrow keys. The photo then shows what spoke for the word. The sign before its percentage tells where it comes from: ● seen there, ◐ from the scene, ○ from the sentence, ? guessed."],
     [".switch", "Four kinds of maps", "What each cell gave to the word, where the model looked, what the word would lose without the cell, and where its detector sees it. The key M switches, too."],
-    [".panel", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
+    [".alternatives", "The runners-up", "These were the most likely words at this position. Click one and the model rewrites the rest of the caption. Undo brings the old caption back."],
+    [".test", "Test the map", "Cover the photo where the map is hottest, or the cells that you selected, and see what becomes of the word and of the caption."],
     [".frame", "Which words looked here?", "Click a cell of the photo, or drag over several. Each word then shows how much of its attention lies there."],
     [".captions", "Alternative captions", "The search kept these captions too, ranked by score. Choose one to see its own words and maps."],
     [".export", "Export", "Save the caption as an image, an animation, JSON or a web page that works offline, or copy a link to it."],
@@ -458,5 +468,5 @@ function mountPage(root, { caption, explain, explainSteps, save, upload }) {
     if (name !== firstName || !isPlain) openExample(name, change, view);
   }
 
-  return { start, answer, fail, saved: exported, failSteps: steps.fail };
+  return { start, answer, fail, saved: exported, failSteps: steps.fail, uncover: mapTest.uncover };
 }

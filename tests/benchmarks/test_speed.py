@@ -52,6 +52,18 @@ def test_one_photo(ratios: Ratios, captioner: Captioner, photos: list[bytes]) ->
     )
 
 
+def test_a_cover(ratios: Ratios, captioner: Captioner, photos: list[bytes]) -> None:
+    text = captioner.caption(photos[0]).text
+    cells = [16, 17, 23, 24, 30, 31]
+    ratios.time(
+        "one photo -> a map tested by covering it, with eight random covers / one photo -> caption",
+        lambda: captioner.cover(photos[0], text, 1, cells),
+        lambda: captioner.caption(photos[0]),
+        aim="<= 1 s",
+        times=15,
+    )
+
+
 def test_a_batch(ratios: Ratios, captioner: Captioner, photos: list[bytes]) -> None:
     pixels = _pixels(captioner.encoder, photos)
     for name, reference in (

@@ -27,9 +27,11 @@ from captioner.errors import CaptionerError, ConfigError, ImageError
 from captioner.images import Photo, open_photo
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.inference.captioner import EncodedPhoto
+from captioner.inference.cover import CoverTest
 from captioner.web import (
     AttentionViewer,
     CaptionRequest,
+    CoverRequest,
     Example,
     ExamplePhoto,
     ExplainRequest,
@@ -94,6 +96,19 @@ class Parrot:
         assert isinstance(photo, EncodedPhoto)
         return Explained(words[index])
 
+    def cover(
+        self,
+        photo: Photo,
+        text: str,
+        word: int,
+        cells: Sequence[int],
+        *,
+        options: DecodingOptions | None = None,
+    ) -> CoverTest:
+        self.options.append(options)
+        caption = self.score(photo, f"{text} without {word}")
+        return CoverTest(tuple(cells), caption, 0.5, 0.25, (0.4, 0.6))
+
 
 CAPTION = Parrot().score(Image.new("RGB", (40, 20)), "a dog")
 
@@ -103,6 +118,13 @@ def request(**fields: Any) -> CaptionRequest:
     sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
     sent |= {"text": "", "given": [], "whole": False, "drawn": True, "settings": DEFAULT}
     return CaptionRequest(None, sent | fields)
+
+
+def cover_request(**fields: Any) -> CoverRequest:
+    """Return the event of a button that covers cells, by default of the example "one"."""
+    sent: Fields = {"request": 7, "example": None if "file" in fields else "one", "file": None}
+    sent |= {"text": "a dog", "word": 1, "cells": [24, 3], "settings": DEFAULT}
+    return CoverRequest(None, sent | fields)
 
 
 def export_request(**fields: Any) -> ExportRequest:
@@ -354,9 +376,50 @@ def test_examples_are_captioned_at_the_start(examples: dict[str, ExamplePhoto]) 
     assert model.encoded == 2
 
 
+# Covers
+
+
+def test_cover_is_that_of_the_captioner(
+    handlers: Handlers, captioner: Captioner, photo: Path
+) -> None:
+    for settings, options in (
+        (DEFAULT, DecodingOptions()),
+        (REPORT, DecodingOptions.plain_greedy()),
+    ):
+        view = handlers.cover(cover_request(settings=settings))
+        assert view.cover is not None
+        expected = captioner.cover(photo, "a dog", 1, [3, 24], options=options)
+        assert view.cover.to_dict() == expected.to_dict()
+        assert (view.request, view.photo) == (7, None)
+
+
+def test_cover_is_sent_with_its_caption_once() -> None:
+    test = Parrot().cover(Image.new("RGB", (40, 20)), "a dog", 1, [3])
+    data = AttentionViewer().postprocess(View(test.caption, request=3, cover=test))
+    assert data is not None
+    assert data.caption == test.caption.to_dict()
+    assert data.cover is not None
+    assert {**data.cover, "caption": data.caption} == test.to_dict()
+    plain = AttentionViewer().postprocess(View(test.caption))
+    assert plain is not None
+    assert plain.cover is None
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [[], list(range(49)), [3, 3], [-1], [49], [True], [3.0], ["3"], [None], [[3]], None, "3", {}],
+)
+def test_invalid_cells_are_refused(cells: object) -> None:
+    with pytest.raises(gr.Error, match="cells") as refused:
+        cover_request(cells=cells)
+    assert not refused.value.print_exception
+
+
 Ask: TypeAlias = Callable[[Handlers, Path], object]
 PROBLEMS: dict[str, Ask] = {
     "unknown word": lambda handlers, _: handlers.caption(request(text="a zyzzyva")),
+    "no word to cover": lambda handlers, _: handlers.cover(cover_request(word=3)),
+    "long text to cover": lambda handlers, _: handlers.cover(cover_request(text="a " * 1500)),
     "long beginning": lambda handlers, _: handlers.caption(request(text="a " * 40)),
     "nothing to score": lambda handlers, _: handlers.caption(request(text="!?", whole=True)),
     "no caption": lambda handlers, _: handlers.caption(request(text="", whole=True)),

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from tests.web.browser.visits import expect_pressed, pressed, state, tab_to
 
-TARGETS = [".words", ".panel", ".frame", ".captions", ".export"]
+TARGETS = [".words", ".alternatives", ".frame", ".captions", ".export"]
 
 # Where target and bubble lie, and how much of the target is in the window and not under the bubble.
 SEEN = """() => {
