@@ -49,11 +49,12 @@ def build_demo(captioner: Captioner) -> gr.Blocks:
         with gr.Accordion("Training data and limits", open=False, elem_id="card"):
             gr.Markdown(captioner.card)
         file = gr.File(visible=False)
-        photo = viewer.PhotoInput(visible=False)
-        button, json = gr.Button(visible=False), gr.JSON(visible=False)
+        photo = viewer.PhotoInput(label="photo", visible=False)
+        options, json = gr.JSON({}, label="options", visible=False), gr.JSON(visible=False)
+        button = gr.Button(visible=False)
 
         # Two at once, because file I/O leaves a core idle.
-        button.click(handlers.api, photo, json, api_name="caption", concurrency_limit=2)
+        button.click(handlers.api, [photo, options], json, api_name="caption", concurrency_limit=2)
         # One at a time, in order, so an older answer never arrives after a newer one.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         model |= {"api_visibility": "private", "show_progress": "hidden"}
@@ -88,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root-path", help="path on a proxy, such as /captions")
     options = parser.parse_args(arguments)
     try:
-        captioner = Captioner.load(options.checkpoint, options.encoder_weights)
+        captioner = Captioner.from_pretrained(
+            options.checkpoint, encoder_weights=options.encoder_weights
+        )
         serve(
             lambda: build_demo(captioner),
             options.host,

@@ -1,7 +1,7 @@
 """Caption photos and show where the model looked for each word.
 
     >>> from captioner import Captioner
-    >>> caption = Captioner.load().caption("photo.jpg")
+    >>> caption = Captioner.from_pretrained().caption("photo.jpg")
     >>> caption.text, caption.attention.shape
 
 Nothing heavy is imported until a name is used.

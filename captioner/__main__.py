@@ -205,8 +205,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Captioner, _Results]:
     from captioner.inference.heatmaps import HeatmapFolder
 
     heatmaps = arguments.heatmaps and HeatmapFolder(arguments.heatmaps, arguments.format)
-    captioner = Captioner.load(
-        arguments.checkpoint, arguments.encoder_weights, device=arguments.device
+    captioner = Captioner.from_pretrained(
+        arguments.checkpoint, encoder_weights=arguments.encoder_weights, device=arguments.device
     )
     if heatmaps:
         heatmaps.make()
@@ -278,9 +278,9 @@ def _write_table(arguments: argparse.Namespace, options: DecodingOptions) -> int
     photos, source = _table_source(arguments)
     rows, errors = bulk.caption_all(
         functools.partial(
-            Captioner.load,
+            Captioner.from_pretrained,
             arguments.checkpoint,
-            arguments.encoder_weights,
+            encoder_weights=arguments.encoder_weights,
             device=arguments.device,
         ),
         photos,
@@ -307,12 +307,14 @@ def _make_paths_absolute(arguments: argparse.Namespace) -> None:
 
 def _table_source(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Return the photos of --data with a name for them, or those of the PATHs."""
+    from captioner.data.columns import Columns
     from captioner.data.sources import split_name, stream_photos
     from captioner.inference import bulk
     from captioner.inference.photo_paths import readable_photos
 
     if arguments.data:
-        photos = stream_photos(arguments.data, arguments.split)
+        columns = Columns(arguments.image_column)
+        photos = stream_photos(arguments.data, arguments.split, columns)
         folder = Path(arguments.data)
         data = folder.resolve() if folder.exists() else folder
         return photos, f"{data} {split_name(arguments.split)}"
@@ -347,6 +349,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             raise ConfigError(f"{file} is a folder: give a file")
     if arguments.sheet and arguments.sheet.suffix.lower() in SUFFIXES - {".png"}:
         raise ConfigError(f"--sheet is a PNG: call it {arguments.sheet.with_suffix('.png')}")
+    from captioner.data.columns import Columns
     from captioner.inference.captioner import SHIPPED_CHECKPOINT
     from captioner.inference.heatmaps import write_file
     from captioner.model import checkpoint as checkpoints
@@ -361,6 +364,7 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         options,
         encoder_weights=arguments.encoder_weights,
         limit=arguments.limit,
+        columns=Columns(arguments.image_column, tuple(arguments.caption_column or ())),
         cache=arguments.cache,
         device=arguments.device,
         maps=arguments.maps,
@@ -406,11 +410,12 @@ def _print_scores(result: Evaluation, options: DecodingOptions) -> None:
 
 
 def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
-    """Write a Space's folder, upload a checkpoint, or both."""
-    if not arguments.space and not arguments.hub:
-        raise ConfigError("give --space DIR, --hub USER/NAME, or both")
+    """Write a Space's folder or ONNX models, upload a checkpoint, or several of these."""
+    if not (arguments.space or arguments.hub or arguments.onnx):
+        raise ConfigError("give --space DIR, --hub USER/NAME, --onnx DIR, or several of them")
     from captioner.inference import hub
-    from captioner.inference.captioner import SHIPPED_CHECKPOINT
+    from captioner.inference.captioner import SHIPPED_CHECKPOINT, Captioner
+    from captioner.model import checkpoint as checkpoints
 
     checkpoint = arguments.checkpoint or SHIPPED_CHECKPOINT
     if arguments.space:
@@ -419,7 +424,14 @@ def _export(arguments: argparse.Namespace, _: DecodingOptions) -> int:
             f"{arguments.space} is ready: hf upload USER/NAME {arguments.space} --repo-type space"
         )
     if arguments.hub:
-        print(hub.push_to_hub(checkpoint, arguments.hub, private=arguments.private))
+        loaded = checkpoints.load(checkpoint)
+        print(hub.push_to_hub(loaded, arguments.hub, private=arguments.private))
+    if arguments.onnx:
+        from captioner.inference import onnx_export
+
+        captioner = Captioner.from_pretrained(checkpoint, encoder_weights=arguments.encoder_weights)
+        onnx_export.write_onnx(arguments.onnx, captioner)
+        print(f"{arguments.onnx} is ready: python {arguments.onnx / onnx_export.EXAMPLE} PHOTO")
     return 0
 
 

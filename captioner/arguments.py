@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from captioner import __version__
-from captioner.config import DEFAULT_SOURCE, FEATURES_FOLDER, FORMATS, DecodingOptions
+from captioner.config import (
+    DEFAULT_SOURCE,
+    FEATURES_FOLDER,
+    FORMATS,
+    DecodingOptions,
+    TrainConfig,
+)
 from captioner.errors import ConfigError
 from captioner.files import user_path
 from captioner.options import OptionParser, add_options
@@ -69,10 +75,11 @@ def _add_table(caption: argparse.ArgumentParser) -> None:
     )
     table.add_argument(
         "--data",
-        metavar="HUB_ID|FOLDER",
-        help="Caption the photos of a dataset instead of PATH: a Hub id, a folder of Parquet "
-        "files (column image), or photos with captions.csv, captions.txt or metadata.csv.",
+        metavar="SOURCE",
+        help="Caption the photos of a dataset instead of PATH: a Hub id, a folder or a file, as "
+        "for train.py. It needs no captions.",
     )
+    add_options(table, TrainConfig, {"image_column": "by rule"})
     table.add_argument(
         "--split",
         default="train",
@@ -142,8 +149,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--data",
         default=DEFAULT_SOURCE,
-        help="Hub id or folder, as for train.py. Default: %(default)s.",
+        metavar="SOURCE",
+        help="Hub id, folder or file, as for train.py. Default: %(default)s.",
     )
+    columns = {"image_column": "by rule", "caption_column": "by rule"}
+    add_options(evaluate, TrainConfig, columns)
     evaluate.add_argument("--split", default="validation", help="Default: %(default)s.")
     evaluate.add_argument(
         "--limit", type=int, default=0, metavar="N", help="Maximum number of photos. 0 = all."
@@ -179,13 +189,21 @@ def _add_evaluate(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
-        help="make a Hugging Face Space from a checkpoint, or upload it to the Hub",
-        description="Write the folder of a Space, ready to be uploaded, or upload a checkpoint as "
-        "a model, which --checkpoint USER/NAME then takes. Uploading needs `hf auth login`.",
+        help="make a Hugging Face Space or ONNX models from a checkpoint, or upload it to the Hub",
+        description="Write the folder of a Space, ready to be uploaded, upload a checkpoint as a "
+        "model, which --checkpoint USER/NAME then takes, or write it as ONNX, which runs without "
+        "PyTorch. Uploading needs `hf auth login`.",
     )
     export.add_argument("--space", type=user_path, metavar="DIR", help="New folder for a Space.")
     export.add_argument("--hub", metavar="USER/NAME", help="Name of the model on the Hub.")
     export.add_argument("--private", action="store_true", help="Make the uploaded model private.")
+    export.add_argument(
+        "--onnx",
+        type=user_path,
+        metavar="DIR",
+        help="New folder for ONNX models (pip install onnxscript), with a script that captions a "
+        "photo with onnxruntime, numpy and pillow alone.",
+    )
     _add_checkpoint(export)
 
 
@@ -212,11 +230,11 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="PATH|HUB_ID", help="Default: the shipped checkpoint."
     )
+    parser.add_argument("--encoder-weights", metavar="FILE", help="File of the encoder's weights.")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
-    parser.add_argument("--encoder-weights", metavar="FILE", help="File of the encoder's weights.")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),

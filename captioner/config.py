@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform, get_args
 
 import pydantic.dataclasses
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from pydantic import ConfigDict, Field, ValidationError
 
 from captioner.errors import ConfigError
@@ -68,7 +68,10 @@ _CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 _MaxLength = Annotated[int, Field(ge=3, le=200)]
 _LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
 # Not strict: JSON and the command line have lists, not tuples.
-_Sources = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+# The title stands for the value in --help.
+_Columns = Annotated[tuple[str, ...], Field(strict=False, title="NAME")]
+_Column = Annotated[str | None, Field(title="NAME")]
+_Sources = Annotated[tuple[str, ...], Field(strict=False, min_length=1, title="SOURCE")]
 _DESCRIPTIONS = {
     int: "a whole number",
     float: "a number",
@@ -119,6 +122,10 @@ def _allowed(field: Any) -> str:
     if field.annotation not in _DESCRIPTIONS:
         return f"one of {', '.join(get_args(field.annotation))}"
     text = _DESCRIPTIONS[field.annotation]
+    if field.annotation == tuple[str, ...] and not any(
+        isinstance(limit, MinLen) for limit in field.metadata
+    ):
+        return "a list of texts"
     match field.metadata:
         case [Ge(low), Le(high)]:
             return f"{text} from {low} to {high}"
@@ -290,9 +297,16 @@ class TrainConfig(_Config):
     """
 
     data: _Sources = (DEFAULT_SOURCE,)
-    """Hub id, folder of Parquet files (image, alt_text), or folder of photos with a captions.csv
-    (image,caption). Repeat the option to train on several sources: SOURCE=0.3 gives one of them 30%
-    of each epoch, and those without a share divide the rest by their sizes."""
+    """Photos with captions: a Hub id (owner/name, owner/name:configuration, owner/name@revision) or
+    its web address, a folder, or a file (.parquet .arrow .json .jsonl .csv .tsv .tar); README.md
+    lists the layouts. Repeat the option to train on several sources: SOURCE=0.3 gives one of them
+    30% of each epoch, and those without a share divide the rest by their sizes."""
+    image_column: _Column = None
+    """Column with the photos or their file names. Without it, the first of image, img, jpg, jpeg,
+    png, webp, photo, image_path, file_name and filename."""
+    caption_column: _Columns = ()
+    """Column with captions; repeat the option to take several. Without it, the first of alt_text,
+    caption, captions, text, txt, sentences, sentence and comment, else caption_0, caption_1, ..."""
     encoder: str = "resnet50"
     """Frozen backbone: resnet50, efficientnet_lite2 or timm:<name>."""
     encoder_weights: str | None = None
@@ -336,7 +350,7 @@ class TrainConfig(_Config):
     """Number of views of each photo; each epoch uses one. 1 = the photo itself; 2 = also mirrored,
     with left and right swapped in its captions; each further view is a random crop."""
     text: str | None = None
-    """Folder of Parquet files with more captions (alt_text) but no photos, to be learned first.
+    """More captions without photos, to be learned first: a source as for --data.
     Word2Vec uses them too; the vocabulary remains that of the training captions."""
     text_epochs: _CountOrZero = 1
     """Epochs on the captions of --text together with the training captions, with the mean cell of

@@ -92,7 +92,7 @@ def report(program: str, error: BaseException) -> int:
 
 @contextlib.contextmanager
 def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
-    """Print this package's warnings on standard error, each once, for a command.
+    """Print this package's warnings and reports on standard error, each once, for a command.
 
     Not for the root logger, because libraries print their own warnings. Only the first of the Hub's
     retries is printed; the final error names the cause.
@@ -105,10 +105,13 @@ def logging_to_stderr(prefix: str = "") -> collections.abc.Iterator[None]:
 
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     retries.addFilter(is_first)
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
         retries.removeFilter(is_first)
 

@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from PIL.TiffTags import RATIONAL, SIGNED_RATIONAL
 
-from captioner.errors import ImageError
+from captioner.errors import ImageError, first_line
 
 MAX_PIXELS = 60_000_000
 MAX_SIDE = 65_535  # pixels, as in JPEG; every row takes memory
@@ -69,7 +69,7 @@ _MAX_TAG_BYTES = 8_000  # of a tag of fractions, which take six microseconds eac
 _MAX_HEADER_READS, _MAX_PIXEL_READS = 10_000, 50_000
 _MAX_JPEG_SCANS = 50  # encoders write about ten
 
-Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Photo: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray
 
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -302,12 +302,13 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a path, bytes, PIL image or array as an upright eight-bit RGB picture.
+    """Open a path, bytes, binary file, PIL image or array as an upright eight-bit RGB picture.
 
     Handles EXIF rotation, alpha (on white), CMYK, 16-bit, palette and the first frame of an
     animation. The size is read from the header before anything is decoded; a photo of more than 16
     million pixels is reduced, see ``to_rgb``. The picture's ``format`` is the file's, None for
-    pixels in memory. The first call adjusts Pillow's limits for the whole process.
+    pixels in memory. A file object is read from its start, if it can go there. The first call
+    adjusts Pillow's limits for the whole process.
 
     Raises:
         ImageError: the file is missing, not an image, broken, empty, larger than ``MAX_BYTES``, or
@@ -322,9 +323,7 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         _check_size(photo, "the photo", max_pixels)
         return _decode(photo, "the photo")
     if not isinstance(photo, bytes | str | os.PathLike):
-        raise ImageError(
-            f"a {type(photo).__name__} isn't a photo: use a path, bytes, a PIL image or an array"
-        )
+        photo = _read_file(photo)
     name = "the photo" if isinstance(photo, bytes) else str(photo)
     with _open_file(photo) as file:
         if (length := file.seek(0, io.SEEK_END)) > MAX_BYTES:
@@ -336,6 +335,24 @@ def open_photo(photo: Photo, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         source = _read_header(file, name)
         _check_size(source, name, max_pixels)
         return _decode_file(source, file, name)
+
+
+def _read_file(file: IO[bytes]) -> bytes:
+    """Read a file object, from its start as Pillow does, but at most one byte above the limit."""
+    if not hasattr(file, "read"):
+        raise ImageError(
+            f"a {type(file).__name__} isn't a photo: use a path, bytes, a file opened in binary "
+            "mode, a PIL image or an array"
+        )
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    except (AttributeError, OSError, ValueError) as error:  # closed, say
+        raise ImageError(f"cannot read the photo: {first_line(error)}") from error
+    if not isinstance(data, bytes):
+        raise ImageError('the file was opened as text: open it in binary mode, "rb"')
+    return data
 
 
 def _read_header(file: _BoundedReader, name: str) -> Image.Image:

@@ -16,7 +16,6 @@ _METAVARS = {
     float: "X",
     bool: "{true,false}",
     bool | Literal["auto"]: "{true,false,auto}",
-    tuple[str, ...]: "SOURCE",
 }
 
 
@@ -67,7 +66,7 @@ def add_options(
             dest=f"{prefix}{name}",
             action="append" if get_origin(kind) is tuple else "store",
             type=functools.partial(_parse, kind),
-            metavar=_METAVARS.get(kind, metavar),
+            metavar=field.title or _METAVARS.get(kind, metavar),
             help=f"{field.description} Default: {show(default)}.".replace("%", "%%"),
         )
 
@@ -79,7 +78,7 @@ def show(value: object) -> str:
             return str(value).lower()
         case float():
             return f"{value:g}"
-        case None | "":
+        case None | "" | ():
             return "none"
         case tuple():
             return ", ".join(value)

@@ -148,7 +148,7 @@ def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_encoder() -> Callable[..., Encoder]:
     """``tiny_encoder(seed)``: a real ``Encoder`` of one convolution with 8 channels."""
 
@@ -182,7 +182,7 @@ def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def captioner() -> Captioner:
     """The shipped checkpoint."""
-    return Captioner.load()
+    return Captioner.from_pretrained()
 
 
 @pytest.fixture(scope="session")

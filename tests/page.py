@@ -132,7 +132,7 @@ async def ask(client: httpx.AsyncClient, photo: bytes) -> tuple[int, str]:
     if upload.status_code != 200:
         return upload.status_code, upload.text
     file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-    call = await client.post(CALL, json={"data": [file]})
+    call = await client.post(CALL, json={"data": [file, {}]})
     return call.status_code, call.json().get("event_id", call.text)
 
 

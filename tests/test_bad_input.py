@@ -261,8 +261,8 @@ def _line_break_in_a_name(folder: Path, row: Callable[..., Row], _: object) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_missing_column, "no column 'alt_text', only: image"),
-        (_mixed_types, "cannot read the parquet files"),
+        (_missing_column, "no column with captions"),
+        (_mixed_types, "cannot read the files in"),
         (_captions_by_language, "captions cannot be a dict"),
         (_line_break_in_a_name, "spans several lines up to line 4"),
     ],
@@ -396,7 +396,7 @@ def client(served_page: str, example_photos: list[Path]) -> Iterator[Client]:
         upload = http.post(UPLOAD, files={"files": ("photo.jpg", example_photos[0].read_bytes())})
         (path,) = upload.json()
         photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        event_id = http.post(CALL, json={"data": [photo]}).json()["event_id"]
+        event_id = http.post(CALL, json={"data": [photo, {}]}).json()["event_id"]
         (caption,) = json.loads(http.get(f"{CALL}/{event_id}").text.partition("data: ")[2])
         events = {
             event: dependency["id"]

@@ -226,7 +226,7 @@ def _post(client: httpx.Client, data: bytes, name: str = "photo.jpg") -> Answer:
     upload = client.post(UPLOAD, files={"files": (name, data)})
     assert upload.status_code == 200, upload.text
     file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-    call = client.post(CALL, json={"data": [file]})
+    call = client.post(CALL, json={"data": [file, {}]})
     text = client.get(f"{CALL}/{call.json()['event_id']}").text
     *_, event, line = text.strip().splitlines()
     values = json.loads(line.removeprefix("data: "))

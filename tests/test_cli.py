@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from captioner.arguments import build_parser
 from captioner.config import VERDICTS
 from captioner.inference.heatmaps import HeatmapFolder
 from captioner.model import checkpoint as checkpoints
+from captioner.model.vocabulary import clean
 from captioner.training.metrics import invented_people
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +37,12 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 @pytest.fixture(autouse=True)
 def _captioner_loaded_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Captioner.load
+    load = Captioner.from_pretrained
 
     def load_once(checkpoint: str | None, *arguments: Any, **options: Any) -> Captioner:
         return load(checkpoint, *arguments, **options) if checkpoint else captioner
 
-    monkeypatch.setattr(Captioner, "load", load_once)
+    monkeypatch.setattr(Captioner, "from_pretrained", load_once)
 
 
 @pytest.fixture
@@ -651,6 +653,29 @@ def test_evaluate_prints_scores_and_writes_captions_and_sheet(
     Image.open(picture).verify()
     assert main(arguments) == 0
     assert json.loads(out.read_text()) == record
+
+
+def test_columns_are_named_on_the_command_line(
+    tmp_path: Path,
+    hub_row: Callable[..., dict[str, Any]],
+    write_parquet: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(3)]
+    named = [{"picture": row["image"], "en": row["alt_text"][0]} for row in rows]
+    data = ["--data", str(write_parquet(tmp_path / "data", {"train": named})), "--split", "train"]
+    table, scores = tmp_path / "captions.csv", tmp_path / "scores.json"
+    arguments = ["caption", *data, "--output", str(table), "--beam-size", "1"]
+    assert main(arguments) == 2
+    assert "only: picture, en; name it with --image-column" in capsys.readouterr().err
+    assert main([*arguments, "--image-column", "picture"]) == 0
+    assert len(table.read_text().splitlines()) == 4
+    arguments = ["evaluate", *data, "--json", str(scores), "--cache", str(tmp_path / "cache")]
+    arguments += ["--image-column", "picture", "--caption-column", "en"]
+    assert main(arguments) == 0
+    assert "photos from picture, captions from en" in capsys.readouterr().err
+    references = [photo["references"] for photo in json.loads(scores.read_text())["photos"]]
+    assert references == [[clean(row["en"])] for row in named]
 
 
 def test_evaluate_tests_maps_and_plots_them_beside_the_scores(

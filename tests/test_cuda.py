@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Captioner:
-    return Captioner.load(device="cuda")
+    return Captioner.from_pretrained(device="cuda")
 
 
 def test_captions_match_cpu(
@@ -73,7 +73,7 @@ def test_run_trains_and_resumes_on_cpu(
 
 def test_missing_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
-    load: Callable[..., Captioner] = Captioner.load
+    load: Callable[..., Captioner] = Captioner.from_pretrained
     with pytest.raises(Exception, match="device"):
         load(device=missing)
     capsys.readouterr()

@@ -137,7 +137,7 @@ def test_full_cache_is_not_blamed_on_the_data(
         except OSError as error:
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset)
     with pytest.raises(WriteError, match=rf"cache {cache}.*HF_DATASETS_CACHE") as raised:
         load_captions(str(parquet_folder))
     assert os.strerror(code) in str(raised.value)
@@ -149,7 +149,7 @@ def test_unreadable_data_is_not_blamed_on_the_cache(
     def load_dataset(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(parquet_folder / "a.parquet"))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset)
     with pytest.raises(DataError, match="Permission denied"):
         load_captions(str(parquet_folder))
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -941,7 +942,46 @@ def test_zero_sized_image_is_refused(size: tuple[int, int]) -> None:
         open_photo(Image.new("RGB", size))
 
 
-@pytest.mark.parametrize("photo", [None, 7, ["photo.jpg"], io.BytesIO(b"")])
+class Unseekable(io.BytesIO):
+    """A pipe, say."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: int) -> int:
+        raise OSError("not seekable")
+
+
+def test_file_objects_are_read_from_their_start(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(SCENE), "PNG")
+    (tmp_path / "photo.png").write_bytes(data)
+    written = io.BytesIO()
+    written.write(data)  # it stands at its end
+    with (
+        (tmp_path / "photo.png").open("rb") as file,
+        tempfile.SpooledTemporaryFile() as spooled,
+    ):
+        spooled.write(data)
+        for photo in (written, file, spooled, file, Unseekable(data)):
+            assert np.array_equal(np.asarray(open_photo(photo)), SCENE)
+    with pytest.raises(ImageError, match="closed file"):
+        open_photo(file)
+
+
+def test_file_object_errors_name_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    text: Any = io.StringIO("photo")
+    with pytest.raises(ImageError, match="opened as text: open it in binary mode"):
+        open_photo(text)
+    with pytest.raises(ImageError, match="isn't an image"):
+        open_photo(io.BytesIO(b""))
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    endless = io.BytesIO(bytes(5000))
+    with pytest.raises(ImageError, match="megabytes"):
+        open_photo(endless)
+    assert endless.tell() == 1001
+
+
+@pytest.mark.parametrize("photo", [None, 7, ["photo.jpg"]])
 def test_other_types_are_refused(photo: Any) -> None:
     with pytest.raises(ImageError, match=rf"{type(photo).__name__} isn't a photo: use a path"):
         open_photo(photo)

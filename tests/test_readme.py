@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,10 @@ PARTS = [
     for command in COMMANDS
     for part in command.split("&&")
     if (words := shlex.split(part, comments=True))
+]
+LAYOUT_COMMANDS = [
+    shlex.split(command)
+    for command in re.findall(r"^\|.*\| `(python train\.py .*)` \|$", README, flags=re.MULTILINE)
 ]
 CAPTION_COMMANDS = [
     words[words.index("captioner") + 1 :]
@@ -99,7 +104,8 @@ def test_command_arguments_parse(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--help"])
     page_help = capsys.readouterr().out
-    for words in PARTS:
+    assert len(LAYOUT_COMMANDS) > 10
+    for words in (*PARTS, *LAYOUT_COMMANDS):
         _check_command(words, page_help)
 
 
@@ -133,9 +139,10 @@ def test_python_examples_run(photo_folder: Path, served_page: str) -> None:
     assert photo_folder == Path.cwd()
     examples = [block for language, block in BLOCKS if language == "python"]
     assert examples
+    names: dict[str, Any] = {}  # later examples use those of earlier ones
     for example in examples:
         code = example.replace(ADDRESS, served_page.rstrip("/"))
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_tree_names_every_module() -> None:

@@ -23,6 +23,7 @@ from captioner.config import BAD_ENDINGS, DEFAULT_LANGUAGE, EOS, UNK, DecodingOp
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
+from captioner.inference import hub
 from captioner.inference.caption import Beam, Caption, Word
 from captioner.inference.cover import CoverTest, check_cells, encode_covered
 from captioner.model import checkpoint as checkpoints
@@ -115,17 +116,19 @@ class Captioner:
         self._decoder = pack(self.checkpoint.model)
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls,
         path_or_hub_id: str | Path | None = None,
-        encoder_weights: str | Path | None = None,
         *,
+        revision: str | None = None,
+        encoder_weights: str | Path | None = None,
         device: str = "cpu",
     ) -> Captioner:
         """Load a checkpoint and its encoder.
 
         Args:
             path_or_hub_id: a checkpoint's folder or Hub id; None for the shipped one.
+            revision: branch, tag or commit on the Hub; None is the main branch.
             encoder_weights: file with the encoder's weights; None downloads or finds them.
             device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest one available.
 
@@ -135,15 +138,41 @@ class Captioner:
             ConfigError: the device is unknown or missing.
         """
         torch_device = choose_device(device)
-        checkpoint = checkpoints.load(path_or_hub_id or SHIPPED_CHECKPOINT)
+        name = path_or_hub_id or SHIPPED_CHECKPOINT
+        checkpoint = checkpoints.load(name if revision is None else f"{name}@{revision}")
         encoder = load_encoder(str(checkpoint.encoder["name"]), encoder_weights)
         return cls(checkpoint, encoder.to(torch_device))
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Upload the checkpoint, from which ``from_pretrained`` can load it; see ``hub``."""
+        return hub.push_to_hub(self.checkpoint, name, private=private)
 
     @property
     def card(self) -> str:
         """The model card in Markdown: training data, scores, limits, terms."""
         _, _, text = self.checkpoint.card.split("---\n", 2)  # the front matter
         return text.strip()
+
+    def __call__(
+        self,
+        photos: Photo | list[Any] | tuple[Any, ...],
+        options: DecodingOptions | None = None,
+    ) -> list[Any]:
+        """Caption one photo or a list of them, as the pipelines of transformers return it.
+
+        So a captioner can take the place of ``pipeline("image-to-text")``.
+
+        Returns:
+            ``[{"generated_text": ...}]`` for one photo; a list of these for a list of photos.
+
+        Raises:
+            ImageError: a photo cannot be opened.
+            ConfigError: see ``caption``.
+        """
+        if isinstance(photos, list | tuple):
+            captions = self.caption_batch(photos, options)
+            return [[{"generated_text": caption.text}] for caption in captions]
+        return [{"generated_text": self.caption(photos, options).text}]
 
     def encode(self, photo: Photo) -> EncodedPhoto:
         """Encode a photo, to caption it several times.
@@ -160,7 +189,7 @@ class Captioner:
     def caption(
         self, photo: Photo | EncodedPhoto, options: DecodingOptions | None = None
     ) -> Caption:
-        """Caption one photo: a path, bytes, PIL image, array, or the result of ``encode``.
+        """Caption one photo: anything that ``open_photo`` takes, or the result of ``encode``.
 
         Raises:
             ImageError: the photo cannot be opened.

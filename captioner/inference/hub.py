@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from captioner.errors import CaptionerError, ConfigError, first_line
 from captioner.files import atomic_dir
 from captioner.model import checkpoint as checkpoints
+from captioner.model.checkpoint import Checkpoint
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TRAINING = "# Training"  # the comment above the requirements that a Space does not need
@@ -65,35 +67,34 @@ def write_space(folder: Path, checkpoint: str | Path) -> None:
         (partial / "requirements.txt").write_text(f"{_CPU_BUILD}\n{needed}")
 
 
-def push_to_hub(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
-    """Upload a checkpoint's folder to the Hugging Face Hub as a model; return its URL.
+def push_to_hub(checkpoint: Checkpoint, name: str, *, private: bool = False) -> str:
+    """Upload a checkpoint to the Hugging Face Hub as a model; return its URL.
 
-    ``Captioner.load("user/name")`` can then load it. The access token is that of ``hf auth login``
-    or ``HF_TOKEN``.
+    ``Captioner.from_pretrained("user/name")`` can then load it. The access token is that of
+    ``hf auth login`` or ``HF_TOKEN``.
 
     Args:
-        checkpoint: a folder.
+        checkpoint: its model may be on any device.
         name: "user/name", or a name alone for the token's owner; created if it does not exist.
         private: whether only its owner can see it; for a new one.
 
     Raises:
-        CheckpointError: the checkpoint cannot be loaded.
         CaptionerError: the Hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
 
-    checkpoints.load(checkpoint)
     api = HfApi()
     url = None
     try:
         # Without an owner the Hub takes the token's.
         url = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=checkpoints.find(checkpoint),
-            allow_patterns=[checkpoints.WEIGHTS, checkpoints.CONFIG, checkpoints.CARD],
-            commit_message="Upload a captioner checkpoint",
-        )
+        with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
+            checkpoints.save(Path(folder, "checkpoint"), checkpoint)
+            api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=Path(folder, "checkpoint"),
+                commit_message="Upload a captioner checkpoint",
+            )
     except Exception as error:
         exists = f"; the repository {url} exists" if url else ""
         raise CaptionerError(

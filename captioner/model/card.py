@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioner.config import DEFAULT_LANGUAGE, split_share
 
+_TITLE = "Image captions with attention"
+_TASK = "image-to-text"  # of the Hub
+# The Hub's names of the metrics.
+_METRIC_TYPES = {
+    **{f"BLEU-{n}": "bleu" for n in range(1, 5)},
+    "CIDEr": "cider",
+    "ROUGE-L": "rouge",
+}
 # What the data sets that shipped checkpoints learned from show, by a part of their names.
 _SCENES = {
     "flickr": "snapshots, many of people and dogs outdoors",
@@ -57,10 +66,10 @@ def model_card(
     return "\n".join(
         [
             "---",
-            "tags: [image-captioning, attention, pytorch]",
+            _front_matter(language, recipe, metrics),
             "---",
             "",
-            "# Image captions with attention",
+            f"# {_TITLE}",
             "",
             f"A frozen `{encoder_name}` turns a photo into 7 x 7 vectors; an LSTM of "
             f"{hidden_size} units writes {kind} of at most "
@@ -100,6 +109,49 @@ def model_card(
             "",
         ]
     )
+
+
+def _front_matter(language: str, recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+    """Return the YAML by which the Hub lists and searches a model."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    sources = [split_share(source)[0] for source in recipe["data"]]
+    texts = [str(recipe["text"])] if recipe.get("text") else []
+    results = []
+    for metric, value in metrics.items():
+        name, _, suffix = metric.partition(" ")
+        # With several sources, a metric is followed by the short name of its own, or it is a mean.
+        measured = [each for each in sources if f"/{each}".endswith(f"/{suffix}")]
+        measured = sources if len(sources) == 1 else measured
+        if measured and name in _METRIC_TYPES:
+            results.append(
+                EvalResult(
+                    task_type=_TASK,
+                    dataset_type=_dataset_id(measured[0]),
+                    dataset_name=measured[0],
+                    dataset_split="validation",
+                    metric_type=_METRIC_TYPES[name],
+                    metric_name=name,
+                    metric_value=round(value, 2),
+                )
+            )
+    data = ModelCardData(
+        model_name=_TITLE,
+        language=language,
+        library_name="captioner",
+        pipeline_tag=_TASK,
+        license="other",
+        license_name="terms-of-the-training-data",
+        tags=["image-captioning", "attention", "pytorch"],
+        datasets=list(dict.fromkeys(map(_dataset_id, [*sources, *texts]))),
+        eval_results=results or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _dataset_id(source: str) -> str:
+    """Return owner and name of a source on the Hub, without configuration, revision or file."""
+    return "/".join(re.split("[:@]", source)[0].split("/")[:2])
 
 
 def _knowledge(names: Sequence[str]) -> str:

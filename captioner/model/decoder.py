@@ -178,7 +178,7 @@ class CaptionModel(nn.Module):
             hidden = torch.tanh(self.start_hidden(mean))
             cell = torch.tanh(self.start_cell(mean))
         else:
-            hidden = cell = features.new_zeros(len(features), self.config.hidden_size)
+            hidden = cell = features.new_zeros(features.shape[0], self.config.hidden_size)
         shape = (-1, width, -1)
         return State(hidden[:, None].expand(shape), cell[:, None].expand(shape))
 

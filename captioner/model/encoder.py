@@ -133,7 +133,11 @@ class Encoder(nn.Module):
             images = images.pin_memory()  # so that it is copied while the GPU computes
         images = images.to(self.device, non_blocking=self.device.type == "cuda")
         with torch.autocast(self.device.type, enabled=False):  # even inside the caller's autocast
-            grid = self.backbone(images.contiguous(memory_format=torch.channels_last))
+            return self.to_cells(images.contiguous(memory_format=torch.channels_last))
+
+    def to_cells(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, S, S) on the encoder's device to cells (B, P, C)."""
+        grid = self.backbone(images)
         if grid.ndim != 4:
             raise EncoderError(
                 f"{self.name} outputs {tuple(grid.shape)}, not a spatial feature map (B, C, h, w): "

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, INNER_SPACE, PAD, DecodingOptions
+from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset
 from captioner.data.features import cache_features
 from captioner.data.sources import CaptionedPhotos, load_captions
@@ -146,6 +147,7 @@ def evaluate_checkpoint(
     *,
     encoder_weights: str | None = None,
     limit: int = 0,
+    columns: Columns | None = None,
     cache: Path = FEATURES_FOLDER,
     device: str = "cpu",
     maps: bool = False,
@@ -157,7 +159,7 @@ def evaluate_checkpoint(
     Raises:
         CaptionerError: the data, the encoder's weights or the checkpoint do not allow it.
     """
-    photos = load_captions(source, split, limit=limit)
+    photos = load_captions(source, split, limit=limit, columns=columns)
     encoder = load_encoder(str(checkpoint.encoder["name"]), encoder_weights)
     checkpoint.check_encoder(encoder.spec())
     checkpoint.model.to(encoder.to(choose_device(device)).device)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from captioner.config import FEATURES_FOLDER, PAD, UNK, DecodingOptions, TrainConfig
 from captioner.data.dataset import CaptionDataset
-from captioner.data.sources import parse_sources
+from captioner.data.shares import parse_sources
 from captioner.distributed import DistributedContext, process_group
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, TrainingError

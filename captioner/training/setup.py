@@ -20,15 +20,11 @@ from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from captioner.config import FEATURES_FOLDER, TrainConfig
+from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
 from captioner.data.features import Features, cache_features
-from captioner.data.sources import (
-    CaptionedPhotos,
-    DataSource,
-    load_captions,
-    load_texts,
-    parse_sources,
-)
+from captioner.data.shares import DataSource, parse_sources
+from captioner.data.sources import CaptionedPhotos, SplitError, load_captions, load_texts
 from captioner.distributed import DistributedContext
 from captioner.errors import ConfigError, DataError
 from captioner.model.encoder import check_encoder_name, choose_device, load_encoder
@@ -125,7 +121,7 @@ def prepare(
     check_encoder_name(config.encoder)
     sources = parse_sources(config.data)
     splits = [_load_splits(config, source.source) for source in sources]
-    texts = [] if config.text is None else load_texts(config.text)
+    texts = [] if config.text is None else load_texts(config.text, _columns(config))
     per_photo = 1 if config.captions == "first" else None
     # Before the features, which can take hours: captions without a vocabulary fail here.
     training_captions = [
@@ -270,13 +266,20 @@ def _describe_sources(sources: Sequence[Source]) -> list[str]:
     ]
 
 
+def _columns(config: TrainConfig) -> Columns:
+    """Return the columns that the settings name."""
+    return Columns(config.image_column, config.caption_column)
+
+
 def _load_splits(config: TrainConfig, source: str) -> tuple[Rows, Rows]:
     """Return the training and the validation photos of a source, each with the rows to use."""
-    photos = load_captions(source, "train", limit=config.limit)
+    photos = load_captions(source, "train", limit=config.limit, columns=_columns(config))
     if config.validation == "split":
         try:
-            validation = load_captions(source, "validation", limit=config.limit)
-        except DataError as error:
+            validation = load_captions(
+                source, "validation", limit=config.limit, columns=_columns(config)
+            )
+        except SplitError as error:
             log.warning("%s; holding 10 %% of the training photos back instead", error)
         else:
             return (photos, list(range(len(photos)))), (validation, list(range(len(validation))))

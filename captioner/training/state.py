@@ -37,9 +37,13 @@ _PROGRESS = (
     *("epoch", "step", "loss_sum", "num_tokens", "best_loss", "bad_epochs"),
     *("stage", "first_epoch", "rows"),
 )
-# Settings that may change on resume: the same files may be in another place, and the tag of the
-# language does not affect training.
-_FREE_SETTINGS = ("device", "data", "text", "encoder_weights", "language")
+# Settings that may change on resume: the same photos and captions may be in another place, under
+# other columns, and the tag of the language does not affect training.
+# fmt: off
+_FREE_SETTINGS = (
+    "device", "data", "image_column", "caption_column", "text", "encoder_weights", "language",
+)
+# fmt: on
 
 
 class TrainingState:

@@ -10,6 +10,7 @@ from captioner.errors import ConfigError
 _BANS = ("ban_repeats", "ban_trigrams", "ban_unknown", "ban_bad_endings")
 # Limits for a visitor; larger requests would delay the others.
 _MAX_BEAMS, _MAX_WORDS = 5, 30
+_MAX_CHARACTERS = 2000
 
 
 def setting_values(options: DecodingOptions) -> dict[str, Any]:
@@ -41,6 +42,29 @@ def decoding_options(values: dict[str, Any]) -> DecodingOptions:
     values["samples"] = values["beam_size"]
     values["max_length"] = values.pop("max_words") + 2
     return DecodingOptions.from_dict(values)
+
+
+def api_options(values: Any) -> DecodingOptions:
+    """Return the options of a program's request: fields of ``DecodingOptions`` by name.
+
+    Raises:
+        ConfigError: a field is unknown, or its value out of range.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError('the options must be an object such as {"beam_size": 5, "prefix": "a"}')
+    options = DecodingOptions.from_dict(values)
+    limits = {"beam_size": _MAX_BEAMS, "samples": _MAX_BEAMS, "max_length": _MAX_WORDS + 2}
+    for name, limit in limits.items():
+        if getattr(options, name) > limit:
+            raise ConfigError(f"{name} is {getattr(options, name)}; the limit here is {limit}")
+    check_text(options.prefix)
+    return options
+
+
+def check_text(text: str) -> None:
+    """Raise ``ConfigError`` if a visitor's text is too long."""
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"the text has {len(text)} characters; the limit is {_MAX_CHARACTERS}")
 
 
 def how_it_works(

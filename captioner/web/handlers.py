@@ -12,7 +12,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from captioner.config import DecodingOptions
-from captioner.errors import ConfigError, ImageError
+from captioner.errors import ImageError
 from captioner.images import DISPLAY_SIDE, Photo, open_photo
 from captioner.inference.caption import Caption
 from captioner.inference.captioner import EncodedPhoto
@@ -29,11 +29,10 @@ from captioner.web.attention_viewer import (
     StepsView,
     View,
 )
-from captioner.web.controls import decoding_options, setting_values
+from captioner.web.controls import api_options, check_text, decoding_options, setting_values
 from captioner.web.errors import show_errors
 from captioner.web.photo_input import ExamplePhoto, example_photos
 
-_MAX_CHARACTERS = 2000
 _MAX_ENCODED = 64  # photos, 0.3 MB each
 _MAX_DISPLAYED = 4  # photos that a browser cannot draw, 3 MB each
 
@@ -130,7 +129,7 @@ class Handlers:
     @show_errors
     def caption(self, request: CaptionRequest) -> View:
         """Write a caption that begins with the visitor's words, or score the whole of it."""
-        _check_length(request.text)
+        check_text(request.text)
         path, photo = self._path(request), None
         given = self._word_indices(request.text, request.given)
         if request.drawn:
@@ -173,7 +172,7 @@ class Handlers:
     @show_errors
     def cover(self, request: CoverRequest) -> View:
         """Cover cells of the photo, and caption it without the visitor's words."""
-        _check_length(request.text)
+        check_text(request.text)
         photo = self._path(request).read_bytes()  # bytes: errors must not name the path
         test = self._model.cover(
             photo, request.text, request.word, request.cells, options=request.options
@@ -198,22 +197,20 @@ class Handlers:
         return StepsView(steps.to_dict(), request.request)
 
     @show_errors
-    def api(self, photo: bytes | None) -> dict[str, Any]:
-        """Return a caption as JSON: text, size, and beams with every word's numbers and map."""
+    def api(self, photo: bytes | None, options: Any) -> dict[str, Any]:
+        """Return a caption as JSON: text, size, and beams with every word's numbers and map.
+
+        ``options`` has fields of ``DecodingOptions`` by name, such as beam_size and prefix.
+        """
         if photo is None:
             raise ImageError("no photo came with the request: send one")
-        return self._model.caption(photo).to_dict()
+        return self._model.caption(photo, api_options(options)).to_dict()
 
 
 def preview_picture(model: Model) -> bytes:
     """Return a PNG for links to the page: the first example, all of its words with their maps."""
     path = next(iter(example_photos().values())).path
     return render(open_photo(path), model.caption(path), "png")
-
-
-def _check_length(text: str) -> None:
-    if len(text) > _MAX_CHARACTERS:
-        raise ConfigError(f"the text has {len(text)} characters; the limit is {_MAX_CHARACTERS}")
 
 
 def _display_copy(photo: Image.Image) -> Image.Image:

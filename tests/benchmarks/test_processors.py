@@ -37,7 +37,7 @@ from captioner.model.decoder import CaptionModel
 from captioner.model.fast import FusedForward
 from captioner.training.setup import bfloat16_speedup
 
-captioner = Captioner.load()
+captioner = Captioner.from_pretrained()
 photos = make_photos()
 endings = captioner.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
 encoders.fuse_for_inference = lambda module: None

@@ -18,7 +18,8 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from PIL import Image
 
 from captioner.data.dataset import CaptionDataset, PhotoDataset, augment, is_mirrored, mirror_text
-from captioner.data.sources import load_captions, parse_sources, stream_photos
+from captioner.data.shares import parse_sources
+from captioner.data.sources import Box, load_captions, stream_photos
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
 from captioner.model.encoder import Transform
 from captioner.model.vocabulary import Vocabulary, clean
@@ -64,6 +65,17 @@ def test_parquet_splits_hold_captions_and_photos(
     assert photos.names() == [f"{1000 + first + row}.png" for row in range(count)]
     for row in (0, count - 1):
         assert np.array_equal(np.asarray(photos.photo(row)), _pixels(draw(first + row)))
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_photos_keep_their_boxes(
+    tmp_path: Path, hub_row: MakeRow, write_parquet: Write, limit: int
+) -> None:
+    box = {"category": "kite", "box": [0.25, 0, 0.5, 1]}
+    rows = [hub_row(number) | {"boxes": [box] * number} for number in range(3)]
+    photos = load_captions(str(write_parquet(tmp_path, {"train": rows})), limit=limit)
+    boxes = [[Box("kite", 0.25, 0, 0.5, 1)] * number for number in range(3)]
+    assert photos.boxes() == boxes[: limit or None]
 
 
 @pytest.mark.parametrize("alias", ["val", "valid", "dev", "Validation"])
@@ -384,7 +396,7 @@ def _no_folder(folder: Path, *_: Any) -> Path:
 
 
 def _no_captions_column(folder: Path, _: Draw, row: MakeRow, write: Write) -> Path:
-    kept = [{"image": row(0)["image"], "text": "a dog"}]
+    kept = [{"image": row(0)["image"], "description": "a dog"}]
     return write(folder, {"train": kept})
 
 
@@ -428,19 +440,27 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
     ("make", "says"),
     [
         (_no_folder, "there is no folder"),
-        (_nothing, "neither Parquet files nor captions.csv or captions.txt"),
-        (_photos_without_captions, "neither Parquet files nor captions.csv or captions.txt"),
-        (_no_captions_column, "no column 'alt_text', only: image, text"),
-        (_no_image_column, "no column 'image', only: picture, alt_text"),
+        (_nothing, r"no captions that can be read, only: nothing\. It can hold Parquet, .*csv"),
+        (_photos_without_captions, r"only: 1 \.png\. It can hold .* captions\.csv \(image,caption"),
+        (
+            _no_captions_column,
+            r"no column with captions \(alt_text, .*\), only: image, description; name it with "
+            "--caption-column",
+        ),
+        (
+            _no_image_column,
+            r"no column with photos \(image, .*\), only: picture, alt_text; name it with "
+            "--image-column",
+        ),
         (_no_captions, "no photo with a caption"),
         (_captions_of_numbers, "alt_text"),
         (_captions_by_language, "captions cannot be a dict"),
         (_photos_of_numbers, "image"),
-        (_broken_parquet, "cannot read the Parquet files"),
-        (_csv(""), "no column 'image'"),
-        (_csv("a.png,a dog\n"), "no column 'image' in its first line, only: a.png, a dog"),
-        (_csv("image,text\na.png,a dog\n"), "no column 'caption' in its first line"),
-        (_csv("image;caption\na.png;a dog\n"), "start it with image,caption"),
+        (_broken_parquet, "cannot read the files in .*not a parquet file.*the damaged file"),
+        (_csv(""), "is empty: write lines of image,caption into it"),
+        (_csv("a.png,3\na.png,4\n"), r"no column with captions, only: a\.png, 3; name the column"),
+        (_csv("image,rating\na.png,3\n"), r"only: image, rating; .*--caption-column"),
+        (_csv("a.png\n"), r"no column with captions, only: a\.png"),
         (_csv("image,caption\nb.png,a dog\n"), "none of them is in .*the first is 'b.png'"),
         (_csv("image,caption\n"), "names 0 photos"),
         (
@@ -450,7 +470,13 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
         (_csv('image,caption\n"a\rb.png",a dog\n'), "name or a caption spans several lines"),
         (_csv(f"image,caption\n{'b' * 5000},a dog\n"), "none of them is in"),
         (_csv("image,caption\nb\0.png,a dog\n"), "none of them is in"),
-        (_csv("image,caption\na.png,ein Häuschen\n", "latin-1"), "save it as UTF-8"),
+        (
+            _csv("image,caption\na.png,собака бежит по траве\n", "cp1251"),
+            "neither UTF-8 nor .*Latin",
+        ),
+        (_csv("image,caption\na.png,żółty pies goni piłkę\n", "cp1250"), "save it as UTF-8"),
+        (_csv("image,caption\na.png,一只狗在草地上跑\n", "gb18030"), "save it as UTF-8"),
+        (_csv("image,caption\na.png,犬が走っている\n", "shift-jis"), "save it as UTF-8"),
     ],
 )
 def test_bad_data_raises_data_error_with_reason(
@@ -529,7 +555,7 @@ def test_hub_errors_name_cause_and_remedy(
     def fail(*_: Any, **__: Any) -> None:
         raise _hub_error(kind)
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     for load in (load_captions, stream_photos):
         with pytest.raises(DataError, match=says):
             load("some/data")
@@ -542,7 +568,7 @@ def test_configuration_follows_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         raise ConnectionError
 
-    monkeypatch.setattr("datasets.load_dataset", record)
+    monkeypatch.setattr("datasets.load_dataset_builder", record)
     for source in ("some/data:de", "some/data"):
         with pytest.raises(DataError):
             load_captions(source)
@@ -577,7 +603,7 @@ def test_error_without_text_becomes_data_error(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     with pytest.raises(DataError, match="ConnectionError"):
         load_captions("some/dataset")
 
@@ -732,6 +758,8 @@ def test_sources_have_shares_and_short_names(
     assert [source.name for source in sources] == ["photos:small", "a=0.5"]
     assert [source.share for source in sources] == [0.25, None]
     assert [source.portable for source in sources] == ["owner/photos:small=0.25", "a=0.5"]
+    (source,) = parse_sources(["https://huggingface.co/datasets/owner/photos/tree/v2"])
+    assert source.portable == "owner/photos@v2"
     sources = parse_sources(["data=0.3", str(tmp_path / "more" / "data")])
     assert [source.name for source in sources] == [f"{tmp_path.name}/data", "more/data"]
     assert sources[0].portable == f"{tmp_path.name}/data=0.3"

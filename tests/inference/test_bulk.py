@@ -58,12 +58,12 @@ def rounded(output: Path) -> dict[str, Row]:
 
 @pytest.fixture(autouse=True)
 def _load_shipped_checkpoint_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Captioner.load
+    load = Captioner.from_pretrained
 
     def load_once(path: str | None = None, *rest: Any, **options: Any) -> Captioner:
         return load(path, *rest, **options) if path else captioner
 
-    monkeypatch.setattr(Captioner, "load", load_once)
+    monkeypatch.setattr(Captioner, "from_pretrained", load_once)
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def test_unsuitable_output_or_data_is_refused_and_kept(
         ["--data", str(tmp_path / "nowhere")], tmp_path / "out"
     )
     data = write_parquet(tmp_path / "data", {"train": [{"alt_text": hub_row(0)["alt_text"]}]})
-    assert "no column 'image'" in message(["--data", str(data)], tmp_path / "out")
+    assert "no column with photos" in message(["--data", str(data)], tmp_path / "out")
 
 
 def test_output_of_another_job_is_refused(

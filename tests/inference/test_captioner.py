@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import io
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from captioner import Caption, Captioner, DecodingOptions
 from captioner.config import VERDICTS
 from captioner.errors import CheckpointError, ConfigError, ImageError
 from captioner.inference.captioner import SHIPPED_CHECKPOINT, near_misses
+from captioner.model import checkpoint
+from captioner.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +271,7 @@ def test_captions_do_not_depend_on_torch_defaults(
     with state():
         torch.manual_seed(7)
         before = _global_state()
-        loaded = Captioner.load()
+        loaded = Captioner.from_pretrained()
         found = [*captions(captioner), *captions(loaded)]
         assert _global_state() == before
     for one, other in zip(found, expected * 2, strict=True):
@@ -400,11 +403,45 @@ def test_mismatched_encoder_is_refused(captioner: Captioner) -> None:
 
 def test_missing_checkpoint_error_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
-        Captioner.load(tmp_path / "nowhere")
+        Captioner.from_pretrained(tmp_path / "nowhere")
+
+
+def test_captioner_takes_the_place_of_a_pipeline(
+    captioner: Captioner, example_photos: list[Path]
+) -> None:
+    photos = example_photos[:2]
+    texts = [captioner.caption(photo).text for photo in photos]
+    assert captioner(photos[0]) == [{"generated_text": texts[0]}]
+    files = [io.BytesIO(photo.read_bytes()) for photo in photos]
+    expected = [[{"generated_text": text}] for text in texts]
+    assert captioner(files) == captioner(tuple(photos)) == expected
+    greedy = DecodingOptions(beam_size=1, prefix="two")
+    assert captioner(photos[0], greedy) == [
+        {"generated_text": captioner.caption(photos[0], greedy).text}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("revision", "expected"), [(None, "someone/captions"), ("v2", "someone/captions@v2")]
+)
+def test_revision_is_that_of_the_hub(
+    revision: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def load(name: str) -> Checkpoint:
+        fetched.append(name)
+        raise CheckpointError("offline")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    with pytest.raises(CheckpointError, match="offline"):
+        Captioner.from_pretrained("someone/captions", revision=revision)
+    assert fetched == [expected]
 
 
 def test_card_is_the_model_card_without_front_matter(captioner: Captioner) -> None:
     shipped = (SHIPPED_CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    assert shipped == captioner.checkpoint.card
     assert shipped.startswith("---\n")
     assert captioner.card
     assert shipped.endswith(f"---\n\n{captioner.card}\n")

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, RepoUrl, SpaceCard
 
+from captioner import Captioner
 from captioner.__main__ import main
 from captioner.inference.captioner import SHIPPED_CHECKPOINT
+from captioner.model.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ("README.md", "config.json", "model.safetensors")
@@ -238,8 +240,9 @@ def test_upload_without_owner_goes_to_the_created_repository(
     address = "https://huggingface.co/me/captions"
     uploads = []
 
-    def upload_folder(_: HfApi, *, repo_id: str, **__: Any) -> None:
+    def upload_folder(_: HfApi, *, repo_id: str, folder_path: Path, **__: Any) -> None:
         uploads.append(repo_id)
+        assert files_in(folder_path) == set(CHECKPOINT)
         if upload_fails:
             raise OSError("connection lost")
 
@@ -253,6 +256,23 @@ def test_upload_without_owner_goes_to_the_created_repository(
         assert f"the repository {address} exists" in output.err
     else:
         assert output.out.strip() == address
+
+
+def test_captioner_uploads_its_checkpoint(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "https://huggingface.co/me/captions"
+    uploads = []
+
+    def upload_folder(_: HfApi, *, folder_path: Path, **__: Any) -> None:
+        uploads.append(load(folder_path))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl(address))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert captioner.push_to_hub("captions") == address
+    (uploaded,) = uploads
+    assert uploaded.vocabulary == captioner.checkpoint.vocabulary
+    assert uploaded.card == captioner.checkpoint.card
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils._http import hf_raise_for_status
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
@@ -194,6 +195,55 @@ def test_card_names_all_sources(folder: Path) -> None:
     assert "people and dogs" not in several.card
     assert "means over the sources" not in checkpoint.card
     assert "The terms of the photos" not in checkpoint.card
+
+
+def _front_matter(checkpoint: Checkpoint) -> ModelCardData:
+    data = ModelCard(checkpoint.card).data
+    assert isinstance(data, ModelCardData)
+    return data
+
+
+def test_front_matter_lists_the_model_on_the_hub(folder: Path) -> None:
+    checkpoint = load(folder)
+    metrics = {"epoch": 3, "CIDEr": 55.512, "ROUGE-L": 40.0}
+    one = dataclasses.replace(
+        checkpoint,
+        recipe={
+            **checkpoint.recipe,
+            "data": ["owner/name:de@v2"],
+            "text": "more",
+            "language": "de",
+        },
+        metrics=metrics,
+    )
+    data = _front_matter(one)
+    assert (data.pipeline_tag, data.library_name) == ("image-to-text", "captioner")
+    assert (data.license, data.language) == ("other", "de")
+    assert data.datasets == ["owner/name", "more"]
+    assert [
+        (result.dataset_type, result.metric_type, result.metric_value, result.dataset_split)
+        for result in data.eval_results or ()
+    ] == [
+        ("owner/name", "cider", 55.51, "validation"),
+        ("owner/name", "rouge", 40.0, "validation"),
+    ]
+    several = dataclasses.replace(
+        one,
+        recipe={**checkpoint.recipe, "data": ["owner/name", "photos=0.3"]},
+        metrics={**metrics, "CIDEr name": 1.0, "BLEU-4 photos": 2.0, "val_loss photos": 3.0},
+    )
+    data = _front_matter(several)
+    assert data.datasets == ["owner/name", "photos"]
+    # Not the means over both.
+    assert [
+        (result.dataset_type, result.metric_name, result.metric_value)
+        for result in data.eval_results or ()
+    ] == [("owner/name", "CIDEr", 1.0), ("photos", "BLEU-4", 2.0)]
+
+
+def test_front_matter_needs_no_scores(folder: Path) -> None:
+    checkpoint = dataclasses.replace(load(folder), metrics={"val_loss": 2.0})
+    assert _front_matter(checkpoint).eval_results is None
 
 
 def test_card_says_what_the_checkpoint_knows(folder: Path, encoder: Encoder) -> None:

@@ -202,9 +202,8 @@ def boxed_photos(boxes: list[list[Box]]) -> CaptionedPhotos:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "gray").save(file, "PNG")
     table_ = datasets.Dataset.from_dict({"image": [file.getvalue()] * len(boxes), "boxes": rows})
-    return CaptionedPhotos(
-        DEFAULT_SOURCE, "validation", table_, [["a dog skis on the left", "nothing"]] * len(boxes)
-    )
+    captions = [["a dog skis on the left", "nothing"]] * len(boxes)
+    return CaptionedPhotos(DEFAULT_SOURCE, "validation", table_, captions, root="")
 
 
 @pytest.mark.parametrize(("swapped", "expected"), [(False, 100.0), (True, 0.0)])
@@ -306,4 +305,4 @@ def test_any_data_has_mosaics_likeness_cells_and_blurring(
 def test_boxes_of_another_form_are_an_error() -> None:
     table_ = datasets.Dataset.from_dict({"image": [b""], "boxes": [[{"category": "dog"}]]})
     with pytest.raises(DataError, match="lists of category and box"):
-        CaptionedPhotos("here", "train", table_, [["a dog"]]).boxes()
+        CaptionedPhotos("here", "train", table_, [["a dog"]], root="").boxes()

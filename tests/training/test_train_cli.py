@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from captioner.config import DATA_FIELDS, ModelConfig, TrainConfig
-from captioner.data.sources import DataSource
+from captioner.data.shares import DataSource
 from captioner.errors import ConfigError
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import load_encoder
@@ -180,6 +180,49 @@ def test_best_holds_back_a_tenth_without_a_validation_split(
     assert "no split 'validation'" in caplog.text + output.err
     assert "captions (8, 5, 20)" in output.out
     checkpoints.load(out / "checkpoint")
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_damaged_validation_split_is_an_error(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(12)]
+    splits = {"train": rows, "validation": [row | {"alt_text": 7} for row in rows]}
+    data = str(write_parquet(tmp_path / "data", splits))
+    assert train.main(arguments(tmp_path / "run", "--data", data)) == 2
+    assert "captions cannot be a int" in _last_line(capsys)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_columns_are_named_on_the_command_line(
+    arguments: MakeArguments,
+    tmp_path: Path,
+    hub_row: MakeRow,
+    write_parquet: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [hub_row(number) for number in range(12)]
+    names = [
+        {"picture": row["image"], "caption": "none", "en": row["alt_text"][:2], "more": "a circle"}
+        for row in rows
+    ]
+    data = str(write_parquet(tmp_path / "data", {"train": names}))
+    more = ["--data", data, "--recipe", "seed", "--captions", "all", "--epochs", "1"]
+    more += ["--reward-epochs", "0", "--detector-epochs", "0", "--image-column", "picture"]
+    out = tmp_path / "run"
+    columns = ["--caption-column", "en", "--caption-column", "more"]
+    assert train.main(arguments(out, *more, *columns)) == 0
+    assert "train: photos from picture, captions from en, more" in capsys.readouterr().err
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert (config["image_column"], config["caption_column"]) == ("picture", ["en", "more"])
+    assert "none" not in checkpoints.load(out / "checkpoint").vocabulary.idx2word
+    assert train.main(arguments(tmp_path / "other", *more, "--caption-column", "fr")) == 2
+    error = _last_line(capsys)
+    assert "has no column 'fr', only: picture, caption, en, more; name one of these" in error
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -617,7 +660,8 @@ def test_bad_options_print_one_line_and_exit_with_2(
 
 def _columns_differ(folder: Path, row: MakeRow, write: Write) -> Path:
     other = {"image": row(1)["image"], "alt_text": 7.5, "more": [{"deep": 1}]}
-    return write(folder, {"train": [row(0)], "validation": [other]})
+    write(folder, {"train-a": [row(0)], "train-b": [other]})
+    return folder
 
 
 def _garbage(folder: Path, row: MakeRow, write: Write) -> Path:
@@ -661,9 +705,9 @@ def _line_break_in_a_name(folder: Path, row: MakeRow, _: Write) -> Path:
         (_no_user, "there is no folder"),
         (_no_name, "there is no folder"),
         (_line_break_in_a_name, "rename the file"),
-        (_no_alt_text, "no column 'alt_text'"),
-        (_columns_differ, "cannot read the Parquet files"),
-        (_garbage, "cannot read the Parquet files"),
+        (_no_alt_text, "no column with captions"),
+        (_columns_differ, "cannot read the files in"),
+        (_garbage, "cannot read the files in"),
         (_broken_photos, "none of the 12 photos"),
     ],
 )

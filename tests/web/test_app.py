@@ -14,7 +14,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import app
-from captioner import Captioner
+from captioner import Captioner, DecodingOptions
 from captioner.errors import CheckpointError
 from captioner.inference.caption import Caption
 
@@ -70,9 +70,26 @@ def test_plain_requests_get_the_same_json(
 ) -> None:
     path = upload(served_page, example_photos[1])
     photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    event, data = call(served_page, photo)
+    event, data = call(served_page, photo, {})
     assert event == "complete"
     assert data == [captioner.caption(example_photos[1]).to_dict()]
+
+
+@pytest.mark.parametrize(
+    "options", [{"beam_size": 5, "prefix": "two dogs"}, {"temperature": 0.8, "samples": 2}]
+)
+def test_programs_choose_the_decoding(
+    client: Client, captioner: Captioner, example_photos: list[Path], options: dict[str, Any]
+) -> None:
+    photo = example_photos[0]
+    values = client.predict(handle_file(photo), options, api_name="/caption")
+    assert values == captioner.caption(photo, DecodingOptions(**options)).to_dict()
+
+
+def test_missing_options_are_an_error_that_names_them(served_page: str) -> None:
+    answered = httpx.post(f"{served_page}gradio_api/call/caption", json={"data": [None]})
+    assert answered.status_code == 400
+    assert "needs 2 (photo, options)" in answered.json()["detail"]
 
 
 def test_captioning_is_all_that_programs_are_offered(client: Client) -> None:
@@ -80,8 +97,10 @@ def test_captioning_is_all_that_programs_are_offered(client: Client) -> None:
     assert isinstance(endpoints, dict)
     assert list(endpoints["named_endpoints"]) == ["/caption"]
     assert not endpoints["unnamed_endpoints"]
-    (photo,) = endpoints["named_endpoints"]["/caption"]["parameters"]
+    photo, options = endpoints["named_endpoints"]["/caption"]["parameters"]
     assert photo["parameter_name"] == "photo"
+    assert options["parameter_name"] == "options"
+    assert options["parameter_default"] == {}
     assert len(endpoints["named_endpoints"]["/caption"]["returns"]) == 1
 
 
@@ -91,14 +110,14 @@ def test_a_missing_photo_is_an_error_that_says_so(client: Client) -> None:
 
 
 def test_a_missing_photo_is_an_error_for_plain_requests_too(served_page: str) -> None:
-    event, data = call(served_page, None)
+    event, data = call(served_page, None, {})
     assert event == "error"
     assert data["error"] == "No photo came with the request: send one."
 
 
 def test_a_file_that_was_not_sent_is_not_read(served_page: str, example_photos: list[Path]) -> None:
     # Gradio does not check the path of ImageData that comes without its meta.
-    event, data = call(served_page, {"path": str(example_photos[0])})
+    event, data = call(served_page, {"path": str(example_photos[0])}, {})
     assert event == "error"
     assert data["error"] == "The photo was not uploaded: send the file first."
 
@@ -154,7 +173,8 @@ def test_call_says_what_to_send_when_it_brings_no_photo(
     served_page: str, capfd: pytest.CaptureFixture[str], data: object
 ) -> None:
     url = f"{served_page}gradio_api/call/caption"
-    answered = httpx.post(url, json={"data": data})
+    values = [*data, {}] if isinstance(data, list) else data
+    answered = httpx.post(url, json={"data": values})
     if answered.status_code == 200:
         told = httpx.get(f"{url}/{answered.json()['event_id']}", timeout=60).text
         assert told.startswith("event: error")
@@ -230,10 +250,10 @@ def test_failure_to_load_is_one_line(
     code: int,
     line: str,
 ) -> None:
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr(Captioner, "load", load)
+    monkeypatch.setattr(Captioner, "from_pretrained", load)
     assert app.main([]) == code
     assert capsys.readouterr().err == line
 

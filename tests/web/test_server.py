@@ -159,7 +159,7 @@ def test_pending_requests_finish_before_shutdown(tmp_path: Path, photos: list[by
                 status, refusal = await ask(client, photos[10])
                 assert status == 503
                 assert "Try again" in refusal
-                refused = await client.post(CALL, json={"data": [None]})
+                refused = await client.post(CALL, json={"data": [None, {}]})
                 assert refused.status_code == 503
                 return await asyncio.gather(*pending)
 
@@ -236,7 +236,7 @@ def test_unusable_address_is_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(Captioner, "load", lambda *_: None)
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda *_, **__: None)
     assert app.main(options or ["--port", page.address.rpartition(":")[2]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -318,7 +318,7 @@ def test_launch_failure_is_one_line_when_gradio_raises(
         raise failure
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
-    monkeypatch.setattr(Captioner, "load", lambda *_: None)
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda *_, **__: None)
     monkeypatch.setattr(app, "build_demo", lambda _: gr.Blocks(analytics_enabled=False))
     monkeypatch.setattr(viewer, "preview_picture", lambda _: b"")
     environment = gradio.routes.templates.env
@@ -377,7 +377,7 @@ def test_running_page_deletes_old_files_and_results(tmp_path: Path, photos: list
             time.sleep(0.1)
         assert httpx.get(address).status_code in (403, 404)
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        event = httpx.post(page.address + CALL, json={"data": [file]}).json()["event_id"]
+        event = httpx.post(page.address + CALL, json={"data": [file, {}]}).json()["event_id"]
         text = httpx.get(f"{page.address}{CALL}/{event}").text
         assert "event: error" in text
         assert "send the photo again" in text
@@ -523,7 +523,7 @@ def test_unneeded_routes_are_blocked(page: Page) -> None:
 def test_server_files_cannot_be_captioned(page: Page, example_photos: list[Path]) -> None:
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
         call = httpx.post(
-            page.address + CALL, json={"data": [{"path": str(example_photos[0]), **meta}]}
+            page.address + CALL, json={"data": [{"path": str(example_photos[0]), **meta}, {}]}
         )
         if meta:
             assert call.status_code == 400
@@ -577,7 +577,7 @@ def test_addresses_in_requests_are_not_fetched(page: Page, photos: list[bytes]) 
                 {"path": address},
                 address,
             ):
-                call = client.post(CALL, json={"data": [file]})
+                call = client.post(CALL, json={"data": [file, {}]})
                 if call.status_code == 200:
                     text = client.get(f"{CALL}/{call.json()['event_id']}").text
                     assert "event: error" in text
@@ -600,7 +600,7 @@ def test_nothing_outside_the_machine_is_looked_up(page: Page) -> None:
 def test_too_large_requests_are_refused(page: Page) -> None:
     for body in (b'{"data": ["' + bytes(3_000_000) + b'"]}', b"[" + b"[]," * 60_000 + b"0]"):
         assert httpx.post(page.address + CALL, content=body).status_code == 413
-    named = httpx.post(page.address + CALL, json={"data": [None], "session_hash": "x" * 101})
+    named = httpx.post(page.address + CALL, json={"data": [None, {}], "session_hash": "x" * 101})
     assert (named.status_code, "too long" in named.text) == (400, True)
     progress = page.address + "/gradio_api/upload_progress"
     assert httpx.get(progress, params={"upload_id": "x" * 2000}).status_code == 414
@@ -650,7 +650,7 @@ def test_full_queue_is_reported(page: Page, photos: list[bytes]) -> None:
             upload = await client.post(UPLOAD, files={"files": ("p.jpg", photos[0])})
             file = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
             calls = await asyncio.gather(
-                *(client.post(CALL, json={"data": [file]}) for _ in range(3 * MAX_QUEUE))
+                *(client.post(CALL, json={"data": [file, {}]}) for _ in range(3 * MAX_QUEUE))
             )
             events = [call.json()["event_id"] for call in calls if call.status_code == 200]
             for event in events:

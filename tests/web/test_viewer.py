@@ -441,11 +441,20 @@ PROBLEMS: dict[str, Ask] = {
     "strength of no number": lambda handlers, _: handlers.export(
         export_request(appearance={"strength": "1"})
     ),
+    "API without a photo": lambda handlers, _: handlers.api(None, {}),
+    "API options of no object": lambda handlers, _: handlers.api(b"", [5]),
+    "API option unknown": lambda handlers, _: handlers.api(b"", {"beams": 5}),
+    "API option out of range": lambda handlers, _: handlers.api(b"", {"top_p": 2}),
+    "API with many beams": lambda handlers, _: handlers.api(b"", {"beam_size": 6}),
+    "API with many samples": lambda handlers, _: handlers.api(
+        b"", {"samples": 6, "temperature": 1}
+    ),
+    "API with a long caption": lambda handlers, _: handlers.api(b"", {"max_length": 33}),
+    "API with a long prefix": lambda handlers, _: handlers.api(b"", {"prefix": "a " * 1001}),
     "unknown word, explained": lambda handlers, _: handlers.steps(steps_request(word=3)),
     "negative word, explained": lambda handlers, _: handlers.steps(steps_request(word=-1)),
     "many words, explained": lambda handlers, _: handlers.steps(steps_request(words=["a"] * 10**5)),
     "unknown example, explained": lambda handlers, _: handlers.steps(steps_request(example="x")),
-    "API without a photo": lambda handlers, _: handlers.api(None),
 }
 
 
@@ -514,7 +523,7 @@ def test_explained_photo_is_not_encoded_again(uploads: Path) -> None:
 
 
 def test_api_returns_plain_json(handlers: Handlers, captioner: Captioner, photo: Path) -> None:
-    values = handlers.api(photo.read_bytes())
+    values = handlers.api(photo.read_bytes(), {})
     assert json.loads(json.dumps(values, allow_nan=False)) == captioner.caption(photo).to_dict()
 
 
@@ -787,7 +796,7 @@ def test_upload_is_captioned_upright(handlers: Handlers, uploads: Path) -> None:
     Image.new("RGB", (40, 20), "red").save(path, "JPEG", exif=exif)
     data = PhotoInput().preprocess(ImageData(path=str(path)))
     assert data == path.read_bytes()
-    assert handlers.api(data)["size"] == [20, 40]
+    assert handlers.api(data, {})["size"] == [20, 40]
 
 
 def test_missing_upload_is_none() -> None:
@@ -797,7 +806,7 @@ def test_missing_upload_is_none() -> None:
 @pytest.mark.parametrize("data", [b"no photo", b"", b"GIF89a"])
 def test_unreadable_upload_is_an_error_in_a_sentence(handlers: Handlers, data: bytes) -> None:
     with pytest.raises(gr.Error, match="The photo is"):
-        handlers.api(data)
+        handlers.api(data, {})
 
 
 @pytest.mark.parametrize(
