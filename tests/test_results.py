@@ -12,6 +12,7 @@ from typing import Any
 import train
 from captioner.arguments import build_parser as captioner_parser
 from captioner.config import TrainConfig
+from captioner.training.word_kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -28,6 +29,18 @@ SCORES = {
         f"{name} {source}": f"{name} {source}" for name in ("BLEU-4", "CIDEr") for source in SOURCES
     },
 }
+# Column -> test, captions, kind of word, of the tables of maps.
+MAP_SCORES = {
+    "people's captions": ("pointing", "people", "all"),
+    "objects alone": ("pointing", "people", "object"),
+    "the model's captions": ("pointing", "model", "all"),
+    "focus": ("focus", "people", "all"),
+    "focus, objects": ("focus", "people", "object"),
+    "hottest, objects": ("hottest", "people", "object"),
+    **{test: (test, "model", "all") for test in ("deletion", "insertion", "likeness", "cells")},
+    **{kind: ("verdicts", "model", kind) for kind in ("all", *KINDS)},
+}
+BASELINES = ("center", "chance", "shuffled")
 # Depend on the reader's files and machine.
 LOCAL_SETTINGS = ("data", "text", "encoder_weights", "device", "bfloat16", "seed")
 
@@ -74,8 +87,40 @@ def test_every_record_has_a_row() -> None:
     assert linked == {path.name for path in RECORDS.iterdir()}
 
 
+def _is_of_maps(row: dict[str, str]) -> bool:
+    return "map" in row or "verdict" in row
+
+
+def test_rows_of_maps_show_the_figures_of_their_records() -> None:
+    rows = [row for row in ROWS if _is_of_maps(row)]
+    assert len(rows) > 10
+    for row in rows:
+        (record,) = _records(row)
+        name = row.get("map") or row["verdict"]
+        scores = {
+            (each["test"], each["captions"], each["kind"]): each
+            for each in record["maps"]
+            if each["map"] == name
+        }
+        checked = [column for column in row if column in MAP_SCORES]
+        assert len(checked) >= 3, row
+        for column in checked:
+            score = scores[MAP_SCORES[column]]
+            value, *bounds = re.findall(r"-?[\d.]+", row[column].partition(" [")[0])
+            assert value == f"{score['value']:.1f}", (column, row)
+            if bounds:
+                assert bounds == [f"{bound:.1f}" for bound in score["interval"]], (column, row)
+            if "[" in row[column]:
+                baseline = "chance" if column in ("deletion", "insertion") else "shuffled"
+                assert row[column].endswith(f"[{score[baseline]:.1f}]"), (column, row)
+        for column in row.keys() & set(BASELINES):
+            assert row[column] == f"{scores['pointing', 'people', 'all'][column]:.1f}", row
+
+
 def test_rows_show_the_figures_of_their_records() -> None:
     for row in ROWS:
+        if _is_of_maps(row):
+            continue
         figures = [_best(record, row.get("decoding", "")) for record in _records(row)]
         columns = [name for name in SCORES if row.get(name, "-") not in ("", "-")]
         assert len(columns) >= 2, row
@@ -116,6 +161,7 @@ def _assert_settings(arguments: list[str], records: list[dict[str, Any]]) -> Non
     for record in records:
         # A record may hold a setting that is removed since, and lack a newer one.
         newer = ("language", "detector_epochs", "detector_photos", "attention_weight", "pointer")
+        newer += ("image_column", "caption_column")
         defaults = {name: getattr(TrainConfig(), name) for name in newer}
         recorded = {**defaults, **record["config"]}
         for name in config.keys() - set(LOCAL_SETTINGS):

@@ -54,7 +54,7 @@ class MapScore:
         photos: how many photos, or mosaics.
         value: the mean.
         interval: of 95 %, by bootstrap over photos.
-        centre: the same of a map with only the middle cell; None if the test has no such figure.
+        center: the same of a map with only the middle cell; None if the test has no such figure.
         chance: the same of a cell at random, or of an even map.
         shuffled: the same of the maps of other photos' words.
     """
@@ -67,7 +67,7 @@ class MapScore:
     photos: int
     value: float
     interval: tuple[float, float]
-    centre: float | None = None
+    center: float | None = None
     chance: float | None = None
     shuffled: float | None = None
 
@@ -79,7 +79,7 @@ class WordValues:
     photos: np.ndarray
     kinds: Sequence[WordKind]
     values: np.ndarray
-    centre: np.ndarray | None = None
+    center: np.ndarray | None = None
     chance: np.ndarray | None = None
     shuffled: np.ndarray | None = None
 
@@ -127,7 +127,7 @@ def summarize(
             continue
         baselines = {
             baseline: None if (all_ := getattr(values, baseline)) is None else all_[inside].mean()
-            for baseline in ("centre", "chance", "shuffled")
+            for baseline in ("center", "chance", "shuffled")
         }
         yield MapScore(
             test,
@@ -180,7 +180,7 @@ def point(words: Sequence[WordMaps], name: str, pattern: Pattern) -> WordValues:
         photos,
         [word.kind for word in words],
         (patterns * targets).sum(axis=1),
-        centre=targets[:, targets.shape[1] // 2],
+        center=targets[:, targets.shape[1] // 2],
         chance=targets.mean(axis=1),
         shuffled=_of_others(patterns, photos, targets),
     )
@@ -252,12 +252,12 @@ def table(scores: Sequence[MapScore]) -> str:
             "",
             f"{test}, {captions}'s captions: {TESTS[test]}",
             f"{'map':18}{'words':10}{'n':>6}{'photos':>8}{'mean':>8}{'95 %':>14}"
-            f"{'centre':>8}{'chance':>8}{'shuffled':>10}",
+            f"{'center':>8}{'chance':>8}{'shuffled':>10}",
         ]
         lines += [
             f"{score.map:18}{score.kind:10}{score.words:6}{score.photos:8}{score.value:8.1f}"
             f"{'{:.1f} - {:.1f}'.format(*score.interval):>14}"
-            f"{_figure(score.centre):>8}{_figure(score.chance):>8}{_figure(score.shuffled):>10}"
+            f"{_figure(score.center):>8}{_figure(score.chance):>8}{_figure(score.shuffled):>10}"
             for score in scores
             if (score.test, score.captions) == (test, captions)
         ]
@@ -285,7 +285,7 @@ def plot(scores: Sequence[MapScore]) -> bytes:
             means = np.array([row.value for row in own])
             errors = np.abs(np.array([row.interval for row in own]).T - means)
             axes.errorbar(places, means, errors, fmt="o", capsize=2, color=f"C{offset}", label=name)
-            for baseline, mark in (("centre", "+"), ("chance", "_"), ("shuffled", "x")):
+            for baseline, mark in (("center", "+"), ("chance", "_"), ("shuffled", "x")):
                 values = [getattr(row, baseline) for row in own]
                 if None not in values:
                     label = baseline if own[0] is rows[0] else None  # once in the legend

@@ -254,7 +254,7 @@ def _seen_there(
             np.array(photos),
             kinds,
             np.array(values),
-            centre=stacked[:, GRID * GRID // 2],
+            center=stacked[:, GRID * GRID // 2],
             chance=stacked.mean(axis=1),
         )
         yield from summarize("seen there", captions, "evidence", found, seed=seed)
@@ -385,7 +385,7 @@ def _blur(
     """Yield deletion and insertion (Petsiuk et al. 2018, RISE), in the photo, not in its cells.
 
     One word of each photo's caption, of a kind drawn first, so that rare kinds count too. Its
-    "chance" is a random order of the cells, "centre" the order of their distance from the middle,
+    "chance" is a random order of the cells, "center" the order of their distance from the middle,
     and "shuffled" that of a map of another photo's word.
     """
     rng = np.random.default_rng(seed)
@@ -400,7 +400,7 @@ def _blur(
     for number, choice in enumerate(tqdm(chosen, desc="blurring", unit="photo", leave=False)):
         other = chosen[(number + 1) % len(chosen)].maps
         maps = choice.maps | {
-            "centre": -((y - middle) ** 2 + (x - middle) ** 2),
+            "center": -((y - middle) ** 2 + (x - middle) ** 2),
             "chance": rng.random(GRID * GRID),
             "shuffled": other[str(rng.choice(list(other)))],
         }
@@ -426,7 +426,7 @@ def _blur(
         if rows:
             values = {
                 each: 100 * np.array([found[row][each][test] for row in rows])
-                for each in (name, "centre", "chance", "shuffled")
+                for each in (name, "center", "chance", "shuffled")
             }
             yield from summarize(
                 ("deletion", "insertion")[test],

@@ -1,4 +1,4 @@
-"""Words by kind (object, person, action, colour, function word), and the names of categories.
+"""Words by kind (object, person, action, color, function word), and the names of categories.
 
 English, written for the captions of Flickr8k and COCO. Knows nothing of models or photos.
 """
@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 from captioner.training.confidence import with_plurals
 from captioner.training.words import FUNCTION_WORDS, imagenet_names
 
-WordKind: TypeAlias = Literal["object", "person", "action", "colour", "function", "other"]
-KINDS: tuple[WordKind, ...] = ("object", "person", "action", "colour", "function", "other")
+WordKind: TypeAlias = Literal["object", "person", "action", "color", "function", "other"]
+KINDS: tuple[WordKind, ...] = ("object", "person", "action", "color", "function", "other")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -25,7 +25,7 @@ fighter friend girl goalie group guy hiker kid lady man motorcyclist mother onlo
 people person photographer player police racer referee rider runner skateboarder skater skier
 snowboarder someone spectator surfer team teenager toddler woman worker
 """)
-_COLOURS = _words("""
+_COLORS = _words("""
 beige black blond blonde blue brown gold golden gray green grey multicolored orange pale pink purple
 red reddish silver tan white yellow
 """)
@@ -129,8 +129,8 @@ def kind_of(word: str) -> WordKind:
         return "function"
     if word in _ALL_PEOPLE:
         return "person"
-    if word in _COLOURS:
-        return "colour"
+    if word in _COLORS:
+        return "color"
     is_form = re.fullmatch(r"\w{2,}ing", word) and word not in _NOT_ACTIONS
     if word in _ACTIONS or is_form:
         return "action"

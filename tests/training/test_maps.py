@@ -57,7 +57,7 @@ def word(photo: int, cells: list[float], target: list[float] | None = None, **ot
     [
         *(("dog", "object"), ("benches", "object"), ("building", "object"), ("zebra", "object")),
         *(("women", "person"), ("skiers", "person"), ("jumping", "action"), ("runs", "action")),
-        *(("wearing", "action"), ("red", "colour"), ("of", "function"), ("young", "other")),
+        *(("wearing", "action"), ("red", "color"), ("of", "function"), ("young", "other")),
     ],
 )
 def test_kinds_of_words(text: str, kind: str) -> None:
@@ -74,7 +74,7 @@ def test_categories_have_their_words_in_singular_and_plural() -> None:
 # Figures
 
 
-def test_pointing_counts_the_hottest_cell_beside_centre_chance_and_other_photos_maps() -> None:
+def test_pointing_counts_the_hottest_cell_beside_center_chance_and_other_photos_maps() -> None:
     words = [
         word(0, [0.1, 0.2, 0.7], [0, 0, 1]),
         word(0, [0.6, 0.2, 0.2], [0, 1, 1]),
@@ -82,8 +82,8 @@ def test_pointing_counts_the_hottest_cell_beside_centre_chance_and_other_photos_
     ]
     values = point(words, "attended", hottest)
     assert values.values.tolist() == [100, 0, 100]
-    assert values.centre is not None
-    assert values.centre.tolist() == [0, 100, 100]
+    assert values.center is not None
+    assert values.center.tolist() == [0, 100, 100]
     assert values.chance == pytest.approx([100 / 3, 200 / 3, 100 / 3])
     # Photo 1's map is hottest in the second cell; those of photo 0 in the third and first.
     assert values.shuffled == pytest.approx([0, 100, 0])
@@ -133,12 +133,12 @@ def test_scores_are_of_all_words_and_of_each_kind() -> None:
     scores = list(summarize("cells", "model", "attended", values, seed=0))
     rows = [(score.kind, score.words, score.photos, score.value) for score in scores]
     assert rows == [("all", 3, 2, 3.0), ("object", 2, 2, 1.5), ("person", 1, 1, 6.0)]
-    assert scores[0].centre is None
+    assert scores[0].center is None
 
 
 def test_table_and_plot_show_every_score() -> None:
     score = MapScore("pointing", "people", "shown", "all", 12, 3, 61.25, (50.0, 70.0), 40.0, 30.0)
-    other = dataclasses.replace(score, test="cells", map="attended", centre=None, chance=None)
+    other = dataclasses.replace(score, test="cells", map="attended", center=None, chance=None)
     text = table([score, other])
     assert (
         "shown             all           12       3    61.2   50.0 - 70.0    40.0    30.0" in text
@@ -160,8 +160,8 @@ def test_quarters_share_the_middle_and_cover_the_grid() -> None:
 
 
 def test_photos_of_a_mosaic_lie_in_their_quarters() -> None:
-    colours = ("red", "lime", "blue", "white")
-    image = mosaic([Image.new("RGB", (9, 5), colour) for colour in colours], 10)
+    colors = ("red", "lime", "blue", "white")
+    image = mosaic([Image.new("RGB", (9, 5), color) for color in colors], 10)
     middles = [image.getpixel(point) for point in ((5, 5), (15, 5), (5, 15), (15, 15))]
     assert middles == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
 
@@ -294,7 +294,7 @@ def test_any_data_has_mosaics_likeness_cells_and_blurring(
     assert judged["seen there"] == judged["guessed"] == 0
     focus = [score for score in scores if score.test == "focus"]
     assert {score.photos for score in focus if score.kind in ("all", "function")} == {2}
-    assert all((score.centre, score.chance) == (25, 25) for score in focus)
+    assert all((score.center, score.chance) == (25, 25) for score in focus)
     assert "function" in {score.kind for score in focus}
     again = score_maps(checkpoint, encoder, photos, features, captions)
     assert [dataclasses.astuple(score) for score in again] == [
