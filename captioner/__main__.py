@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from captioner.inference.caption import Caption, Word
     from captioner.inference.captioner import Captioner
     from captioner.inference.heatmaps import HeatmapFolder
+    from captioner.model.steps import WordSteps
     from captioner.training.evaluation import Evaluation
 
 _BATCH_SIZE = 16
@@ -50,9 +51,12 @@ class _Results:
         """Whether a caption's maps are printed or written."""
         return self._as_json or self._heatmaps is not None
 
-    def add(self, path: str, photo: Photo, name: Path, caption: Caption, text: str) -> None:
-        """Print a caption, as ``text`` or JSON, and write its maps."""
-        print(_to_json({"path": path, **caption.to_dict()}) if self._as_json else text, flush=True)
+    def add(
+        self, path: str, photo: Photo, name: Path, caption: Caption, text: str, **more: Any
+    ) -> None:
+        """Print a caption, as ``text`` or as JSON with ``more``, and write its maps."""
+        record = {"path": path, **caption.to_dict(), **more}
+        print(_to_json(record) if self._as_json else text, flush=True)
         if not self._heatmaps:
             return
         try:
@@ -145,12 +149,14 @@ def _explain(arguments: argparse.Namespace, options: DecodingOptions) -> int:
             results.fail(path, error)
             continue
         if arguments.word is None:
-            text = "\n".join(
-                [f"{path}\t{caption.text}", *map(_describe_word, _numbered_words(caption))]
-            )
+            lines = [f"{path}\t{caption.text}", *map(_describe_word, _numbered_words(caption))]
+            results.add(path, photo, name, caption, "\n".join(lines))
         else:
-            text = _describe_maps(_chosen_word(caption, arguments.word))
-        results.add(path, photo, name, caption, text)
+            number, word = _chosen_word(caption, arguments.word)
+            words = [each.text for each in caption.words]
+            steps = captioner.steps(encoded, words, number - 1)
+            text = f"{_describe_maps(number, word)}\n\n{_describe_candidates(steps)}"
+            results.add(path, photo, name, caption, text, steps=steps.to_dict())
     return results.exit_code
 
 
@@ -180,22 +186,32 @@ def _describe_word(numbered: tuple[int, Word]) -> str:
     return f"{number}\t{word.text}\t{percent(word.probability)}\t{word.verdict}{place}"
 
 
-def _describe_maps(numbered: tuple[int, Word]) -> str:
+def _describe_maps(number: int, word: Word) -> str:
     """Return all maps of a word, a line per row of cells."""
-    _, word = numbered
     units = {
         "attended": "share of the attention, %",
         "evidence": "what the cell added to the word's logit, nats",
         "mattered": "how far the word's log-probability falls without the cell, nats",
         "shown": "probability that the cell shows the word, %",
     }
-    lines = [_describe_word(numbered), f"without the photo it falls by {word.fall:.2f} nats"]
+    lines = [_describe_word((number, word)), f"without the photo it falls by {word.fall:.2f} nats"]
     for name, unit in units.items():
         if name not in word.maps:
             continue
         scale = 100 if unit.endswith("%") else 1
         lines.append(f"\n{name}: {unit}")
         lines += ["".join(f"{scale * cell:8.2f}" for cell in row) for row in word.maps[name]]
+    return "\n".join(lines)
+
+
+def _describe_candidates(steps: WordSteps) -> str:
+    """Return the likeliest words and the chosen one: how their logits add up."""
+    lines = ["logits: output layer + evidence + pointer = sum, and the probability that it gives"]
+    lines += [
+        f"{each.text:16}{each.output:8.2f}{each.evidence:+8.2f}{each.pointer:+8.2f}"
+        f"{each.logit:8.2f}{each.probability:8.1%}"
+        for each in steps.candidates
+    ]
     return "\n".join(lines)
 
 

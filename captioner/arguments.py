@@ -119,8 +119,8 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="tell where each word of a caption comes from",
         description="Print each word's verdict: seen there (and where), from the scene, from the "
-        "sentence, or guessed. With --word print that word's maps as numbers; with --json "
-        "everything.",
+        "sentence, or guessed. With --word print that word's maps as numbers, and how it was "
+        "chosen; with --json everything.",
     )
     explain.add_argument("photo", metavar="PHOTO", help="Photo; - reads it from standard input.")
     explain.add_argument(

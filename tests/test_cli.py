@@ -120,9 +120,14 @@ def test_explain_prints_the_maps_of_one_word(
     first, _, *blocks = capsys.readouterr().out.split("\n")
     assert first.startswith("2\tcat\t")
     titles = [line.split(":")[0] for line in blocks if ":" in line]
-    assert titles == ["attended", "evidence", "mattered", "shown"]
+    assert titles == ["attended", "evidence", "mattered", "shown", "logits"]
     rows = [line.split() for line in blocks if line and ":" not in line]
-    assert [len(row) for row in rows] == [7] * 28
+    assert [len(row) for row in rows[:28]] == [7] * 28
+    for _, *numbers, share in rows[28:]:
+        output, evidence, pointer, logit = map(float, numbers)
+        assert output + evidence + pointer == pytest.approx(logit, abs=0.03)
+        assert share.endswith("%")
+    assert "cat" in {text for text, *_ in rows[28:]}
     attended = sum(float(cell) for row in rows[:7] for cell in row)
     assert attended == pytest.approx(100, abs=0.3)
     assert main(["explain", photo, "--text", "a cat", "--word", "4"]) == 2
@@ -132,13 +137,14 @@ def test_explain_prints_the_maps_of_one_word(
 def test_explain_as_json_has_everything(
     example_photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["explain", str(example_photos[0]), "--json", "--format", "html"]
+    arguments = ["explain", str(example_photos[0]), "--word", "7", "--json", "--format", "html"]
     assert main([*arguments, "--heatmaps", str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out)
     word = record["beams"][0]["words"][-1]
     assert word["verdict"] in VERDICTS
     assert "mattered" in word["maps"]
     assert len(record["seen"]) == 49
+    assert record["steps"]["word"] == record["beams"][0]["words"][6]["text"]
     (page,) = tmp_path.iterdir()
     assert f'"verdict": "{word["verdict"]}"' in page.read_text()
 

@@ -86,27 +86,35 @@ def how_it_works(
     output = "the LSTM's state"
     if config.deep_output:
         output += ", the previous word and that mean"
-    confidence = (
-        "5. **Doubt.** The line under the caption estimates how likely it is right, from the "
-        "probabilities of its words and what the photo shows of them. A caption is right if "
-        "people who described the photo used at least two thirds of its words for things, looks "
-        "and actions."
+    evidence = (
+        " What word detectors and the backbone's own classes recognize in the attended cells is "
+        "added to the scores of the words that name it; the map *Evidence* shows each cell's part."
+        if config.evidence and config.num_detectors
+        else ""
     )
-    return "\n".join(
-        [
-            f"1. **See.** `{encoder['name']}`, trained on ImageNet and frozen, turns the whole "
-            f"photo, resized to {size} x {size}, into a grid of {rows} x {columns} vectors of "
-            f"{config.encoder_channels:,} numbers.",
-            f"2. **Look.** Before each word, additive attention (width {config.attention_size}) "
-            f"compares {query} with each of the {rows * columns} vectors and gives each cell a "
-            "share. The shares sum to 1; the heat map shows them.",
-            f"3. **Write.** The mean of the vectors, weighted by those shares, goes into an LSTM "
-            f"of {config.hidden_size} units (started from {start}) with the previous word, as "
-            f"{config.embedding_size} numbers. From {output} comes a probability for each of "
-            f"{config.vocabulary_size:,} words.",
-            "4. **Search.** Beam search keeps the few most likely captions at every step; greedy "
-            "decoding (beam size 1) keeps one. The bans prevent repetition. Turn them off under "
-            "*Search settings* to see what the model does without them.",
-            *[confidence] * has_confidence,
-        ]
-    )
+    steps = [
+        f"**See.** `{encoder['name']}`, trained on ImageNet and frozen, turns the whole photo, "
+        f"resized to {size} x {size}, into a grid of {rows} x {columns} vectors of "
+        f"{config.encoder_channels:,} numbers.",
+        f"**Look.** Before each word, additive attention (width {config.attention_size}) compares "
+        f"{query} with each of the {rows * columns} vectors and gives each cell a share. The "
+        "shares sum to 1; the map *Attended* shows them.",
+        "**Write.** The mean of the vectors, weighted by those shares, goes into an LSTM of "
+        f"{config.hidden_size} units (started from {start}) with the previous word, as "
+        f"{config.embedding_size} numbers. From {output} comes a probability for each of "
+        f"{config.vocabulary_size:,} words.{evidence}",
+        "**Search.** Beam search keeps the few most likely captions at every step; greedy decoding "
+        "(beam size 1) keeps one. The bans prevent repetition. Turn them off under *Search "
+        "settings* to see what the model does without them.",
+        f"**Explain.** For the map *Mattered* the caption is read {rows * columns} times more, "
+        "each time with another cell replaced by the mean of many photos' cells, and once with all "
+        "of them. Verdicts compare these readings with the evidence.",
+    ]
+    if has_confidence:
+        steps.append(
+            "**Doubt.** The line under the caption estimates how likely it is right, from the "
+            "probabilities of its words and what the photo shows of them. A caption is right if "
+            "people who described the photo used at least two thirds of its words for things, "
+            "looks and actions."
+        )
+    return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, start=1))
