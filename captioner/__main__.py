@@ -8,6 +8,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -194,14 +195,30 @@ def _describe_maps(number: int, word: Word) -> str:
         "mattered": "how far the word's log-probability falls without the cell, nats",
         "shown": "probability that the cell shows the word, %",
     }
-    lines = [_describe_word((number, word)), f"without the photo it falls by {word.fall:.2f} nats"]
+    lines = [_describe_word((number, word)), _describe_fall(word)]
     for name, unit in units.items():
         if name not in word.maps:
             continue
         scale = 100 if unit.endswith("%") else 1
         lines.append(f"\n{name}: {unit}")
-        lines += ["".join(f"{scale * cell:8.2f}" for cell in row) for row in word.maps[name]]
+        # Adding 0 makes 0 of -0.
+        lines += [
+            "".join(f"{round(scale * float(cell), 2) + 0:8.2f}" for cell in row)
+            for row in word.maps[name]
+        ]
     return "\n".join(lines)
+
+
+def _describe_fall(word: Word) -> str:
+    """Return what becomes of a word if no cell shows anything."""
+    from captioner.inference.caption import percent
+
+    assert word.fall is not None  # explained
+    without = min(word.probability * math.exp(-word.fall), 1.0)
+    return (
+        f"with nothing to see in any cell its probability would be {percent(without)}: its "
+        f"log-probability falls by {word.fall:.2f} nats"
+    )
 
 
 def _describe_candidates(steps: WordSteps) -> str:

@@ -329,7 +329,7 @@ _EXPLANATIONS = {
     "attended": f"Each map: {_LOOKED}",
     "evidence": "Each map: what the cells gave to the word through its detector or its class's "
     f"name; words without either show {_LOOKED}",
-    "mattered": "Each map: how far the word's probability falls without the cell",
+    "mattered": "Each map: how far the word's log-probability falls without the cell",
     "shown": f"Each map: where the word's detector sees it; words without one show {_LOOKED}",
 }
 
@@ -341,10 +341,21 @@ def _explanation(appearance: Appearance, *, is_signed: bool) -> str:
         scale = "Each map has its own scale, from its weakest to its strongest cell"
     special = "; drawn is the difference from the caption's mean map" if appearance.special else ""
     cold = " Blue cells speak against the word." if is_signed else ""
+    if is_signed and appearance.special:
+        cold = " Blue: less than in the mean map."
     return (
         f"{_EXPLANATIONS[appearance.map]}{special}. {scale}.{cold} Percentages are the "
         "probabilities of the words. No map proves what caused a word."
     )
+
+
+def _ends(appearance: Appearance, *, is_signed: bool) -> tuple[str, str]:
+    """Return the names of the ends of the color scale."""
+    if not is_signed:
+        return "weakest cell", "strongest cell"
+    if appearance.special:
+        return "less than the mean map", "more"
+    return "against the word", "for the word"
 
 
 def _color_scale(appearance: Appearance, size: tuple[int, int], *, is_signed: bool) -> Image.Image:
@@ -481,7 +492,7 @@ def _legend(
     ends = []
     for x, text, value in zip(
         (0, 300),
-        ("against the word", "for the word") if is_signed else ("weakest cell", "strongest cell"),
+        _ends(appearance, is_signed=is_signed),
         limits,
         strict=True,
     ):

@@ -69,7 +69,7 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
 
   // ---- The maps of a word.
   const MAPS = {
-    evidence: ["Evidence", "what each cell gave to the word through its detector or its class’s name, in nats"],
+    evidence: ["Evidence", "what each cell gave to the word through its detector or its class’s name, in nats (+0.7 doubles the odds)"],
     attended: ["Attended", "where the model looked before it wrote the word: shares of its attention"],
     mattered: ["Mattered", "how far the word’s log-probability falls without the cell, in nats"],
     shown: ["Shown", "where the word’s detector sees it, whatever the model did: probability per cell"],
@@ -77,13 +77,15 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
   const VERDICTS = {
     "seen there": ["●", "Seen there", "its evidence and what mattered lie in the same place."],
     "from the scene": ["◐", "From the scene", "the photo made it likelier, but no place in particular."],
-    "from the sentence": ["○", "From the sentence", "covering the whole photo hardly changes it."],
-    guessed: ["?", "Guessed", "the photo doesn’t show it, as far as the model can see."],
+    "from the sentence": ["○", "From the sentence", "the words before explain most of it."],
+    guessed: ["?", "Guessed", "neither a detector nor a class’s name recognizes it in the photo."],
   };
   const DEFAULTS = { map: "evidence", special: false, strength: 0.75, shape: "smooth", colors: "inferno", scale: "word" };
   const appearance = { ...DEFAULTS };
 
   const mapName = (word) => (appearance.map in word.maps ? appearance.map : "attended");
+  // Names the map of a word that lacks the chosen one.
+  const shownAs = (word) => (mapName(word) !== appearance.map && withMap(appearance.map).length ? ` (${mapName(word)})` : "");
   const withMap = (name) => items().filter((word) => name in word.maps);
   const isSigned = (name) => appearance.special || name === "evidence" || name === "mattered";
   // The cells that are drawn for a word: its map, or the difference from the mean of the caption's maps.
@@ -194,6 +196,7 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
     if (lacks) parts.unshift(`This word has no map “${MAPS[appearance.map][0].toLowerCase()}”`);
     if (hasCold) parts.push(appearance.special ? "blue: less than in the mean map" : "blue cells speak against the word");
     if (appearance.special) parts.push("drawn is the difference from the caption’s mean map");
+    if (name === "mattered" && !appearance.special && high < 0.05) parts.push("no single cell matters: others show the same");
     if (appearance.scale === "caption") parts.push("all words share the scale");
     find(".scale-text").textContent = `${parts.join("; ")}.`;
     for (const node of find(".maps").children) {
@@ -222,14 +225,15 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
     const word = items()[previewed];
     mark(find(".badge"), !selection.size && !isEnd(word)).textContent = selection.size
       ? `Each word’s attention to ${selected()}`
-      : `${label(word)} ${percent(word.probability)}`;
+      : `${label(word)} ${percent(word.probability)}${shownAs(word)}`;
   }
 
   function drawPanel(word, at) {
     const cells = attended(word);
     mark(find(".word-title"), !isEnd(word)).textContent = isEnd(word) ? "The end of the caption" : `“${display(word.text)}”`;
-    const [sign, title, reason] = VERDICTS[word.verdict] ?? ["", "", ""];
-    const fall = word.verdict && ` Without the photo its probability would be ${percent(clamp(word.probability * Math.exp(-word.fall), 0, 1))}.`;
+    const [sign, title, usual] = VERDICTS[word.verdict] ?? ["", "", ""];
+    const reason = word.verdict === "guessed" && word.fall < -1 ? "the photo speaks against it." : usual;
+    const fall = word.verdict && ` With nothing to see in any cell its probability would be ${percent(clamp(word.probability * Math.exp(-word.fall), 0, 1))}, not ${percent(word.probability)}.`;
     find(".verdict").replaceChildren(...(word.verdict ? [make("b", "", `${sign} ${title}`), `: ${reason}${fall}`] : []));
     find(".detail").textContent =
       `Probability ${percent(word.probability)}${word.known ? "" : " (that of any word outside the vocabulary)"}. ` +
@@ -447,7 +451,7 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
       const context = canvas.getContext("2d");
       context.drawImage(photo, 0, 0, width, height);
       paint(context, word);
-      return button("tile", () => pin(at), canvas, mark(make("span", "", `${label(word)} ${percent(word.probability)}`), !isEnd(word)));
+      return button("tile", () => pin(at), canvas, mark(make("span", "", `${label(word)} ${percent(word.probability)}${shownAs(word)}`), !isEnd(word)));
     }));
     press(".tiles", previewed);
   }
@@ -551,11 +555,14 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
   };
   find(".maps").append(...Object.entries(MAPS).map(([name, [title, meaning]]) =>
     Object.assign(button("", () => set({ map: name }), title), { value: name, title: `${meaning} (M: next map)` })));
-  stage.addEventListener("keydown", (event) => {
+  const onKey = (event) => {
+    if (!root.isConnected) return document.removeEventListener("keydown", onKey);
     if (event.key.toLowerCase() !== "m" || event.ctrlKey || event.metaKey || event.altKey || !value) return;
-    const names = Object.keys(MAPS);
+    if (event.target.matches?.('input:not([type="checkbox"], [type="range"]), select, textarea')) return;
+    const names = Object.keys(MAPS).filter((name) => withMap(name).length);
     set({ map: names[(names.indexOf(appearance.map) + 1) % names.length] });
-  });
+  };
+  document.addEventListener("keydown", onKey);
   find(".special").addEventListener("change", (event) => set({ special: event.target.checked }));
   find(".colors").append(...Object.keys(COLORS).map((name) => new Option(NAMES[name] ?? name, name)));
   find(".strength").addEventListener("input", (event) => set({ strength: event.target.value / 100 }));
@@ -571,7 +578,8 @@ function mountViewer(root, { rewrite, explain, changed = () => {}, selected: sel
     percent,
     chosen: () => ({
       at: pinned, label: label(items()[pinned]), isEnd: isEnd(items()[pinned]),
-      words: current().words.map((word) => word.text), map: cellsOf(items()[pinned]), selection: [...selection],
+      words: current().words.map((word) => word.text), map: cellsOf(items()[pinned]),
+      mapTitle: MAPS[mapName(items()[pinned])][0] + (appearance.special ? ", only what is special" : ""), selection: [...selection],
     }),
   };
 }

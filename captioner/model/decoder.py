@@ -80,18 +80,18 @@ class CaptionModel(nn.Module):
     """Attention, LSTMCell and output layer; see ``ModelConfig`` for the options."""
 
     kinds: Tensor
-    mean_cell: Tensor
+    mean_features: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         """Create the layers with random weights."""
         super().__init__()
         self.config = config
         C, E, H = config.encoder_channels, config.embedding_size, config.hidden_size
-        # Of the training photos: a cell that shows nothing in particular.
-        self.register_buffer("mean_cell", torch.zeros(C))
         if config.feature_size:
             self.projection = nn.Linear(C, config.feature_size)
             C = config.feature_size
+        # Of ``Memory.features``, over training photos: a cell that shows nothing in particular.
+        self.register_buffer("mean_features", torch.zeros(C))
         self.embedding = nn.Embedding(config.vocabulary_size, E, padding_idx=PAD)
         self.first_unwritten = config.vocabulary_size - len(config.kinds)
         # On the CPU even where the weights are on "meta": it is not in the checkpoint.

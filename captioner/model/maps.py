@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 from torch.nn.utils.rnn import pad_sequence
 
 from captioner.config import BOS, UNK
@@ -163,10 +163,10 @@ def mattered(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> Occlusio
     """Return how far each word's log-probability falls without each cell, and without the photo.
 
     Occlusion (Zeiler and Fergus 2014) on the grid: the whole caption is read again with
-    ``model.mean_cell`` in place of the cell, which neither detectors nor pointer recognize
-    anything in. So this counts every way from the cell to the word, the LSTM's memory of the
-    earlier words' readings included. The backbone has seen the whole photo: neighbors still hold
-    part of what the cell showed.
+    ``model.mean_features`` in place of the cell, where neither detectors nor pointer recognize
+    anything. So this counts every way from the cell to the word, the LSTM's memory of the earlier
+    words' readings included. The backbone has seen the whole photo: neighbors still hold part of
+    what the cell showed.
 
     Args:
         model: in ``eval()``.
@@ -174,11 +174,15 @@ def mattered(model: CaptionModel, cells: Tensor, ids: Sequence[int]) -> Occlusio
         ids: T words, without ``<bos>``; each is read after the same words as in the caption.
     """
     num_cells = len(cells)
-    # Cells are remembered one by one, so replacing them afterwards gives the same as before.
-    whole = model.remember(torch.cat([cells, model.mean_cell[None].to(cells)])[None])
-    # To the detectors a mean of cells is no mean: normalized, it speaks against all words.
-    whole.evidence[:, num_cells] = 0
-    whole.names[:, num_cells] = 0
+    # Cells are remembered one by one, so one can be replaced in memory. The mean is not one of
+    # cells: normalized, their mean would speak against all words.
+    whole = model.remember(cells[None])
+    nothing = model.mean_features[None, None].to(cells)
+    whole = Memory(
+        torch.cat([whole.features, nothing], dim=1),
+        torch.cat([whole.keys, model.attn.Wf(nothing)], dim=1),
+        *(pad(part, (0, 0, 0, 1)) for part in (whole.evidence, whole.names)),
+    )
     rows = torch.arange(num_cells, device=cells.device).repeat(num_cells + 2, 1)
     rows[:num_cells].fill_diagonal_(num_cells)
     rows[num_cells] = num_cells  # without the photo; the last row is left whole

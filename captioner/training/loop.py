@@ -386,6 +386,7 @@ def save_best(state: TrainingState) -> None:
     if recipe["text"] is not None and Path(recipe["text"]).exists():
         recipe["text"] = Path(recipe["text"]).resolve().name
     del recipe["encoder_weights"]
+    state.set_mean_features()
     checkpoints.save(
         state.folder / "checkpoint",
         checkpoints.Checkpoint(

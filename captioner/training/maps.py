@@ -202,7 +202,7 @@ def _kind(word: str, targets: Container[str]) -> WordKind:
 def _cells(reader: _Reader, features: Features, row: int) -> Tensor:
     """Return the cells (P, C) of a photo."""
     array = torch.from_numpy(np.array(features.array[row], dtype=np.float32))
-    return array.to(reader.checkpoint.model.mean_cell.device)
+    return array.to(reader.checkpoint.model.mean_features.device)
 
 
 def _targets(boxes: Sequence[Box], margin: float = 0.0) -> dict[str, np.ndarray]:

@@ -66,7 +66,6 @@ class TrainingData:
         vocabulary: of the training captions.
         train: the training photos, view after view; in a view source after source.
         sources: what differs between the sources.
-        mean_cell: (C,), of about a thousand training photos.
         text: captions with the mean cell in place of their photo, or None.
         train_references: the captions of each item of ``train``.
         embedding: initial values of the embedding (V, E), or None.
@@ -79,7 +78,6 @@ class TrainingData:
     vocabulary: Vocabulary
     train: Dataset[tuple[Tensor, Tensor]]
     sources: list[Source]
-    mean_cell: Tensor
     text: CaptionDataset | None
     train_references: list[list[str]]
     embedding: Tensor | None
@@ -162,12 +160,11 @@ def prepare(
     ]
     most = max(map(len, captions))
     pair = functools.partial(CaptionDataset, vocabulary=vocabulary, max_length=config.max_length)
-    mean_cell = _mean_cell(parts)
     text = None
     if texts and config.text_epochs:
         all_texts = texts + captions
         # One cell is enough: attention over P equal ones gives the same, at P times the work.
-        text = pair(mean_cell, [0] * len(all_texts), all_texts)
+        text = pair(_mean_cell(parts), [0] * len(all_texts), all_texts)
     counts = photos_per_epoch(sources, [len(part.rows) for part in parts])
     return TrainingData(
         vocabulary=vocabulary,
@@ -186,7 +183,6 @@ def prepare(
             )
             for source, part, count in zip(sources, parts, counts, strict=True)
         ],
-        mean_cell=torch.from_numpy(mean_cell).float()[0, 0],
         text=text,
         train_references=[texts for _, _, captions in train for texts in captions],
         embedding=_embedding(config, captions + texts, vocabulary),

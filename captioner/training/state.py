@@ -83,7 +83,6 @@ class TrainingState:
         torch.manual_seed(config.seed)
         self.model = CaptionModel(config.model_config(**data.model))
         with torch.no_grad():
-            self.model.mean_cell.copy_(data.mean_cell)
             if data.embedding is not None:
                 self.model.embedding.weight.copy_(data.embedding)
             self.model.attn.Wh.weight *= config.attention_gain
@@ -142,16 +141,30 @@ class TrainingState:
         return CAPTIONS if self.data.text is None else TEXT
 
     @torch.no_grad()
-    def _set_mean_logits(self) -> None:
-        """Measure what the detectors see on average, on up to a thousand photos."""
-        num_photos = sum(self.sizes)
-        detectors = self.model.detectors
+    def _mean_over_photos(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean (N,) of a function of cells, (1, P, C) -> (1, P, N), on a sample."""
+        num_photos = sum(source.num_photos for source in self.data.sources)
         sample = range(0, num_photos, max(1, num_photos // 1000))
-        sums = torch.zeros_like(detectors.mean_logits)
-        for index in sample:
-            cells, _ = self.dataset[index]
-            sums += detectors(cells[None].to(self.device).float()).mean(dim=(0, 1))
-        detectors.mean_logits.copy_(sums / len(sample))
+        values = [
+            function(self.data.train[index][0][None].to(self.device).float()).mean(dim=(0, 1))
+            for index in sample
+        ]
+        return torch.stack(values).mean(dim=0)
+
+    def _set_mean_logits(self) -> None:
+        """Measure what the detectors see on average."""
+        detectors = self.model.detectors
+        detectors.mean_logits.copy_(self._mean_over_photos(detectors))
+
+    def set_mean_features(self) -> None:
+        """Measure what the evaluated model remembers of a cell on average."""
+        model = self.eval_model
+        is_training = model.training
+        model.eval()  # no dropout
+        model.mean_features.copy_(
+            self._mean_over_photos(lambda cells: model.remember(cells).features)
+        )
+        model.train(is_training)
 
     @property
     def stage_step(self) -> int:

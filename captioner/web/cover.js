@@ -18,7 +18,7 @@ function mountCover(root, viewer, request) {
   frame.append(badge);
   find(".panel").append(find(".test"));
 
-  let word = null; // whose map is tested: a key of photo, caption and place
+  let word = null; // whose map is tested: a key of photo, caption, place and map
   let number = 0; // of the latest request; answers to earlier ones are dropped
   let waiting = false;
   let result = null; // the answer that is shown
@@ -157,6 +157,11 @@ function mountCover(root, viewer, request) {
       : "The model now writes (new words underlined):";
     const text = Object.assign(find(".anew-text"), { dir: "auto", lang: result.caption.language });
     text.replaceChildren(...anew.flatMap((each) => [make(words.includes(each.text) ? "span" : "strong", "", each.text), " "]));
+    find(".outcome").textContent = after < random.low
+      ? "The map passes: no random cover takes as much from the word."
+      : after > before
+        ? "The map fails: covering these cells helped the word. They don’t show it, or others show it better."
+        : "Undecided: some random covers take as much. Other cells may show the same; try more cells.";
     find(".remark").textContent =
       "A random cover has the same shape, turned and moved anywhere, even over some of the same cells. " +
       "The decoder sees the photo through nothing but its cells, so covering any of them may take something from a word: " +
@@ -185,11 +190,11 @@ function mountCover(root, viewer, request) {
   }
 
   function update() {
-    const { at, words, label, isEnd } = viewer.chosen();
-    const chosen = JSON.stringify([photo.src, words, at]);
+    const { at, words, label, isEnd, mapTitle } = viewer.chosen();
+    const chosen = JSON.stringify([photo.src, words, at, mapTitle]);
     if (word !== chosen) {
       word = chosen;
-      find(".test-title").textContent = isEnd ? "Test the map of the end" : `Test the map of “${label}”`;
+      find(".test-title").textContent = `Test the map “${mapTitle}” of ${isEnd ? "the end" : `“${label}”`}`;
       uncover();
     }
     refresh();

@@ -19,7 +19,7 @@ function mountSteps(root, { explain, move }) {
 
   // ---- Numbers and symbols.
   const number = (value, digits = 2) => value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1").replace("-", "−");
-  const exact = (value) => number(value, 3); // for factors, so that products can be checked by hand
+  const exact = (value) => number(value, 4); // for factors, so that products can be checked by hand
   const signed = (value) => (value < 0 ? number(value) : `+${number(value)}`);
   const sum = (a, b) => `${number(a)} ${b < 0 ? "−" : "+"} ${number(Math.abs(b))} = ${number(a + b)}`;
   const percent = (share) => `${(share * 100).toFixed(1)}%`;
@@ -59,11 +59,11 @@ function mountSteps(root, { explain, move }) {
   const STEPS = {
     query: ["The query", ({ sizes, previous, hidden_before, word_norm, query }) => {
       const reads = sizes.query > sizes.hidden;
-      const state = `its state h, ${sizes.hidden} numbers that sum up the words so far`;
+      const state = `its state h, ${sizes.hidden} numbers that sum up the words before the last one and what was read of the photo for them`;
       return [
         [
           sentence(reads
-            ? `What to look for? The decoder asks with ${state}, and with x, the ${sizes.word} numbers of the last word, ${quoted(previous)}.`
+            ? `What to look for? The decoder asks with ${state}. The last word, ${quoted(previous)}, has not entered it yet, so its ${sizes.word} numbers x come along.`
             : `What to look for? The decoder asks with ${state}.`),
           equation(reads ? "q = [h_{t−1} ; x]" : "q = h_{t−1}"),
         ],
@@ -73,10 +73,10 @@ function mountSteps(root, { explain, move }) {
     scores: ["A score for each cell", ({ scores, projected_query }) => [
       [
         sentence(`The query is compared with the vector f of each of the ${scores.length} cells. The better a cell fits, the higher its score.`),
-        equation("e_{i} = v · tanh(W_{f} f_{i} + W_{h} q)"),
+        equation("e_{i} = v · tanh(W_{f} f_{i} + W_{h} q + b)"),
       ],
       [
-        result(`‖W_{h} q‖ = ${number(projected_query)}`),
+        result(`‖W_{h} q + b‖ = ${number(projected_query)}`),
         grid("scores", `${scores.length} scores, laid out as on the photo`, scores, (value) => number(value, 1)),
       ],
     ]],
@@ -85,7 +85,7 @@ function mountSteps(root, { explain, move }) {
       const total = scores.reduce((all, score) => all + Math.exp(score), 0);
       return [
         [
-          sentence("Softmax makes shares of the scores: all are positive, and they sum to 1. This is the map on the photo. Each extra point of score multiplies a share by e ≈ 2.72."),
+          sentence("Softmax makes shares of the scores: all are positive, and they sum to 1. This is the map “Attended”. Each extra point of score multiplies a share by e ≈ 2.72."),
           equation("α_{i} = exp(e_{i}) / Σ_{j} exp(e_{j})"),
         ],
         [
@@ -104,9 +104,9 @@ function mountSteps(root, { explain, move }) {
       ],
       [result(`‖z‖ = ${number(context)}`)],
     ]],
-    gate: ["The gate", ({ gate, context }) => [
+    gate: ["The gate", ({ gate, context, code }) => [
       [
-        sentence("One number between 0 and 1 scales that mean before it enters the LSTM: near 0 the sentence so far decides, near 1 the photo counts fully."),
+        sentence(`One number between 0 and 1 scales that mean before the LSTM${code.deep ? " and the output layer read" : " reads"} it: near 0 the sentence so far decides.${code.evidence || code.pointer ? " What the detectors see and the backbone recognizes passes this gate by." : ""}`),
         equation("β = σ(w_{β} · h_{t−1})", "z′ = β z"),
       ],
       [bar("β", gate), result(`‖z′‖ = ${exact(gate)} × ${number(context)} = ${number(gate * context)}`)],
@@ -152,7 +152,7 @@ function mountSteps(root, { explain, move }) {
     ]],
     evidence: ["What the detectors see", ({ evidence_gain }, chosen) => [
       [
-        sentence(...math("Word detectors have learned from captions to recognize a word in a cell. Each adds to its own word what it sees in the attended cells: d_{iw} is what the detector of word w sees in cell i, above or below an average cell.")),
+        sentence(...math("Word detectors have learned from captions to recognize a word in a cell. Each adds to its own word what it sees in the attended cells: d_{iw} is what the detector of word w sees in cell i, above or below an average cell. The map “Evidence” shows each cell’s part.")),
         equation("logit_{w} += γ Σ_{i} α_{i} d_{iw}", "γ = softplus(w_{γ} · h_{t})"),
       ],
       [
@@ -173,7 +173,7 @@ function mountSteps(root, { explain, move }) {
       const pointed = pointer_scale * Math.log(Math.max(chosen.named, 1e-20)) + pointer_gate;
       return [
         [
-          sentence(...math("The backbone, the network that made the cells, was trained to name things. The pointer lets the caption use its names: p_{w} is the probability that the attended cells show what w names, and g rates how well a name fits here.")),
+          sentence(...math("The backbone, the network that made the cells, was trained to name things. The pointer lets the caption use its names: p_{w} is the probability that the attended cells show what w names, and g = w_{g} · h_{t} + b rates how well a name fits here. The map “Evidence” divides what this adds among the cells, too.")),
           equation("logit_{w} = ln(exp(logit_{w}) + exp(s ln p_{w} + g))"),
         ],
         [

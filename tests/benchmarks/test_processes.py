@@ -130,8 +130,7 @@ source = Source(
 )
 data = TrainingData(
     vocabulary=vocabulary, train=dataset, sources=[source], text=None, train_references=captions,
-    mean_cell=torch.zeros(1504), embedding=None,
-    classifier=None, encoder={"channels": 1504}, fingerprint=[],
+    embedding=None, classifier=None, encoder={"channels": 1504}, fingerprint=[],
     model={"vocabulary_size": len(vocabulary), "encoder_channels": 1504, "num_detectors": 0},
 )
 for stage in ("captions", "rewards"):

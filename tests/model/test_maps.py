@@ -14,7 +14,6 @@ from captioner.model.words import UNWRITTEN
 from tests.model.tiny import (
     ALL_ON,
     CELLS,
-    CHANNELS,
     REPORT,
     WORDS,
     Options,
@@ -47,9 +46,9 @@ def plain_log_probabilities(model: CaptionModel, cells: Tensor, ids: list[int]) 
 
 def without(model: CaptionModel, covered: list[int], ids: list[int]) -> Tensor:
     """Return the log-probability of each word where the photo shows nothing in some cells."""
-    cells = photo()
-    cells[covered] = model.mean_cell
-    memory = model.remember(cells[None])
+    memory = model.remember(photo()[None])
+    memory.features[:, covered] = model.mean_features
+    memory.keys[:, covered] = model.attn.Wf(model.mean_features)
     memory.evidence[:, covered] = 0
     memory.names[:, covered] = 0
     state = model.first_state(memory.features)
@@ -175,7 +174,7 @@ def test_shown_is_the_probability_by_the_words_detector() -> None:
 @torch.no_grad()
 def test_mattered_is_the_fall_of_the_log_probability_without_the_cell(options: Options) -> None:
     model = make_model(**options)
-    model.mean_cell.copy_(torch.linspace(-1, 1, CHANNELS))
+    model.mean_features.copy_(torch.linspace(-1, 1, len(model.mean_features)))
     maps, without_photo = mattered(model, photo(), IDS)
     whole = plain_log_probabilities(model, photo(), IDS)
     for p in range(CELLS):
@@ -186,9 +185,10 @@ def test_mattered_is_the_fall_of_the_log_probability_without_the_cell(options: O
     torch.testing.assert_close(without_photo, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_cell_that_equals_the_mean_cell_does_not_matter() -> None:
+@torch.no_grad()
+def test_cell_that_is_remembered_as_the_mean_does_not_matter() -> None:
     model = make_model(**{**ALL_ON, "words": False})
-    model.mean_cell.copy_(photo()[3])
+    model.mean_features.copy_(model.remember(photo()[None]).features[0, 3])
     maps = mattered(model, photo(), IDS).cells
     assert maps[:, 3].abs().max() < 1e-5
     assert maps.abs().max() > 0.01

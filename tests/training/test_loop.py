@@ -81,7 +81,6 @@ def _data(
                 references=captions,
             )
         ],
-        mean_cell=torch.linspace(-1, 1, features.shape[-1]),
         text=None,
         train_references=captions,
         embedding=None,

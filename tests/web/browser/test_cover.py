@@ -88,7 +88,7 @@ def test_hottest_cells_are_covered_and_uncovered(
 ) -> None:
     at = [word.text for word in cat.words].index("cat")
     visit.locator(".word").nth(at).click()
-    expect(visit.locator(".test-title")).to_have_text("Test the map of “cat”")
+    expect(visit.locator(".test-title")).to_have_text("Test the map “Evidence” of “cat”")
     expect(visit.locator(".test output")).to_have_text("6 of 49 cells")
     visit.mouse.move(0, 0)
     before = state(visit)
@@ -161,7 +161,7 @@ def test_visitor_covers_what_they_select_by_keyboard(
     visit: Page, captioner: Captioner, cat: Caption, requests: list[dict[str, object]]
 ) -> None:
     visit.locator(".word").last.click()
-    expect(visit.locator(".test-title")).to_have_text("Test the map of the end")
+    expect(visit.locator(".test-title")).to_have_text("Test the map “Attended” of the end")
     visit.locator(".cover-selected").press("Enter")
     expect(visit.locator(".finding")).to_contain_text("First select what to cover")
     assert requests == []

@@ -101,11 +101,11 @@ def test_words_have_their_verdict_in_words_and_shape(show: Callable[..., Page]) 
     page = show(VIEW)
     expect(page.locator(".word .sign")).to_have_text(["○", "●", "?", "◐"])
     expect(page.locator(".verdict")).to_have_text(
-        "● Seen there: its evidence and what mattered lie in the same place. Without the photo its "
-        "probability would be 30%."
+        "● Seen there: its evidence and what mattered lie in the same place. With nothing to see "
+        "in any cell its probability would be 30%, not 50%."
     )
     page.locator(".word").nth(2).click()
-    expect(page.locator(".verdict")).to_contain_text("? Guessed: the photo doesn")
+    expect(page.locator(".verdict")).to_contain_text("? Guessed: neither a detector nor a class")
 
 
 def test_verdicts_and_further_maps_arrive_by_themselves(visit: Page, captioner: Captioner) -> None:
