@@ -117,6 +117,21 @@ def test_rows_of_maps_show_the_figures_of_their_records() -> None:
             assert row[column] == f"{scores['pointing', 'people', 'all'][column]:.1f}", row
 
 
+def test_words_that_are_seen_there_are_there() -> None:
+    record = json.loads((RECORDS / "maps-shipped-coco-boxes.json").read_text(encoding="utf-8"))
+    found = [
+        score for score in record["maps"] if (score["test"], score["kind"]) == ("seen there", "all")
+    ]
+    words = sum(score["words"] for score in found)
+    assert words > 300
+    right = sum(score["value"] * score["words"] for score in found) / words
+    assert right >= 85
+    assert f"{right:.1f} % are" in RESULTS
+    for score in found:
+        low, high = score["interval"]
+        assert f"{score['value']:.1f} ({low:.1f}–{high:.1f}) % of {score['words']}" in RESULTS
+
+
 def test_rows_show_the_figures_of_their_records() -> None:
     for row in ROWS:
         if _is_of_maps(row):
