@@ -413,7 +413,7 @@ def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
     if constraints.no_repeat_word:
         last = history[..., -1:]
         is_double = history[..., -2:-1] == last if history.shape[-1] > 1 else last == BOS
-        penalty = _SUPPRESSED * (is_double | ~may_double[last])
+        penalty = (is_double | ~may_double[last]).float() * _SUPPRESSED
         result.scatter_add_(-1, last, penalty)
     if constraints.no_repeat_trigram and history.shape[-1] >= 3:
         trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
