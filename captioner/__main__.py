@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.arguments import build_parser, decoding_options
-from captioner.config import VERDICTS
+from captioner.config import DEFAULT_LANGUAGE, VERDICTS
 from captioner.errors import (
     CaptionerError,
     ConfigError,
@@ -414,7 +414,9 @@ def _evaluate(arguments: argparse.Namespace, options: DecodingOptions) -> int:
         from captioner.inference.render import comparison
 
         photos = [result.photos.photo(row) for row in result.rows[:20]]
-        write_file(arguments.sheet, comparison(photos, result.captions, result.references))
+        language = checkpoint.recipe.get("language", DEFAULT_LANGUAGE)
+        sheet = comparison(photos, result.captions, result.references, language)
+        write_file(arguments.sheet, sheet)
     return 0
 
 

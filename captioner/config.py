@@ -43,14 +43,20 @@ CHARACTER_WORDS = (
     "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U0001aff0-\U0001b16f\U00020000-\U0003fffd"
 )
-# The spaces between them, which are removed for display.
-INNER_SPACE = re.compile(rf"(?<=[{CHARACTER_WORDS}]) (?=[{CHARACTER_WORDS}])")
+BETWEEN_CHARACTERS = re.compile(rf"(?<=[{CHARACTER_WORDS}])(?=[{CHARACTER_WORDS}])")
+# The spaces between them and after "l'", which are removed for display.
+INNER_SPACE = re.compile(rf"(?<=[{CHARACTER_WORDS}]) (?=[{CHARACTER_WORDS}])|(?<=') (?=\w)")
 
 
 def is_language(value: object) -> bool:
     """Return whether ``value`` has the form of a BCP 47 tag, such as "de" or "zh-Hant"."""
     tag = r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,5}"
     return isinstance(value, str) and re.fullmatch(tag, value) is not None
+
+
+def is_english(language: str) -> bool:
+    """Return whether a BCP 47 tag is of a kind of English."""
+    return language.lower().partition("-")[0] == "en"
 
 
 def split_share(source: str) -> tuple[str, str]:
@@ -70,6 +76,7 @@ _LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
 # Not strict: JSON and the command line have lists, not tuples.
 # The title stands for the value in --help.
 _Columns = Annotated[tuple[str, ...], Field(strict=False, title="NAME")]
+_Pairs = Annotated[tuple[str, ...], Field(strict=False, title="LEFT=RIGHT")]
 _Column = Annotated[str | None, Field(title="NAME")]
 _Sources = Annotated[tuple[str, ...], Field(strict=False, min_length=1, title="SOURCE")]
 _DESCRIPTIONS = {
@@ -244,13 +251,13 @@ class DecodingOptions(_Config):
     prefix: str = ""
     """Words with which the caption begins."""
     ban_repeats: bool = True
-    """Never write the same word twice in a row."""
+    """Never write the same word twice in a row, nor a Chinese or Japanese character three times."""
     ban_trigrams: bool = True
     """Never write the same three words twice."""
     ban_unknown: bool = True
     """Never write <unk>."""
     ban_bad_endings: bool = True
-    """Never end on "a", "the", "of" and the like."""
+    """Never end on "a", "the", "of" and the like; English only."""
 
     def __post_init__(self) -> None:
         if 0 < self.temperature < 0.01:
@@ -317,8 +324,10 @@ class TrainConfig(_Config):
     captions: Literal["first", "all"] = "first"
     """Train on each photo's first caption, or on all of them."""
     language: str = DEFAULT_LANGUAGE
-    """BCP 47 tag of the captions' language, such as en, de or zh-Hant. Training ignores it;
-    browsers, screen readers and exports use it."""
+    """BCP 47 tag of the captions' language, such as en, de or zh-Hant. It decides which
+    words mirrored photos swap; browsers, screen readers and exports use it. English only:
+    --pointer, banned endings, the function words that get no detector, plurals in the confidence,
+    and in captioner evaluate the count of people and the kinds of words."""
     validation: Literal["random", "split"] = "random"
     """random = hold back 10% of the training photos; split = use the data's own validation split,
     or random if it has none."""
@@ -349,6 +358,10 @@ class TrainConfig(_Config):
     views: Annotated[int, Field(ge=1, le=100)] = 1
     """Number of views of each photo; each epoch uses one. 1 = the photo itself; 2 = also mirrored,
     with left and right swapped in its captions; each further view is a random crop."""
+    mirror_words: _Pairs = ()
+    """Two words that mirrored photos swap in their captions, such as vasen=oikea; repeat the option
+    for each form. Needed with several views, except in English, French, German, Arabic, Hindi,
+    Chinese and Japanese, whose words for left and right are known."""
     text: str | None = None
     """More captions without photos, to be learned first: a source as for --data.
     Word2Vec uses them too; the vocabulary remains that of the training captions."""

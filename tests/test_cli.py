@@ -719,6 +719,23 @@ def test_evaluate_counts_invented_people(
     assert line in capsys.readouterr().out
 
 
+def test_people_are_not_counted_in_other_languages(
+    captioner: Captioner, csv_folder: Path, tmp_path: Path
+) -> None:
+    """The words for people are English, and "person" is German as well."""
+    folder = tmp_path / "photos"
+    shutil.copytree(csv_folder, folder)
+    with (folder / "captions.csv").open("a", encoding="utf-8") as file:
+        file.write("0.png,eine Person mit einem Quadrat\n")
+    recipe = {**captioner.checkpoint.recipe, "language": "de"}
+    checkpoints.save(tmp_path / "de", dataclasses.replace(captioner.checkpoint, recipe=recipe))
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "--data", str(folder), "--checkpoint", str(tmp_path / "de")]
+    arguments += ["--split", "train", "--cache", str(tmp_path / "cache"), "--json", str(out)]
+    assert main(arguments) == 0
+    assert json.loads(out.read_text())["invented_people"] is None
+
+
 def test_evaluate_measures_the_confidence_that_the_checkpoint_has(
     captioner: Captioner, parquet_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

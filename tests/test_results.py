@@ -177,7 +177,7 @@ def _assert_settings(arguments: list[str], records: list[dict[str, Any]]) -> Non
         # A record may hold a setting that is removed since, and lack a newer one.
         newer = (
             *("language", "detector_epochs", "detector_photos", "attention_weight", "pointer"),
-            *("image_column", "caption_column"),
+            *("image_column", "caption_column", "mirror_words"),
         )
         defaults = {name: getattr(TrainConfig(), name) for name in newer}
         recorded = {**defaults, **record["config"]}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,18 +14,58 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from captioner.config import PAD
 from captioner.data.sources import CaptionedPhotos
-from captioner.errors import ImageError
+from captioner.errors import ConfigError, ImageError
 from captioner.model.encoder import Transform
-from captioner.model.vocabulary import Vocabulary
+from captioner.model.vocabulary import Vocabulary, clean
 
-_SIDES = {"left": "right", "right": "left"}
+# The words for left and right, in all forms that captions use, by language. French "droit" becomes
+# "gauche", which becomes "droite".
+_SIDES = {
+    "en": "left=right",
+    "fr": "droit=gauche droits=gauches gauche=droite gauches=droites",
+    "de": "links=rechts linke=rechte linken=rechten linker=rechter linkes=rechtes linkem=rechtem",
+    "ar": "يسار=يمين اليسار=اليمين لليسار=لليمين يسارا=يمينا يساره=يمينه يسارها=يمينها "
+    "يسرى=يمنى اليسرى=اليمنى أيسر=أيمن "
+    "الأيسر=الأيمن",
+    "hi": "बाएं=दाएं बाएँ=दाएँ बायें=दायें बाईं=दाईं बायीं=दायीं बायां=दायां बायाँ=दायाँ",
+    "zh": "左=右",
+    "ja": "左=右",
+}
 # All threads share torch's random generator.
 _RANDOM_LOCK = threading.Lock()
 
 
-def mirror_text(text: str) -> str:
-    """Return a cleaned caption with "left" and "right" swapped, for the mirrored photo."""
-    return " ".join(_SIDES.get(word, word) for word in text.split())
+def swapped_words(language: str, pairs: Sequence[str] = ()) -> dict[str, str]:
+    """Return the words that mirrored photos swap in their captions, each with the other one.
+
+    Args:
+        language: BCP 47 tag.
+        pairs: such as "vasen=oikea"; by default, the words for left and right are those of the
+            language.
+
+    Raises:
+        ConfigError: a pair is not two words, or there is none: captions would be wrong about sides.
+    """
+    pairs = pairs or _SIDES.get(language.lower().partition("-")[0], "").split()
+    if not pairs:
+        raise ConfigError(
+            f"views of photos are mirrored, and the words for left and right are unknown in the "
+            f"language {language}: add them with --mirror-words LEFT=RIGHT, or use --views 1"
+        )
+    swaps: dict[str, str] = {}
+    for pair in pairs:
+        words = [clean(word) for word in pair.split("=")]
+        if len(words) != 2 or any(len(word.split()) != 1 for word in words):
+            raise ConfigError(
+                f"mirror_words has {reprlib.repr(pair)}; it must be two words, such as left=right"
+            )
+        swaps |= dict(zip(words, reversed(words), strict=True))
+    return swaps
+
+
+def mirror_text(text: str, swaps: Mapping[str, str]) -> str:
+    """Return a cleaned caption with the words for sides swapped, for the mirrored photo."""
+    return " ".join(swaps.get(word, word) for word in text.split())
 
 
 def is_mirrored(view: int, row: int) -> bool:

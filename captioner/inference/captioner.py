@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.config import BAD_ENDINGS, DEFAULT_LANGUAGE, EOS, UNK, DecodingOptions
+from captioner.config import DEFAULT_LANGUAGE, EOS, UNK, DecodingOptions
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError, ImageError
 from captioner.images import Photo, full_size, open_photo
@@ -153,6 +153,11 @@ class Captioner:
         _, _, text = self.checkpoint.card.split("---\n", 2)  # the front matter
         return text.strip()
 
+    @property
+    def language(self) -> str:
+        """The BCP 47 tag of the captions' language."""
+        return str(self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE))
+
     def __call__(
         self,
         photos: Photo | list[Any] | tuple[Any, ...],
@@ -225,8 +230,9 @@ class Captioner:
         """
         options = options or DecodingOptions()
         prefix = self._prefix_ids(options)
-        bad_endings = self.checkpoint.vocabulary.known_ids(BAD_ENDINGS)
-
+        vocabulary = self.checkpoint.vocabulary
+        bad_endings = vocabulary.bad_endings(self.language)
+        may_double = vocabulary.characters()
         given, sampled = tuple(range(len(prefix))), options.temperature > 0
 
         def search(features: Tensor) -> _Found:
@@ -238,6 +244,7 @@ class Captioner:
                 options,
                 prefix=prefix,
                 bad_endings=bad_endings,
+                may_double=may_double,
             )
             maps: Iterable[list[CaptionMaps] | None] = itertools.repeat(None)
             if with_evidence:
@@ -378,7 +385,7 @@ class Captioner:
                 Caption(
                     tuple(map(self._beam, hypotheses, maps or itertools.repeat(None))),
                     each.size,
-                    language=self.checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
+                    language=self.language,
                     confidence=confidence,
                 )
             )

@@ -39,7 +39,9 @@ def banned(ids: list[int]) -> Any:
         return np.arange(len(CONFIG["vocabulary"])) != EOS
     bad = CONFIG["bad_endings"] if room == 1 else [EOS] if ids[-1] in CONFIG["bad_endings"] else []
     trigrams = [c for a, b, c in zip(ids, ids[1:], ids[2:]) if [a, b] == ids[-2:]]
-    return [*CONFIG["never_written"], ids[-1], *trigrams, *bad]
+    # Chinese and Japanese characters may be doubled.
+    doubles = ids[-1] in CONFIG["may_double"] and ids[-2:-1] != ids[-1:]
+    return [*CONFIG["never_written"], *([] if doubles else ids[-1:]), *trigrams, *bad]
 
 
 def caption(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from captioner.config import BAD_ENDINGS, BOS, DEFAULT_LANGUAGE, EOS, PAD, UNK
+from captioner.config import BOS, EOS, PAD, UNK
 from captioner.environment import torch_defaults
 from captioner.errors import ConfigError
 from captioner.files import atomic_dir
@@ -94,12 +94,13 @@ def write_onnx(folder: Path, captioner: Captioner) -> None:
     model, vocabulary = checkpoint.model, checkpoint.vocabulary
     config = {
         "vocabulary": vocabulary.idx2word,
-        "language": checkpoint.recipe.get("language", DEFAULT_LANGUAGE),
+        "language": captioner.language,
         "max_length": checkpoint.max_length,  # <bos> and <eos> included
         "bos": BOS,
         "eos": EOS,
         "never_written": [PAD, BOS, UNK],
-        "bad_endings": vocabulary.known_ids(BAD_ENDINGS),
+        "bad_endings": vocabulary.bad_endings(captioner.language),
+        "may_double": vocabulary.characters(),
         "grid": checkpoint.encoder["grid"],
         "transform": checkpoint.encoder["transform"],
     }

@@ -32,7 +32,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.transforms import IdentityTransform
 from PIL import Image, ImageDraw, ImageOps
 
-from captioner.config import FORMATS
+from captioner.config import BETWEEN_CHARACTERS, FORMATS, INNER_SPACE
 from captioner.config import Appearance as Appearance  # exported with render
 from captioner.errors import ConfigError
 from captioner.inference.caption import Beam, Caption, Word, percent
@@ -461,7 +461,8 @@ def _paragraph(
     """Wrap words into centered lines; return them and the pixel below the last one."""
     lines = []
     for words_of_line in typesetter.wrap(words, width - 2 * _Grid.gap):
-        lines.append(_Line(typesetter, " ".join(words_of_line), width / 2, top))
+        text = INNER_SPACE.sub("", " ".join(words_of_line))
+        lines.append(_Line(typesetter, text, width / 2, top))
         top += typesetter.height + 4
     return lines, top
 
@@ -706,9 +707,15 @@ def render(
 
 
 def comparison(
-    photos: Sequence[Image.Image], captions: Sequence[str], references: Sequence[Sequence[str]]
+    photos: Sequence[Image.Image],
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    language: str | None = None,
 ) -> bytes:
-    """Return a PNG of photos with a reference (GT) and the model's caption (PRED) under each."""
+    """Return a PNG of photos with a reference (GT) and the model's caption (PRED) under each.
+
+    ``language`` is the BCP 47 tag of the captions.
+    """
     columns = 4
     side = 3.2  # inches
     rows = math.ceil(len(photos) / columns)
@@ -718,11 +725,13 @@ def comparison(
         each.set_axis_off()
     for panel, photo, caption, texts in zip(axes.flat, photos, captions, references, strict=False):
         panel.imshow(_thumbnail(photo))
-        typesetter = _Typesetter(f"{texts[0]} {caption}", None, 9)
+        typesetter = _Typesetter(f"{texts[0]} {caption}", language, 9)
         lines = [
-            " ".join(line)
+            INNER_SPACE.sub("", " ".join(line))
             for text in (f"GT: {texts[0]}", f"PRED: {caption}")
-            for line in typesetter.wrap(text.split(), side * _DPI * 0.9)
+            for line in typesetter.wrap(
+                BETWEEN_CHARACTERS.sub(" ", text).split(), side * _DPI * 0.9
+            )
         ]
         panel.set_title("\n".join(lines), y=-0.02, va="top", loc="left", **typesetter.style)
     file = io.BytesIO()

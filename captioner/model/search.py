@@ -40,12 +40,14 @@ class Constraints:
         suppress: ids that are never written.
         not_before_eos: ids that never precede ``<eos>``.
         no_repeat_word: whether to suppress the same id twice in a row.
+        may_double: ids that ``no_repeat_word`` suppresses only three times in a row.
         no_repeat_trigram: whether to suppress three ids that were written before in this order.
     """
 
     suppress: tuple[int, ...] = ()
     not_before_eos: tuple[int, ...] = ()
     no_repeat_word: bool = False
+    may_double: tuple[int, ...] = ()
     no_repeat_trigram: bool = False
 
 
@@ -208,6 +210,7 @@ def decode(
     *,
     prefix: Sequence[int] = (),
     bad_endings: Sequence[int] = (),
+    may_double: Sequence[int] = (),
 ) -> list[list[Hypothesis]]:
     """Run ``sample`` if ``options.temperature`` is above 0, else ``beam_search``.
 
@@ -218,11 +221,14 @@ def decode(
         options: all settings that need no vocabulary.
         prefix: the ids of ``options.prefix``.
         bad_endings: the ids that ``options.ban_bad_endings`` bans before ``<eos>``.
+        may_double: the ids that ``options.ban_repeats`` lets occur twice in a row, but not three
+            times, as in Chinese 人人 and Japanese いい.
     """
     constraints = Constraints(
         suppress=(PAD, BOS, UNK) if options.ban_unknown else (PAD, BOS),
         not_before_eos=tuple(bad_endings) if options.ban_bad_endings else (),
         no_repeat_word=options.ban_repeats,
+        may_double=tuple(may_double),
         no_repeat_trigram=options.ban_trigrams,
     )
     shared: dict[str, Any] = {
@@ -402,10 +408,13 @@ def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
         size: V.
         constraints: the search's constraints.
     """
-    suppress, not_before_eos = _fixed_penalties(constraints, size, history.device)
+    suppress, not_before_eos, may_double = _fixed_penalties(constraints, size, history.device)
     result = suppress.repeat(*history.shape[:2], 1)
     if constraints.no_repeat_word:
-        result.scatter_(-1, history[..., -1:], _SUPPRESSED)
+        last = history[..., -1:]
+        is_double = history[..., -2:-1] == last if history.shape[-1] > 1 else last == BOS
+        penalty = (is_double | ~may_double[last]).float() * _SUPPRESSED
+        result.scatter_add_(-1, last, penalty)
     if constraints.no_repeat_trigram and history.shape[-1] >= 3:
         trigrams = history.unfold(-1, 3, 1)  # (B, W, t - 2, 3)
         begins_alike = (trigrams[..., :2] == history[..., None, -2:]).all(dim=-1)
@@ -417,12 +426,18 @@ def penalties(history: Tensor, size: int, constraints: Constraints) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _fixed_penalties(
     constraints: Constraints, size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return two tensors (V,): the penalty of each id, and that of ``<eos>`` after each id."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors (V,).
+
+    Returns:
+        the penalty of each id, that of ``<eos>`` after each id, and whether an id may be doubled.
+    """
     suppress, not_before_eos = torch.zeros(2, size, device=device, dtype=torch.float32)
     suppress[list(constraints.suppress)] = _SUPPRESSED
     not_before_eos[list(constraints.not_before_eos)] = _SUPPRESSED
-    return suppress, not_before_eos
+    may_double = torch.zeros(size, device=device, dtype=torch.bool)
+    may_double[list(constraints.may_double)] = True
+    return suppress, not_before_eos, may_double
 
 
 class _BeamHistory:

@@ -8,12 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from captioner.config import BOS, CHARACTER_WORDS, EOS, PAD, UNK
+from captioner.config import BAD_ENDINGS, BOS, CHARACTER_WORDS, EOS, PAD, UNK, is_english
 from captioner.errors import DataError
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 _NOT_WORD = re.compile(r"[^\w\s]|_")
+# What French elides before a vowel, as in "l'herbe" and "d'un": a word of its own.
+_ELISION = re.compile(r"(?<![\w'\u2019])((?:jus|lors|puis)?qu|[cdjlmnst])['\u2019]")
 _CHARACTER_WORD = re.compile(rf"[{CHARACTER_WORDS}][^\w\s]*")  # the character and its marks
 # Word separators that are not white space: zero-width space, Tibetan tsheg, Ethiopic word space.
 _SEPARATORS = str.maketrans(dict.fromkeys("\u200b\u0f0b\u0f0c\u1361", " "))
@@ -28,12 +30,26 @@ ONE_WORD = 1.5  # a mean of fewer words per caption means about one word each
 def clean(text: str) -> str:
     """Lower the case, remove punctuation, keep digits, separate words by single spaces.
 
-    Each Han, kana and Bopomofo character is a word. Letters keep the vowel signs and tones of their
-    script; accents without a precomposed letter in Unicode and vowel points (Arabic, Hebrew) go.
+    Each Han, kana and Bopomofo character is a word, and so is what French elides: "l'homme" becomes
+    "l' homme". Letters keep the vowel signs and tones of their script; accents without a
+    precomposed letter in Unicode and vowel points (Arabic, Hebrew) go.
 
     "A dog's ball, no. 3!" becomes "a dogs ball no 3".
     """
     text = unicodedata.normalize("NFKC", text).lower()
+    if "'" in text or "\u2019" in text:
+        # Split first: only the elided words keep an apostrophe.
+        parts = _ELISION.split(text)
+        return " ".join(
+            f"{part}'" if number % 2 else cleaned
+            for number, part in enumerate(parts)
+            if (cleaned := _clean_words(part))
+        )
+    return _clean_words(text)
+
+
+def _clean_words(text: str) -> str:
+    """Return lower-case text without punctuation, its words separated by single spaces."""
     if text.isascii():
         return " ".join(_NOT_WORD.sub("", text).split())
     text = unicodedata.normalize("NFKC", "".join(_word_characters(text.translate(_SEPARATORS))))
@@ -70,6 +86,11 @@ def _is_spelling(mark: str, category: str) -> bool:
 
 # Invisible marks: grapheme joiner, Khmer inherent vowels, variation selectors.
 _IGNORABLE = re.compile("[\u034f\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+
+
+def is_character(word: str) -> bool:
+    """Return whether a cleaned word is a single Han, kana or Bopomofo character."""
+    return _CHARACTER_WORD.fullmatch(word) is not None
 
 
 def mean_words(captions: Iterable[str]) -> float:
@@ -160,6 +181,14 @@ class Vocabulary:
     def known_ids(self, words: Iterable[str]) -> list[int]:
         """Return the ids of ``words``, without those that are not in the vocabulary."""
         return [self.word2idx[word] for word in words if word in self.word2idx]
+
+    def bad_endings(self, language: str) -> list[int]:
+        """Return the ids of the words on which no caption ends; only English has a list of them."""
+        return self.known_ids(BAD_ENDINGS) if is_english(language) else []
+
+    def characters(self) -> list[int]:
+        """Return the ids of the single characters that are words in Chinese and Japanese."""
+        return self.known_ids(word for word in self.idx2word if is_character(word))
 
     def encode(self, text: str) -> list[int]:
         """Return an id per word of the cleaned text, ``<unk>`` for unknown words."""

@@ -13,7 +13,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captioner.config import BAD_ENDINGS, FEATURES_FOLDER, INNER_SPACE, PAD, DecodingOptions
+from captioner.config import (
+    DEFAULT_LANGUAGE,
+    FEATURES_FOLDER,
+    INNER_SPACE,
+    PAD,
+    DecodingOptions,
+    is_english,
+)
 from captioner.data.columns import Columns
 from captioner.data.dataset import CaptionDataset
 from captioner.data.features import cache_features
@@ -56,6 +63,7 @@ def write_captions(
     dataset: CaptionDataset,
     vocabulary: Vocabulary,
     options: DecodingOptions,
+    language: str,
     *,
     batch_size: int = 64,
 ) -> tuple[list[str], Tensor]:
@@ -65,13 +73,15 @@ def write_captions(
     """
     model.eval()
     device = model.embedding.weight.device
-    bad_endings = vocabulary.known_ids(BAD_ENDINGS)
+    bad_endings, may_double = vocabulary.bad_endings(language), vocabulary.characters()
     texts, features_of_texts = [], []
     for features, _ in tqdm(
         DataLoader(dataset, batch_size=batch_size), desc="captions", unit="batch", leave=False
     ):
         state, memory = model.start(features.to(device).float())
-        results = decode(model.step, state, memory, options, bad_endings=bad_endings)
+        results = decode(
+            model.step, state, memory, options, bad_endings=bad_endings, may_double=may_double
+        )
         best = [beams[0] for beams in results]
         texts += [vocabulary.decode(each.ids) for each in best]
         features_of_texts.append(confidence_features(model, memory, best))
@@ -93,7 +103,7 @@ class Evaluation:
         scores: of ``captions``, by the names of ``metrics.score_captions``.
         report_scores: of ``report_captions``: plain greedy decoding, as in the original report.
         invented_people: how many of ``captions`` mention people where no reference does, and how
-            many photos have no such reference; None if that is all of them, as in other languages.
+            many photos have no such reference; None if that is all of them, or not in English.
         reliability: of the confidence in ``captions``, None if the checkpoint has no confidence.
         maps: how well the maps of the words point, None if they were not tested.
         photos: the split.
@@ -171,9 +181,10 @@ def evaluate_checkpoint(
     dataset = CaptionDataset(
         features.array, features.readable, references, vocabulary, max_length=max_length
     )
+    language = checkpoint.recipe.get("language", DEFAULT_LANGUAGE)
     report = dataclasses.replace(DecodingOptions.plain_greedy(), max_length=max_length)
-    captions, confidence_inputs = write_captions(model, dataset, vocabulary, options)
-    report_captions, _ = write_captions(model, dataset, vocabulary, report)
+    captions, confidence_inputs = write_captions(model, dataset, vocabulary, options, language)
+    report_captions, _ = write_captions(model, dataset, vocabulary, report, language)
     reliability = None
     if checkpoint.confidence is not None:
         reliability = Reliability.of(
@@ -195,7 +206,7 @@ def evaluate_checkpoint(
         cross_entropy=cross_entropy_of(model, dataset),
         scores=score_cleaned_captions(captions, references),
         report_scores=score_cleaned_captions(report_captions, references),
-        invented_people=people if people[1] < len(references) else None,
+        invented_people=people if is_english(language) and people[1] < len(references) else None,
         reliability=reliability,
         maps=score_maps(checkpoint, encoder, photos, features, captions) if maps else None,
         photos=photos,

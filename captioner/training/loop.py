@@ -343,7 +343,9 @@ def evaluate(state: TrainingState) -> dict[str, float]:
     options = dataclasses.replace(options, max_length=config.max_length)
     by_source = {}
     for source in data.sources:
-        captions, _ = write_captions(state.eval_model, source.validation, data.vocabulary, options)
+        captions, _ = write_captions(
+            state.eval_model, source.validation, data.vocabulary, options, config.language
+        )
         by_source[source.name] = {
             "val_loss": cross_entropy_of(state.eval_model, source.validation),
             **score_cleaned_captions(captions, source.references),
@@ -418,7 +420,9 @@ def save_confidence(state: TrainingState) -> None:
     model = best.model.to(state.device)
     features_by_source, right_by_source = [], []
     for source in state.data.sources:
-        captions, features = write_captions(model, source.validation, best.vocabulary, options)
+        captions, features = write_captions(
+            model, source.validation, best.vocabulary, options, state.config.language
+        )
         features_by_source.append(features)
         right_by_source.append(are_right(captions, source.references, visual))
     features, right = torch.cat(features_by_source), torch.cat(right_by_source)

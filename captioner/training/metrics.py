@@ -16,7 +16,7 @@ from typing import TypeAlias
 from sacrebleu.metrics.bleu import BLEU
 
 from captioner.errors import DataError
-from captioner.model.vocabulary import clean
+from captioner.model.vocabulary import clean, is_character
 
 Ngram: TypeAlias = tuple[str, ...]
 
@@ -148,12 +148,18 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
 
 
 def repetition(texts: Sequence[str]) -> float:
-    """Return the share of captions, 0 to 1, that repeat a word in a row or a trigram."""
+    """Return the share of captions, 0 to 1, that repeat a word in a row or a trigram.
+
+    Chinese and Japanese characters may be doubled.
+    """
     num_repetitive = 0
     for text in texts:
         words = text.split()
-        repeats_word = any(first == second for first, second in pairwise(words))
         trigrams = list(zip(words, words[1:], words[2:], strict=False))
+        # Chinese and Japanese double characters.
+        repeats_word = any(
+            first == second and not is_character(first) for first, second in pairwise(words)
+        ) or any(len(set(trigram)) == 1 for trigram in trigrams)
         num_repetitive += repeats_word or len(set(trigrams)) < len(trigrams)
     return num_repetitive / max(len(texts), 1)
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from captioner.config import FEATURES_FOLDER, TrainConfig
+from captioner.config import FEATURES_FOLDER, TrainConfig, is_english
 from captioner.data.columns import Columns
-from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text
+from captioner.data.dataset import CaptionDataset, is_mirrored, mirror_text, swapped_words
 from captioner.data.features import Features, cache_features
 from captioner.data.shares import DataSource, parse_sources
 from captioner.data.sources import CaptionedPhotos, SplitError, load_captions, load_texts
@@ -117,6 +117,7 @@ def prepare(
     All ``processes`` of a run call this; each extracts its share of the features.
     """
     check_encoder_name(config.encoder)
+    swaps = swapped_words(config.language, config.mirror_words) if config.views > 1 else {}
     sources = parse_sources(config.data)
     splits = [_load_splits(config, source.source) for source in sources]
     texts = [] if config.text is None else load_texts(config.text, _columns(config))
@@ -126,13 +127,13 @@ def prepare(
         photos.captions[row][:per_photo] for (photos, rows), _ in splits for row in rows
     ]
     encoder = load_encoder(config.encoder, config.encoder_weights)
-    is_english = config.language.lower().partition("-")[0] == "en"
-    classifier = encoder.classifier if config.pointer and is_english else None
+    in_english = is_english(config.language)
+    classifier = encoder.classifier if config.pointer and in_english else None
     if config.pointer and classifier is None:
         log.warning(
             "training without a pointer: %s",
             f"{encoder.name} has no classifier of single cells"
-            if is_english
+            if in_english
             else "the names of the classes are English",
         )
     words = choose_words(
@@ -147,6 +148,13 @@ def prepare(
             config.detector_photos,
         )
     vocabulary = words.vocabulary
+    if swaps and not vocabulary.known_ids(swaps):
+        log.warning(
+            "no caption names a side (%s), so mirrored photos keep their captions: if they are "
+            "not in the language %s, add --language or --mirror-words",
+            " ".join(list(swaps)[:2]),
+            config.language,
+        )
     training_texts = [text for texts in training_captions for text in texts]
     check_lengths(training_texts, vocabulary, config.max_length)
     encoder.to(choose_device(config.device))
@@ -154,7 +162,11 @@ def prepare(
     parts = [_extract(train, validation, extract, config) for train, validation in splits]
     captions = [texts for part in parts for texts in part.captions]
     train = [
-        (part.views[view].array, part.rows, _captions_of_view(view, part.rows, part.captions))
+        (
+            part.views[view].array,
+            part.rows,
+            _captions_of_view(view, part.rows, part.captions, swaps),
+        )
         for view in range(config.views)
         for part in parts
     ]
@@ -326,11 +338,11 @@ def _readable_rows(
 
 
 def _captions_of_view(
-    view: int, rows: Sequence[int], captions: Sequence[list[str]]
+    view: int, rows: Sequence[int], captions: Sequence[list[str]], swaps: Mapping[str, str]
 ) -> list[list[str]]:
     """Return the captions of the photos in one view: mirrored where the photo is."""
     return [
-        [mirror_text(text) for text in texts] if is_mirrored(view, row) else texts
+        [mirror_text(text, swaps) for text in texts] if is_mirrored(view, row) else texts
         for row, texts in zip(rows, captions, strict=True)
     ]
 

@@ -38,12 +38,8 @@ _PROGRESS = (
     *("stage", "first_epoch", "rows"),
 )
 # Settings that may change on resume: the same photos and captions may be in another place, under
-# other columns, and the tag of the language does not affect training.
-# fmt: off
-_FREE_SETTINGS = (
-    "device", "data", "image_column", "caption_column", "text", "encoder_weights", "language",
-)
-# fmt: on
+# other columns.
+_FREE_SETTINGS = ("device", "data", "image_column", "caption_column", "text", "encoder_weights")
 
 
 class TrainingState:
@@ -275,7 +271,7 @@ class TrainingState:
 
     def _check_same_run(self, values: dict[str, Any]) -> None:
         """Refuse to resume with other settings or data."""
-        settings, saved = self.config.to_dict(), values["config"]
+        settings, saved = json.loads(json.dumps(self.config.to_dict())), values["config"]
         changed = [
             name
             for name, value in settings.items()

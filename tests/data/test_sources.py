@@ -17,7 +17,14 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from PIL import Image
 
-from captioner.data.dataset import CaptionDataset, PhotoDataset, augment, is_mirrored, mirror_text
+from captioner.data.dataset import (
+    CaptionDataset,
+    PhotoDataset,
+    augment,
+    is_mirrored,
+    mirror_text,
+    swapped_words,
+)
 from captioner.data.shares import parse_sources
 from captioner.data.sources import Box, load_captions, stream_photos
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
@@ -620,8 +627,40 @@ def test_error_without_text_becomes_data_error(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_mirror_text_swaps_left_and_right(text: str, mirrored: str) -> None:
-    assert mirror_text(text) == mirrored
-    assert mirror_text(mirror_text(text)) == text
+    swaps = swapped_words("en-GB")
+    assert mirror_text(text, swaps) == mirrored
+    assert mirror_text(mirrored, swaps) == text
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "mirrored"),
+    [
+        ("fr", "un chat sur le côté droit", "un chat sur le côté gauche"),
+        ("fr", "la main gauche", "la main droite"),
+        ("de-AT", "links im linken Bild", "rechts im rechten Bild"),
+        ("ar", "قطة على اليسار", "قطة على اليمين"),
+        ("hi", "बाईं ओर एक बिल्ली", "दाईं ओर एक बिल्ली"),
+        ("zh-Hant", "左邊的貓", "右邊的貓"),
+        ("ja", "右の猫", "左の猫"),
+        ("de", "left is no German word", "left is no german word"),
+    ],
+)
+def test_mirror_text_swaps_the_words_of_the_language(
+    language: str, text: str, mirrored: str
+) -> None:
+    assert mirror_text(clean(text), swapped_words(language)) == clean(mirrored)
+
+
+def test_mirror_words_name_the_sides_of_any_language() -> None:
+    swaps = swapped_words("fi", ["Vasen=oikea", "vasemmalla=oikealla"])
+    assert mirror_text("kissa vasemmalla koira oikealla", swaps) == (
+        "kissa oikealla koira vasemmalla"
+    )
+    with pytest.raises(ConfigError, match=r"language fi: add them with --mirror-words .*--views 1"):
+        swapped_words("fi")
+    for pair in ("vasen", "vasen=", "a=b=c", "to the left=right"):
+        with pytest.raises(ConfigError, match="must be two words, such as left=right"):
+            swapped_words("fi", [pair])
 
 
 def test_photo_dataset_returns_pixels_or_none(

@@ -798,6 +798,16 @@ def test_decode_samples_above_temperature_zero() -> None:
 
 # Any tables, any options
 
+
+def test_characters_may_be_doubled_but_not_tripled() -> None:
+    world = preferring(5, 6, 7)
+    options = DecodingOptions(beam_size=1, max_length=8, ban_trigrams=False)
+
+    found = world.decode(options, may_double=[5, 7])
+
+    assert found[0][0].ids == [5, 5, 6, 5, 5, 6, EOS]
+
+
 SIZE = 9
 OPTIONS = st.builds(
     DecodingOptions,

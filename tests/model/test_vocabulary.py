@@ -65,6 +65,13 @@ known_word = st.tuples(
         ("一只dog在跑。", "一 只 dog 在 跑"),
         ("猫がソファーで", "猫 が ソ フ ァ ー で"),
         ("か\u309aき", "か\u309a き"),
+        ("「コーヒー」と、ｶｯﾌﾟ", "コ ー ヒ ー と カ ッ プ"),
+        ("هل يجلس؟ نعم، على العشب", "هل يجلس نعم على العشب"),
+        ("क्\u200dष और क्\u200cष", "क्ष और क्ष"),
+        # What French elides is a word; English genitives, contractions and quotes are not.
+        ("L'homme près d\u2019un chat qu'il n'a pas", "l' homme près d' un chat qu' il n' a pas"),
+        ("aujourd'hui", "aujourdhui"),
+        ("the boys' dog isn't on the kid's 't' and 's'", "the boys dog isnt on the kids t and s"),
     ],
 )
 def test_clean(text: str, cleaned: str) -> None:

@@ -262,6 +262,8 @@ def test_cider_does_not_reward_repetition() -> None:
         ("a dog and a cat and a bird", False),
         ("a a dog", True),
         ("a dog runs runs", True),
+        ("人 人 看 看 か わ い い", False),
+        ("人 人 人", True),
         ("a dog runs and a dog sleeps", False),
         ("a dog runs a dog runs", True),
         ("in the snow in the snow", True),
