@@ -129,7 +129,7 @@ def test_words_that_are_seen_there_are_there() -> None:
     assert f"{right:.1f} % are" in RESULTS
     for score in found:
         low, high = score["interval"]
-        assert f"{score['value']:.1f} ({low:.1f}–{high:.1f}) % of {score['words']}" in RESULTS
+        assert f"{score['value']:.1f} ({low:.1f}\u2013{high:.1f}) % of {score['words']}" in RESULTS
 
 
 def test_rows_show_the_figures_of_their_records() -> None:

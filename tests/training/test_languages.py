@@ -233,7 +233,7 @@ def test_unknown_sides_stop_a_run_with_mirrored_photos(
     config = TrainConfig(language="fi", data=(arguments[3],), encoder="timm:test_resnet")
     weights = arguments[arguments.index("--encoder-weights") + 1]
     config = dataclasses.replace(config, encoder_weights=weights, views=1)
-    assert len(prepare(config, tmp_path / "features").train) == 10
+    assert len(prepare(config, tmp_path / "features").train_references) == 10
 
 
 def test_banned_endings_are_english() -> None:
