@@ -226,6 +226,11 @@ def join_photos(
         short = name if name.endswith(path.name) else without_number(name)
         photos.setdefault(path, (split or "train", short, []))[2].extend(captions)
     names = {(without_number(name), folder): path for (name, folder), path in paths.items()}
+    if names and not any(name for name, _ in names):
+        raise DataError(
+            f"no column of {what} names photos: name it with --image-column, and put the photos "
+            f"into {finder.folder}"
+        )
     if not photos:
         raise DataError(
             f"{what} names {len(names)} photos, but none of them is in {finder.folder}"

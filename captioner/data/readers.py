@@ -6,7 +6,6 @@ Folders and files are read by ``datasets`` where it can, else as caption files.
 from __future__ import annotations
 
 import collections
-import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -128,7 +127,11 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
         file for file in files if file.suffix.lower() in TABLE_SUFFIXES and not is_split_list(file)
     ]
     if captions and (pairs := _text_files_of_photos(folder, tables)):
-        rows = (Row(str(photo), read_text(text).splitlines(), "") for photo, text in pairs)
+        rows = (
+            Row(str(photo), read_text(text).splitlines(), split_in_name(inner.parent))
+            for photo, text in pairs
+            for inner in [photo.relative_to(folder)]
+        )
         taken = "captions from a text file per photo"
         return _tables_of(rows, PhotoFinder(folder), str(folder), taken, photos=photos)
     if tables and (has_photos or not photos):
@@ -140,7 +143,8 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
                 raise
     if not captions and (has_photos or any(file.suffix.lower() == ".zip" for file in files)):
         return _open_with_datasets(folder, "imagefolder", data_dir=str(folder))
-    raise _nothing_to_read(folder)
+    names = shorten([str(file.relative_to(folder)) for file in tables])
+    raise _nothing_to_read(folder, [f"no photo lies beside {names}"] if tables else ())
 
 
 def _text_files_of_photos(folder: Path, files: list[Path]) -> list[tuple[Path, Path]]:
@@ -234,9 +238,13 @@ def _open_data_files(folder: Path, files: list[Path]) -> Tables:
 def _reason(folder: Path, error: BaseException) -> str:
     """Return why ``datasets`` cannot read a folder, and the way out."""
     for file in sorted(folder.rglob("*.parquet")):
-        with contextlib.suppress(Exception):
-            if pyarrow.parquet.read_metadata(file).num_rows == 0:
-                return f"{file.relative_to(folder)} is empty: remove it"
+        try:
+            num_rows = pyarrow.parquet.read_metadata(file).num_rows
+        except Exception as damage:
+            reason = first_line(damage)[:200]
+            return f"{file.relative_to(folder)} is damaged ({reason}): replace or remove it"
+        if num_rows == 0:
+            return f"{file.relative_to(folder)} is empty: remove it"
     if names := configurations(error):
         return f"they have several configurations: keep the files of one of {names}"
     return f"{first_line(error.__cause__ or error)[:300]}; replace or remove the damaged file"
@@ -277,6 +285,8 @@ def _caption_tables(
             reasons.append(str(error))
         else:
             (with_photos if table.names_photos else others)[file] = table
+            if photos and not table.names_photos:
+                reasons.append(f"{file.relative_to(folder)} names no photo that is in {folder}")
     tables = with_photos or ({} if photos else others)
     # Flickr8k.lemma.token.txt holds the captions of Flickr8k.token.txt without endings.
     tables = {file: tables[file] for file in tables if "lemma" not in file.name} or tables

@@ -129,9 +129,11 @@ def open_table(path: Path, finder: PhotoFinder, columns: Columns) -> TextTable:
     rows = list(_parse(text, delimiter, path))
     found = _column_of_names(rows[:_SAMPLE], find)
     first = [cell.strip() for cell in rows[0]]
-    names = first if _is_heading(first, find, columns, is_found=found is not None) else []
+    named = (_is_photo_name(cell.strip()) for cells in rows[1:_SAMPLE] for cell in cells)
+    is_found = found is not None or any(named)
+    names = first if _is_heading(first, find, columns, is_found=is_found) else []
     rows = rows[1:] if names else rows
-    image = _image_column(names, first, found, columns, path)
+    image = _image_column(names, rows[:_SAMPLE] or [first], found, columns, path)
     width = len(names) or _width(rows, delimiter)
     split = next((index for index, name in enumerate(names) if name.lower() == "split"), None)
     if not names:
@@ -163,25 +165,34 @@ def _is_heading(first: Sequence[str], find: _Find, columns: Columns, *, is_found
 
 
 def _image_column(
-    names: Sequence[str], first: Sequence[str], found: int | None, columns: Columns, path: Path
+    names: Sequence[str],
+    sample: Sequence[Sequence[str]],
+    found: int | None,
+    columns: Columns,
+    path: Path,
 ) -> int | None:
     """Return the column with the photos' names, None if there is none.
 
     Args:
         names: the headings, if there are any.
-        first: the first line.
+        sample: some of the lines.
         found: the column in which cells name photos that are there, or None.
         columns: those that the user named.
         path: of the table, for messages.
     """
     if found is not None and columns.image is None:
         return found
-    if not names:  # its photos are elsewhere
-        return next((index for index, cell in enumerate(first) if _is_photo_name(cell)), None)
-    heading = columns.find_image(names, str(path))
-    if heading is None:
-        heading = next((name for name in names if name.lower() in _NAME_HEADINGS), None)
-    return None if heading is None else names.index(heading)
+    if names:
+        heading = columns.find_image(names, str(path))
+        if heading is None:
+            heading = next((name for name in names if name.lower() in _NAME_HEADINGS), None)
+        if heading is not None:
+            return names.index(heading)
+    # Its photos are elsewhere.
+    named = (
+        index for row in sample for index, cell in enumerate(row) if _is_photo_name(cell.strip())
+    )
+    return next(named, None)
 
 
 def _hits(sample: str, delimiter: str, find: _Find, columns: Columns) -> tuple[int, bool, int]:

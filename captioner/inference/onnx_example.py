@@ -80,7 +80,12 @@ def caption(
 
 
 if __name__ == "__main__":
-    words, probabilities, maps = caption(sys.argv[1])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python caption.py PHOTO")
+    try:
+        words, probabilities, maps = caption(sys.argv[1])
+    except OSError as error:
+        sys.exit(f"cannot open the photo: {error}")
     print(" ".join(words))
     for word, probability, attention in zip(words, probabilities, maps):
         print(f"\n{word} {probability:.0%}")

@@ -221,7 +221,9 @@ def load(path_or_hub_id: str | Path) -> Checkpoint:
 def _read(path: Path, max_bytes: int) -> bytes:
     """Read a file of at most ``max_bytes``; a larger one is not even opened."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}")
+        inner = path.parent / "checkpoint"
+        hint = f"; give {inner}" if (inner / path.name).is_file() else ""
+        raise CheckpointError(f"{path.parent} is no checkpoint: it has no {path.name}{hint}")
     try:
         size = path.stat().st_size
         if size > max_bytes:

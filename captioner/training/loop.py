@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import statistics
 import threading
@@ -31,7 +32,7 @@ from captioner.data.dataset import CaptionDataset
 from captioner.data.shares import parse_sources
 from captioner.distributed import DistributedContext, process_group
 from captioner.environment import torch_defaults
-from captioner.errors import ConfigError, TrainingError
+from captioner.errors import CaptionerError, ConfigError, TrainingError
 from captioner.files import atomic_write, locked_dir, recover_dir
 from captioner.model import checkpoint as checkpoints
 from captioner.model.encoder import choose_device
@@ -427,6 +428,10 @@ def save_confidence(state: TrainingState) -> None:
         right_by_source.append(are_right(captions, source.references, visual))
     features, right = torch.cat(features_by_source), torch.cat(right_by_source)
     if len(right) < MIN_PHOTOS:
+        print(
+            f"confidence   not calibrated: {len(right)} validation photos, {MIN_PHOTOS} are needed",
+            flush=True,
+        )
         return
     reliability = Reliability.of(cross_fitted(features, right), right)
     atomic_write(state.folder / "reliability.png", reliability.plot())
@@ -509,10 +514,16 @@ def fit(
             if processes.is_main:
                 write_record(folder, config, rows, processes.world_size, precision)
 
-        if not (folder / RECORD).exists():
+        is_new = not (folder / RECORD).exists()
+        if is_new:
             record([])  # a run that is killed before its first save can be resumed
         processes.barrier()  # until the folder is locked
-        data = prepare(config, cache, processes)
+        try:
+            data = prepare(config, cache, processes)
+        except CaptionerError:
+            if is_new and processes.is_main:  # so that the corrected command can use the folder
+                (folder / RECORD).unlink()
+            raise
         _print(processes, describe(data, config))
         state = TrainingState(config, data, folder, processes, bfloat16=bfloat16)
         if resume:
@@ -520,9 +531,16 @@ def fit(
             processes.barrier()  # until all have read the files that the main process replaces
             record(state.rows)
         _train(state, record)
+        best = min(state.rows, key=lambda row: selection_loss(config, row))
         if processes.is_main:
             save_confidence(state)
-    return min(state.rows, key=lambda row: selection_loss(config, row))
+            checkpoint = folder / "checkpoint"
+            _print(
+                processes,
+                f"checkpoint   {checkpoint}, of epoch {best['epoch']}: python app.py --checkpoint "
+                f"{shlex.quote(str(checkpoint))}",
+            )
+    return best
 
 
 def _train(state: TrainingState, record: Callable[[Sequence[dict[str, float]]], None]) -> None:

@@ -333,8 +333,33 @@ def test_encodings_are_recognized(
     text = "image,caption\r\na.png,L'élève, garçon, mange à côté\r\n"
     caplog.set_level(logging.INFO, "captioner")
     folder = _write(save("a.png") / "captions.csv", text, encoding).parent
-    assert load_captions(str(folder)).captions == [["lélève garçon mange à côté"]]
+    assert load_captions(str(folder)).captions == [["l' élève garçon mange à côté"]]
     assert ("captions.csv, read as Latin-1" in caplog.text) == (encoding == "latin-1")
+
+
+def test_text_files_of_photos_belong_to_the_splits_of_their_folders(save: Save) -> None:
+    names = [*(f"train/{each}.png" for each in "abc"), "val/d.png", "val/train_e.png", "test/f.png"]
+    folder = save(*names)
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(f"a photo of {name.partition('/')[0]}")
+    for split, number in {"train": 3, "validation": 2, "test": 1}.items():
+        captions = load_captions(str(folder), split).captions
+        assert (
+            captions == [[f"a photo of {split[: 3 if split == 'validation' else None]}"]] * number
+        )
+
+
+def test_table_whose_photos_are_elsewhere_is_named(save: Save, tmp_path: Path) -> None:
+    table = tmp_path / "captions.tsv"
+    rows = "".join(f"{number}\tphoto{number}.jpg\ta dog runs\n" for number in range(9))
+    table.write_text("Nr.\tBilddatei\tBeschreibung\n" + rows)
+    with pytest.raises(DataError, match=r"names 9 photos, but none .*the first is 'photo0.jpg'"):
+        load_captions(str(table))
+    with pytest.raises(DataError, match=r"no photo lies beside captions\.tsv"):
+        load_captions(str(table.parent))
+    save("other.png")
+    with pytest.raises(DataError, match=r"captions\.tsv names no photo that is in "):
+        load_captions(str(table.parent))
 
 
 def test_damaged_utf_16_is_refused_by_name(save: Save) -> None:

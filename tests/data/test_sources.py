@@ -463,7 +463,7 @@ def _csv(text: str, encoding: str = "utf-8") -> Callable[..., Path]:
         (_captions_of_numbers, "alt_text"),
         (_captions_by_language, "captions cannot be a dict"),
         (_photos_of_numbers, "image"),
-        (_broken_parquet, "cannot read the files in .*not a parquet file.*the damaged file"),
+        (_broken_parquet, r"cannot read .*\.parquet is damaged \(.*replace or remove it"),
         (_csv(""), "is empty: write lines of image,caption into it"),
         (_csv("a.png,3\na.png,4\n"), r"no column with captions, only: a\.png, 3; name the column"),
         (_csv("image,rating\na.png,3\n"), r"only: image, rating; .*--caption-column"),

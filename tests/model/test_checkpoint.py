@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -425,6 +426,13 @@ def test_foreign_config_is_rejected(folder: Path, config: dict[str, Any]) -> Non
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="not a captioner checkpoint"):
         load(folder)
+
+
+def test_folder_of_a_run_names_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    shutil.copytree(folder, run / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"has no config.json; give .*a run/checkpoint"):
+        load(run)
 
 
 def test_newer_format_asks_for_an_update(folder: Path) -> None:

@@ -430,7 +430,9 @@ def test_training_stops_after_patience_and_keeps_best_epoch(
         False,
         False,
     ]
-    assert "no better epoch for 3 epochs" in lines[-1]
+    assert "no better epoch for 3 epochs" in "".join(lines)
+    folder = tmp_path / "run" / "checkpoint"
+    assert lines[-1] == (f"checkpoint   {folder}, of epoch 2: python app.py --checkpoint {folder}")
 
 
 def test_better_epoch_resets_patience(

@@ -310,6 +310,15 @@ def test_one_source_with_the_whole_epoch_needs_no_share(
     assert figures(tmp_path / "shared") == figures(tmp_path / "plain")
 
 
+def test_folder_of_a_command_that_cannot_start_can_be_used_again(
+    arguments: MakeArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = arguments(tmp_path / "run", "--caption-column", "no such column")
+    for _ in range(2):
+        assert train.main(wrong) == 2
+        assert "no such column" in _last_line(capsys)
+
+
 def test_rewards_and_mean_cell_come_from_all_sources(
     two_sources: MakeArguments, tmp_path: Path
 ) -> None:
