@@ -120,7 +120,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def _error_line(result: Result, program: str) -> str:
     """Return the only error message, the last line of standard error."""
     lines = [line for line in result.error.replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(f"{program}: ")]
+    # What is taken of the data is logged, too.
+    logged = [line for line in lines if line.startswith(f"{program}: ")]
+    errors = [line for line in logged if ": photos from " not in line]
     assert errors == lines[-1:], result.error
     assert "Traceback" not in result.error
     return errors[0]

@@ -108,6 +108,9 @@ function mountPage(root, { caption, explain, explainSteps, cover, save, upload }
     if (!value) return openExample(examples[0].name);
     fillForms();
     describePhoto();
+    // The caption on the screen stays; the failed request came before its verdicts.
+    const { beam } = viewer.state();
+    if (!value.caption.beams[beam].end.verdict) requestExplanation(beam);
     chooseSteps();
   }
 

@@ -233,6 +233,7 @@ def test_presets_are_plain_greedy_and_defaults(
     assert not requests
     page.locator("[name=beam_size]").fill("3")
     page.locator("[name=beam_size]").press("Tab")
+    expect_idle(page)
     assert state(page) == before
 
 
