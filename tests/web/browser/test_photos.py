@@ -26,6 +26,7 @@ from tests.web.browser.visits import (
     steer,
     type_own,
     wait_for_photo,
+    wait_for_verdicts,
     words_of,
 )
 
@@ -298,6 +299,7 @@ class Held:
     def __init__(self, page: Page, pattern: str) -> None:
         self._page, self._pattern = page, pattern
         self._route: Route | None = None
+        wait_for_verdicts(page)  # else their request would be the first
         page.route(pattern, self._receive)
 
     def _receive(self, route: Route) -> None:
