@@ -55,7 +55,7 @@ class PhotoFinder:
         self._index: dict[str, list[Path]] | None = None
 
     def find(self, name: str, near: Path | None = None) -> Path | None:
-        """Return the photo with this name, None if there is none, or more than one.
+        """Return the photo with this name; None unless there is exactly one.
 
         The name may be a path from the folder, or from a folder of someone else's machine; it may
         lack its suffix, and end in the number of a caption (``#0``). Of several photos the one in

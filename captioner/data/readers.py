@@ -128,9 +128,12 @@ def _open_folder(folder: Path, columns: Columns, *, photos: bool, captions: bool
     ]
     if captions and (pairs := _text_files_of_photos(folder, tables)):
         rows = (
-            Row(str(photo), read_text(text).splitlines(), split_in_name(inner.parent))
+            Row(
+                str(photo),
+                read_text(text).splitlines(),
+                split_in_name(photo.parent.relative_to(folder)),
+            )
             for photo, text in pairs
-            for inner in [photo.relative_to(folder)]
         )
         taken = "captions from a text file per photo"
         return _tables_of(rows, PhotoFinder(folder), str(folder), taken, photos=photos)

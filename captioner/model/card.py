@@ -89,8 +89,8 @@ def model_card(
             f"{knows}It describes anything else as the most similar thing that it knows. {doubt}"
             "It miscounts, mixes up colors, guesses people's sex and age from looks, "
             "and repeats the assumptions of its training captions. Don't use it to identify or "
-            "judge people, or where a wrong caption does harm. A heat map shows where the decoder "
-            "attended for a word; it doesn't prove that the word came from there.",
+            "judge people, or where a wrong caption does harm. A map shows what a cell gave "
+            "to a word, or where the decoder attended; it doesn't prove what caused the word.",
             "",
             "## Scores on the validation photos",
             "",

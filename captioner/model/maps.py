@@ -90,10 +90,10 @@ def caption_maps(
         logits, attention, state = model.step_unaided(token_ids[None], state, memory)
         steps.append((logits[0], attention[0], state.hidden[0]))
     unaided, attended, hidden = (torch.stack(each) for each in zip(*steps, strict=True))
+    read = (unaided, attended, hidden, previous, ids)  # (T, W, ...) each
     return [
-        _maps(model, memory, *(each[: len(caption), column] for each in columns))
+        _maps(model, memory, *(values[: len(caption), column] for values in read))
         for column, caption in enumerate(captions)
-        for columns in [(unaided, attended, hidden, previous, ids)]
     ]
 
 

@@ -1,6 +1,6 @@
 """The page's one component: photo input, attention viewer and settings, drawn in the browser.
 
-Hovering, clicking and playing need no request. Three events go to the server: ``caption`` (write or
+Hovering, clicking and playing need no request. These events go to the server: ``caption`` (write or
 score a caption), ``explain`` (its words' verdicts and further maps), ``steps`` (how a word was
 chosen), ``cover`` (test a map by covering cells) and ``export`` (make a file).
 ``inference/viewer.js`` draws, here and in the standalone page of ``inference/render.py``;
@@ -158,7 +158,22 @@ class ViewData(GradioModel):
 
 
 class ClientEvent(gr.EventData):
-    """An event's data from the browser; a program may send anything."""
+    """An event's data from the browser; a program may send anything.
+
+    Attributes:
+        example: name of an example, or None.
+        path: of an uploaded photo, or None.
+    """
+
+    def __init__(self, target: Any, data: Any) -> None:
+        """Read ``example``, the name of an example, or else ``file``, the path of an upload.
+
+        Its key is not "path": Gradio checks every "path" in an event, and fails with a traceback.
+        """
+        super().__init__(target, data)
+        values = self._data if isinstance(self._data, dict) else {}
+        self.example = None if values.get("example") is None else self._field("example", str)
+        self.path = None if self.example is not None else self._field("file", str)
 
     def _field(self, name: str, kind: type[_Kind]) -> _Kind:
         value = self._data.get(name) if isinstance(self._data, dict) else None
@@ -166,23 +181,12 @@ class ClientEvent(gr.EventData):
             raise ConfigError(f"the request has no valid {name}: reload the page")
         return value
 
-    def _read_photo(self) -> None:
-        """Read ``example``, the name of an example, or else ``file``, the path of an upload.
-
-        Its key is not "path": Gradio checks every "path" in an event, and fails with a traceback.
-        """
-        data = self._data if isinstance(self._data, dict) else {}
-        self.example = None if data.get("example") is None else self._field("example", str)
-        self.path = None if self.example is not None else self._field("file", str)
-
 
 class CaptionRequest(ClientEvent):
     """The data of the event ``caption``.
 
     Attributes:
         request: its number, returned with the answer.
-        example: name of an example, or None.
-        path: of an uploaded photo, or None.
         text: the beginning of the caption, or the whole caption to score.
         given: indices of the visitor's own words in ``text``.
         whole: whether to score ``text`` instead of continuing it.
@@ -195,7 +199,6 @@ class CaptionRequest(ClientEvent):
         """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
         self.request = self._field("request", int)
-        self._read_photo()
         self.text = self._field("text", str)
         self.given: list[int] = self._field("given", list)
         self.whole = self._field("whole", bool)
@@ -211,8 +214,6 @@ class ExplainRequest(ClientEvent):
 
     Attributes:
         request: the number of the request that the caption answered.
-        example: name of an example, or None.
-        path: of an uploaded photo, or None.
         caption: the caption on the screen.
         beam: index of the beam to explain; not checked yet.
     """
@@ -222,7 +223,6 @@ class ExplainRequest(ClientEvent):
         """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
         self.request = self._field("request", int)
-        self._read_photo()
         self.caption = Caption.from_dict(self._field("caption", dict))
         self.beam = self._field("beam", int)
 
@@ -232,8 +232,6 @@ class CoverRequest(ClientEvent):
 
     Attributes:
         request: its number, returned with the answer.
-        example: name of an example, or None.
-        path: of an uploaded photo, or None.
         text: the caption on the screen.
         word: index of the chosen word; not checked yet.
         cells: to cover, row * 7 + column.
@@ -245,7 +243,6 @@ class CoverRequest(ClientEvent):
         """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
         self.request = self._field("request", int)
-        self._read_photo()
         self.text = self._field("text", str)
         self.word = self._field("word", int)
         cells = self._field("cells", list)
@@ -259,8 +256,6 @@ class ExportRequest(ClientEvent):
     """The data of the event ``export``.
 
     Attributes:
-        example: name of an example, or None.
-        path: of an uploaded photo, or None.
         format: "png", "gif", "json" or "html"; not checked yet.
         caption: the caption on the screen.
         beam: index of the chosen beam; not checked yet.
@@ -272,7 +267,6 @@ class ExportRequest(ClientEvent):
     def __init__(self, target: Any, data: Any) -> None:
         """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
-        self._read_photo()
         self.format = self._field("format", str)
         self.caption = Caption.from_dict(self._field("caption", dict))
         self.beam = self._field("beam", int)
@@ -285,8 +279,6 @@ class StepsRequest(ClientEvent):
 
     Attributes:
         request: its number, returned with the answer.
-        example: name of an example, or None.
-        path: of an uploaded photo, or None.
         words: the caption's.
         word: index of the word in question; not checked yet.
     """
@@ -296,11 +288,10 @@ class StepsRequest(ClientEvent):
         """Check the fields; the page itself sends only valid ones."""
         super().__init__(target, data)
         self.request = self._field("request", int)
-        self._read_photo()
         self.words: list[str] = self._field("words", list)
         self.word = self._field("word", int)
         if not all(isinstance(word, str) for word in self.words):
-            raise ConfigError("the request has words that are no texts: reload the page")
+            raise ConfigError("the request has no valid words: reload the page")
 
 
 class AttentionViewer(gr.HTML):
